@@ -27,27 +27,35 @@ def default_runtime_dir() -> Path:
 class Settings(BaseSettings):
     """All settings; each is `HOGWILD_<NAME>` in the environment."""
 
-    model_config = SettingsConfigDict(env_prefix="HOGWILD_", env_ignore_empty=True, extra="ignore",
-                                      protected_namespaces=())
+    model_config = SettingsConfigDict(
+        env_prefix="HOGWILD_", env_ignore_empty=True, extra="ignore", populate_by_name=True, protected_namespaces=()
+    )
 
     # --- what is served -------------------------------------------------------------------------------------------
     model: str | None = Field(None, description="Model to serve: a local Hugging Face model directory.")
     served_model_name: str | None = Field(
-        None, description="Name clients use; default: the last part of the model's path.")
+        None, description="Name clients use; default: the last part of the model's path."
+    )
     vllm_host: str = Field("127.0.0.1", description="Address vLLM listens on.")
     vllm_port: int = Field(8000, ge=1, le=65535, description="Port vLLM listens on.")
     vllm_args: str = Field("", description="More arguments for `vllm serve`, as in a shell.")
     vllm_url: str | None = Field(
-        None, description="URL of the vLLM to use; default: what the plugin published in the runtime directory.")
-    vllm_api_key: SecretStr | None = Field(None, validation_alias=AliasChoices("HOGWILD_VLLM_API_KEY", "VLLM_API_KEY"),
-                                           description="API key of vLLM, when it has one.")
+        None, description="URL of the vLLM to use; default: what the plugin published in the runtime directory."
+    )
+    vllm_api_key: SecretStr | None = Field(
+        None,
+        validation_alias=AliasChoices("HOGWILD_VLLM_API_KEY", "VLLM_API_KEY"),
+        description="API key of vLLM, when it has one.",
+    )
 
     # --- places ---------------------------------------------------------------------------------------------------
-    runtime_dir: Path = Field(default_factory=default_runtime_dir,
-                              description="Manifests and sockets; the same for vLLM and the worker.")
+    runtime_dir: Path = Field(
+        default_factory=default_runtime_dir, description="Manifests and sockets; the same for vLLM and the worker."
+    )
     data_dir: Path = Field(Path(".hogwild"), description="Logs, the embedded Redis' files, checkpoints.")
     checkpoint_dir: Path | None = Field(
-        None, description="Directory kept in step with the live weights; default: <data_dir>/checkpoints/<model>.")
+        None, description="Directory kept in step with the live weights; default: <data_dir>/checkpoints/<model>."
+    )
 
     # --- services -------------------------------------------------------------------------------------------------
     redis_url: str | None = Field(None, description="Redis to use; unset: an embedded server is started.")
@@ -57,8 +65,7 @@ class Settings(BaseSettings):
     flower_host: str = Field("127.0.0.1", description="Address Flower listens on.")
     flower_port: int = Field(5555, ge=1, le=65535, description="Port Flower listens on.")
     api_key: SecretStr | None = Field(None, description="Key every API route but /livez asks for.")
-    api_keys_file: Path | None = Field(
-        None, description="File with several named, hashed API keys (see docs/api.md).")
+    api_keys_file: Path | None = Field(None, description="File with several named, hashed API keys (see docs/api.md).")
     cors_origins: list[str] = Field([], description="Origins browsers may call the API from; none by default.")
     rate_limit: int = Field(0, ge=0, description="Requests a minute for each API key; 0: no limit.")
 
@@ -66,7 +73,8 @@ class Settings(BaseSettings):
     queue_limit: int = Field(10_000, ge=1, description="Jobs that may wait; more are answered 429.")
     max_body_bytes: int = Field(64 << 20, ge=1024, description="Largest request body, in bytes.")
     max_sample_tokens: int | None = Field(
-        None, ge=2, description="Longest sample (context + continuation); default: the model's own limit.")
+        None, ge=2, description="Longest sample (context + continuation); default: the model's own limit."
+    )
     max_job_samples: int = Field(100_000, ge=1, description="Most samples in one job.")
     job_retention_s: float = Field(30 * 86400.0, gt=0, description="Seconds a finished job stays in the ledger.")
     job_time_limit_s: float = Field(6 * 3600.0, gt=0, description="Hard time limit of one job, in seconds.")

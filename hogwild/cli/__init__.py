@@ -3,21 +3,42 @@
 import sys
 
 import typer
+from rich.console import Console
 
-app = typer.Typer(name="hogwild", no_args_is_help=True, pretty_exceptions_enable=False,
-                  help="Train a language model while vLLM serves it.")
+from hogwild import __version__
+from hogwild.errors import HogwildError
+
+app = typer.Typer(
+    name="hogwild",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="Train a language model while vLLM serves it.",
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hogwild {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(
+        False, "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+    ),
+) -> None:
+    pass
 
 
 def main() -> None:
     """Entry point: errors of ours end with their message and exit code 1, not with a traceback."""
-    from rich.console import Console
-
     from hogwild.cli import commands
-    from hogwild.errors import HogwildError
 
     commands.register(app)
     try:
         app()
     except HogwildError as error:
-        Console(stderr=True).print(f"[bold red]hogwild:[/] {error.message}", highlight=False)
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]hogwild:[/] {error.message}")
         sys.exit(1)

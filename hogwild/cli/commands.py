@@ -2,6 +2,10 @@
 
 import typer
 
+from hogwild.cli import up
+
 
 def register(app: typer.Typer) -> None:
-    """Add every command to `app`; imports are here so that a broken extra can't break `hogwild --help`."""
+    """Add every command to `app`."""
+    for module in (up,):
+        module.register(app)

@@ -1,0 +1,258 @@
+"""Which processes a stack is made of: command lines, environment, ports, how to see that each is up."""
+
+import importlib.metadata
+import json
+import os
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import SecretStr
+
+from hogwild.config import Settings
+from hogwild.errors import ConfigError
+from hogwild.stack import embedded_redis
+
+# Tokens of KV cache a CPU vLLM gets, in GiB: enough for a small model's demo, small enough for a laptop.
+CPU_KV_CACHE_GIB = 1
+# Share of the card that vLLM takes when the user names none: the rest is for gradients, activations and optimizer.
+GPU_MEMORY_UTILIZATION = 0.80
+LOOPBACK = {"127.0.0.1", "localhost", "::1"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Service:
+    """One process of the stack."""
+
+    name: str
+    argv: list[str]
+    priority: int  # supervisor starts the lowest first and stops it last
+    stop_wait_s: int  # seconds between SIGTERM and SIGKILL
+    port: int | None = None
+    port_setting: str = ""
+    host: str = "127.0.0.1"
+    url: str = ""  # what a user opens
+    ready_url: str = ""  # answers 200 when the service is up; empty: its port being open is enough
+
+
+def settings_env(settings: Settings) -> dict[str, str]:
+    """The settings as the environment of a child process, paths made absolute."""
+    env: dict[str, str] = {}
+    for name, value in settings:
+        if value is None:
+            continue
+        env[f"HOGWILD_{name.upper()}"] = _text(value)
+    return env
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, SecretStr):
+        return value.get_secret_value()
+    if isinstance(value, Path):
+        return str(value.resolve())
+    if isinstance(value, list):
+        return json.dumps(value)
+    return str(value)
+
+
+def environment(settings: Settings) -> dict[str, str]:
+    """The environment all services share."""
+    env = {**os.environ, **settings_env(settings)}
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}"
+    env["PYTHONUNBUFFERED"] = "1"
+    env.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if settings.api_key:
+        env["FLOWER_BASIC_AUTH"] = f"hogwild:{settings.api_key.get_secret_value()}"
+    elif settings.flower_host in LOOPBACK:
+        env["FLOWER_UNAUTHENTICATED_API"] = "true"
+    else:
+        raise ConfigError(
+            f"Flower would listen on {settings.flower_host} without a password: set HOGWILD_API_KEY, "
+            "or HOGWILD_FLOWER_HOST=127.0.0.1."
+        )
+    if settings.vllm_api_key:
+        env["VLLM_API_KEY"] = settings.vllm_api_key.get_secret_value()
+    if not has_gpu():
+        env.setdefault("VLLM_CPU_KVCACHE_SPACE", str(CPU_KV_CACHE_GIB))
+        # vLLM would pin its threads to cores and the trainer would share them anyway: let the kernel decide.
+        env.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    return env
+
+
+def has_gpu() -> bool:
+    """Whether an NVIDIA GPU is there for vLLM."""
+    return Path("/dev/nvidia0").exists() and os.environ.get("CUDA_VISIBLE_DEVICES", "0") not in {"", "-1"}
+
+
+def vllm_command(settings: Settings, model_dir: Path) -> list[str]:
+    """`vllm serve`, or the same server by its module where the distribution is vllm-cpu (whose command fails)."""
+    extra = shlex.split(settings.vllm_args)
+    given = {word.split("=", 1)[0] for word in extra if word.startswith("--")}
+    try:
+        importlib.metadata.version("vllm")
+        argv = [str(Path(sys.executable).with_name("vllm")), "serve", str(model_dir)]
+    except importlib.metadata.PackageNotFoundError:
+        argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model_dir)]
+    argv += [
+        "--served-model-name",
+        settings.model_name,
+        "--host",
+        settings.vllm_host,
+        "--port",
+        str(settings.vllm_port),
+    ]
+    if "--dtype" not in given:
+        # 'auto' may cast what is on disk; views and checkpoint must hold the same bits.
+        argv += ["--dtype", checkpoint_dtype(model_dir)]
+    if has_gpu():
+        if "--gpu-memory-utilization" not in given:
+            argv += ["--gpu-memory-utilization", str(GPU_MEMORY_UTILIZATION)]
+    elif not given & {"--enforce-eager", "--no-enforce-eager"}:
+        argv += ["--enforce-eager"]  # starts in a third of the time; on CPU, compiling gains little
+    return argv + extra
+
+
+def checkpoint_dtype(model_dir: Path) -> str:
+    """The dtype that a model's config names, for `--dtype`."""
+    try:
+        config = json.loads((model_dir / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{model_dir} is not a Hugging Face model directory: {error}") from error
+    config = {**config, **config.get("text_config", {})}
+    return str(config.get("dtype") or config.get("torch_dtype") or "auto")
+
+
+def build(settings: Settings, *, vllm: bool) -> list[Service]:
+    """The services of a stack, in the order they start."""
+    python = sys.executable
+    data = settings.data_dir.resolve()
+    name = settings.model_name
+    celery = [python, "-m", "celery", "-A"]
+    services = []
+    if settings.redis_url is None:
+        config = embedded_redis.write_config(data / "redis", settings.redis_port)
+        services.append(
+            Service(
+                name="redis",
+                argv=[str(embedded_redis.server_binary()), str(config)],
+                priority=10,
+                stop_wait_s=30,
+                port=settings.redis_port,
+                port_setting="HOGWILD_REDIS_PORT",
+            )
+        )
+    if vllm:
+        base = f"http://{url_host(settings.vllm_host)}:{settings.vllm_port}"
+        services.append(
+            Service(
+                name="vllm",
+                argv=vllm_command(settings, settings.model_checkpoint_dir.resolve()),
+                priority=20,
+                stop_wait_s=45,
+                host=settings.vllm_host,
+                port=settings.vllm_port,
+                port_setting="HOGWILD_VLLM_PORT",
+                url=base,
+                ready_url=f"{base}/health",
+            )
+        )
+    services.append(
+        Service(
+            name="worker",
+            priority=30,
+            stop_wait_s=120,
+            argv=[
+                *celery,
+                "hogwild.tasks.worker:app",
+                "worker",
+                "-Q",
+                settings.queue,
+                "-n",
+                f"{settings.model_slug}@%h",
+                "-c",
+                "1",
+                "--pool",
+                "prefork",
+                "-E",
+                "--loglevel",
+                "INFO",
+            ],
+        )
+    )
+    api = f"http://{url_host(settings.api_host)}:{settings.api_port}"
+    services.append(
+        Service(
+            name="api",
+            priority=40,
+            stop_wait_s=15,
+            host=settings.api_host,
+            port=settings.api_port,
+            port_setting="HOGWILD_API_PORT",
+            url=api,
+            ready_url=f"{api}/livez",
+            argv=[
+                python,
+                "-m",
+                "uvicorn",
+                "hogwild.api.app:create_app",
+                "--factory",
+                "--host",
+                settings.api_host,
+                "--port",
+                str(settings.api_port),
+                "--no-access-log",
+                "--timeout-graceful-shutdown",
+                "5",
+            ],
+        )
+    )
+    services.append(
+        Service(
+            name="beat",
+            priority=50,
+            stop_wait_s=15,
+            argv=[
+                *celery,
+                "hogwild.tasks.schedule:app",
+                "beat",
+                "--schedule",
+                str(data / "beat" / "schedule"),
+                "--pidfile",
+                "",
+                "--loglevel",
+                "WARNING",
+            ],
+        )
+    )
+    flower = f"http://{url_host(settings.flower_host)}:{settings.flower_port}"
+    services.append(
+        Service(
+            name="flower",
+            priority=60,
+            stop_wait_s=15,
+            host=settings.flower_host,
+            port=settings.flower_port,
+            port_setting="HOGWILD_FLOWER_PORT",
+            url=flower,
+            ready_url=f"{flower}/healthcheck",
+            argv=[
+                *celery,
+                "hogwild.tasks.app:app",
+                "flower",
+                f"--address={settings.flower_host}",
+                f"--port={settings.flower_port}",
+                "--persistent=True",
+                f"--db={data / 'flower' / 'flower.db'}",
+            ],
+        )
+    )
+    return services
+
+
+def url_host(host: str) -> str:
+    """A listening address as the host of a URL one can connect to."""
+    if host in {"0.0.0.0", "::", ""}:  # noqa: S104 - compared with, not listened on
+        return "127.0.0.1"
+    return f"[{host}]" if ":" in host else host

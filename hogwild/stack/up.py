@@ -1,0 +1,367 @@
+"""Bring the stack up, watch it, take it down with nothing left behind.
+
+checks (ports, model, one stack per data directory)
+  → redis → vllm, worker, api, beat, flower → ready
+  ⟲ a service died: its last lines are shown, supervisor restarts it with back-off
+Ctrl-C / SIGTERM → flower, beat, api, worker (last sync), vllm, redis → manifest and sockets removed
+"""
+
+import fcntl
+import hashlib
+import os
+import socket
+import subprocess
+import sys
+import time
+import xmlrpc.client
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+import httpx
+import psutil
+import redis as redis_client
+
+from hogwild.config import Settings
+from hogwild.errors import ConfigError, HogwildError
+from hogwild.stack import embedded_redis, services
+from hogwild.stack.logs import LogFollower, tail
+from hogwild.stack.supervise import State, Supervisor
+
+POLL_S = 0.5
+LAST_LINES = 15  # of a dead service's log
+# Files that vLLM and the worker leave in the runtime directory; worthless once both are gone.
+RUNTIME_FILES = ("rank*.json", "frontend.json", "weights.state", "pulse.state", "worker.lock", "*.stop")
+
+Notice = Callable[[str], None]
+LogLine = Callable[[str, str], None]
+
+
+class StackError(HogwildError):
+    """The stack could not be brought up."""
+
+
+class Stack:
+    """All services of one served model; a context manager that starts on enter and stops on exit."""
+
+    def __init__(
+        self, settings: Settings, *, vllm: bool = True, notice: Notice = print, log_line: LogLine | None = None
+    ) -> None:
+        self._vllm = vllm
+        self._notice = notice
+        self._log_line = log_line
+        self._follower: LogFollower | None = None
+        self._lock: IO[str] | None = None
+        self._states: dict[str, State] = {}
+        self._seen: dict[int, psutil.Process] = {}
+        if vllm and settings.model is None:
+            raise ConfigError(
+                "Which model should vLLM serve? Name its directory: hogwild up --model DIR "
+                "(or HOGWILD_MODEL). To join a vLLM that is already running: --no-vllm."
+            )
+        if not vllm and settings.served_model_name is None and settings.model is None:
+            settings = settings.model_copy(update={"served_model_name": only_exported_model(settings.runtime_dir)})
+        # The same names for every process, wherever it was started: all paths absolute, the model's name written out.
+        self.settings = settings.model_copy(
+            update={
+                "served_model_name": settings.model_name,
+                "data_dir": settings.data_dir.resolve(),
+                "runtime_dir": settings.runtime_dir.resolve(),
+                "checkpoint_dir": settings.model_checkpoint_dir.resolve(),
+            }
+        )
+        self.embedded = settings.redis_url is None
+
+    # --- up -------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start every service; returns when supervisor has launched them, not when they are ready."""
+        s = self.settings
+        s.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._take_lock()
+        try:
+            for folder in ("redis", "beat", "flower"):
+                (s.data_dir / folder).mkdir(exist_ok=True)
+            for path in (s.runtime_dir, s.model_runtime_dir):
+                path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if self._vllm:
+                self._prepare_checkpoint()
+            plan = services.build(s, vllm=self._vllm)
+            check_ports(plan)
+            redis_url = s.redis_url or embedded_redis.url(s.data_dir / "redis", s.redis_port)
+            self.settings = s = s.model_copy(update={"redis_url": redis_url})
+            digest = hashlib.sha256(str(s.data_dir).encode()).hexdigest()[:12]
+            self.supervisor = Supervisor(
+                plan, directory=s.data_dir, socket=s.runtime_dir / f"up-{digest}.sock", env=services.environment(s)
+            )
+            if self._log_line:
+                self._follower = LogFollower([(p.name, self.supervisor.log_file(p.name)) for p in plan], self._log_line)
+                self._follower.start()
+            self.supervisor.start()
+            self._wait(lambda: bool(self.supervisor.states()), 20, "supervisord")
+            if self.embedded:
+                self.supervisor.start_service("redis")
+            self._wait(self._redis_answers, 60, f"Redis at {_without_password(redis_url)}")
+            for service in plan:
+                if service.name != "redis":
+                    self.supervisor.start_service(service.name)
+        except BaseException:
+            self.stop()
+            raise
+
+    def _take_lock(self) -> None:
+        path = self.settings.data_dir / "up.lock"
+        self._lock = path.open("a+")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.seek(0)
+            pid = self._lock.read().strip() or "?"
+            self._lock.close()
+            self._lock = None
+            raise ConfigError(
+                f"A stack is already up on {self.settings.data_dir} (process {pid}): stop it, or give this "
+                "one a data directory of its own with --data-dir."
+            ) from None
+        self._lock.truncate(0)
+        self._lock.write(str(os.getpid()))
+        self._lock.flush()
+
+    def _prepare_checkpoint(self) -> None:
+        """vLLM serves the checkpoint directory itself, so that a restarted vLLM has all that was saved."""
+        source = Path(self.settings.model or "")
+        if not (source / "config.json").is_file():
+            raise ConfigError(
+                f"{source} is not a Hugging Face model directory (no config.json there). Hogwild updates "
+                "the checkpoint on disk, so it needs the model's files: download it first and name the "
+                "directory."
+            )
+        target = self.settings.model_checkpoint_dir
+        if not target.exists():
+            self._notice(f"cloning {source} to {target}, where checkpoints will be kept")
+        # In a process of its own: torch stays out of this one. A sync that a crash cut short is finished or undone here.
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "hogwild.stack.prepare",
+                str(source.resolve()),
+                str(target),
+                str(self.settings.keep_last),
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise ConfigError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "clone failed")
+
+    def _redis_answers(self) -> bool:
+        with suppress(redis_client.RedisError, OSError):
+            with redis_client.Redis.from_url(self.settings.redis_url or "", socket_timeout=2) as client:
+                return bool(client.ping())
+        return False
+
+    def _wait(self, done: Callable[[], bool], timeout: float, what: str) -> None:
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            with suppress(OSError, xmlrpc.client.Error):
+                if done():
+                    return
+            if self.supervisor.process is not None and not self.supervisor.alive:
+                raise StackError("supervisord ended: " + " ".join(tail(self.supervisor.logs / "supervisord.err", 3)))
+            self._report_changes()
+            time.sleep(0.1)
+        raise StackError(f"{what} did not come up within {timeout:.0f} s: see {self.supervisor.logs}")
+
+    # --- watching -------------------------------------------------------------------------------------------------
+
+    def ready(self) -> bool:
+        """Whether every service answers and the worker is attached to vLLM's weights."""
+        for service in self.supervisor.services:
+            if service.ready_url and not _answers(service.ready_url):
+                return False
+        return _answers(f"{self.api_url}/readyz", self._api_headers())
+
+    def wait_ready(self, timeout: float = 900.0, tick: Callable[[dict[str, bool]], None] | None = None) -> None:
+        """Wait for `ready`, reporting deaths meanwhile; `tick` gets which services answer, once a round.
+
+        Raises StackError after `timeout` seconds.
+        """
+        deadline = time.monotonic() + timeout
+        while not self.ready():
+            self.watch()
+            if tick:
+                tick(self.answering())
+            if time.monotonic() > deadline:
+                raise StackError(f"The stack was not ready after {timeout:.0f} s: see {self.supervisor.logs}")
+            time.sleep(POLL_S)
+
+    def answering(self) -> dict[str, bool]:
+        """Service name → whether it answers (or runs, for those without a port)."""
+        result = {
+            p.name: _answers(p.ready_url) if p.ready_url else self._running(p.name) for p in self.supervisor.services
+        }
+        result["worker"] = _answers(f"{self.api_url}/readyz", self._api_headers())
+        return result
+
+    def _running(self, name: str) -> bool:
+        state = self._states.get(name)
+        return state is not None and state.state in {"STARTING", "RUNNING"}
+
+    def watch(self) -> None:
+        """One look at the services: reports what died. Raises StackError when supervisord itself is gone."""
+        if not self.supervisor.alive:
+            raise StackError("supervisord was killed; the services it left behind are being stopped.")
+        self._report_changes()
+
+    def _report_changes(self) -> None:
+        try:
+            states = self.supervisor.states()
+        except (OSError, xmlrpc.client.Error):
+            return
+        for now in states:
+            before = self._states.get(now.name)
+            self._states[now.name] = now
+            if now.pid:
+                with suppress(psutil.NoSuchProcess):
+                    self._seen.setdefault(now.pid, psutil.Process(now.pid))
+            died = before is not None and before.pid and before.pid != now.pid and now.state != "STOPPING"
+            if died or (now.state == "BACKOFF" and (before is None or before.state != "BACKOFF")):
+                self._notice(
+                    f"{now.name} ended with status {now.exit_status} {now.spawn_error}".rstrip()
+                    + "; supervisor restarts it. The end of its log:"
+                )
+                for line in tail(self.supervisor.log_file(now.name), LAST_LINES):
+                    self._notice(f"    {line}")
+
+    # --- addresses ------------------------------------------------------------------------------------------------
+
+    @property
+    def api_url(self) -> str:
+        """Base URL of the API."""
+        return f"http://{services.url_host(self.settings.api_host)}:{self.settings.api_port}"
+
+    @property
+    def vllm_url(self) -> str:
+        """Base URL of vLLM as `up` starts it."""
+        return f"http://{services.url_host(self.settings.vllm_host)}:{self.settings.vllm_port}"
+
+    @property
+    def urls(self) -> dict[str, str]:
+        """Service → URL, for those with one."""
+        return {p.name: p.url for p in self.supervisor.services if p.url}
+
+    def _api_headers(self) -> dict[str, str]:
+        key = self.settings.api_key
+        return {"Authorization": f"Bearer {key.get_secret_value()}"} if key else {}
+
+    # --- down -----------------------------------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """Stop every service in order and remove what only made sense while they ran. Safe to call twice."""
+        supervisor = getattr(self, "supervisor", None)
+        if supervisor is not None:
+            self._report_pids()
+            if not supervisor.stop(sum(p.stop_wait_s for p in supervisor.services) + 10.0):
+                self._notice("supervisord does not end: killing what is left")
+                supervisor.process.kill()
+            self._end_leftovers()
+        if self._follower:
+            self._follower.stop()
+            self._follower = None
+        if self._vllm and supervisor is not None:
+            for pattern in RUNTIME_FILES:
+                for path in self.settings.model_runtime_dir.glob(pattern):
+                    path.unlink(missing_ok=True)
+            with suppress(OSError):
+                self.settings.model_runtime_dir.rmdir()
+        if self._lock:
+            self._lock.close()
+            self._lock = None
+
+    def _report_pids(self) -> None:
+        """Remember every descendant, to be sure at the end that none outlives us."""
+        self._report_changes()
+        for process in list(self._seen.values()):
+            with suppress(psutil.Error):
+                for child in process.children(recursive=True):
+                    self._seen.setdefault(child.pid, child)
+
+    def _end_leftovers(self) -> None:
+        # psutil compares the start time, so a recycled pid is never touched.
+        left = [p for p in self._seen.values() if p.is_running()]
+        for process in left:
+            with suppress(psutil.Error):
+                process.terminate()
+        _, stubborn = psutil.wait_procs(left, timeout=5)
+        for process in stubborn:
+            with suppress(psutil.Error):
+                process.kill()
+        self._seen.clear()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+def check_ports(plan: list[services.Service]) -> None:
+    """Raise ConfigError naming every port that is taken and the setting that changes it."""
+    taken = []
+    for service in plan:
+        if service.port is None:
+            continue
+        family = socket.AF_INET6 if ":" in service.host else socket.AF_INET
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((service.host, service.port))
+            except OSError as error:
+                option = service.port_setting.removeprefix("HOGWILD_").lower().replace("_", "-")
+                taken.append(
+                    f"{service.name} needs {service.host}:{service.port} ({error.strerror}): free it or choose "
+                    f"another with --{option} or {service.port_setting}"
+                )
+    if taken:
+        raise ConfigError("; ".join(taken))
+
+
+def only_exported_model(runtime_dir: Path) -> str:
+    """The model whose weights a running vLLM exported, when there is exactly one.
+
+    Raises ConfigError otherwise, with what is there.
+    """
+    import json
+
+    names = set()
+    for path in runtime_dir.glob("*/rank0.json"):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            names.add(str(json.loads(path.read_text())["__metadata__"]["served_model_name"]))
+    if len(names) == 1:
+        return names.pop()
+    if not names:
+        raise ConfigError(
+            f"No vLLM with the Hogwild plugin has exported weights to {runtime_dir}: start vLLM in an "
+            "environment where hogwild is installed, with the same HOGWILD_RUNTIME_DIR, and wait until it "
+            "serves. `hogwild doctor` shows what is wrong."
+        )
+    raise ConfigError(f"Several models are being served: {', '.join(sorted(names))}. Choose with --served-model-name.")
+
+
+def _answers(url: str, headers: dict[str, str] | None = None) -> bool:
+    try:
+        return httpx.get(url, timeout=3.0, headers=headers).status_code == httpx.codes.OK
+    except httpx.HTTPError:
+        return False
+
+
+def _without_password(url: str) -> str:
+    head, at, tail_ = url.rpartition("@")
+    return f"{head.split('://', 1)[0]}://…@{tail_}" if at else url
