@@ -31,8 +31,8 @@ def register(app: typer.Typer) -> None:
 def up(settings: Settings, *, no_vllm: bool) -> None:
     """Run everything in the foreground: Redis, vLLM, worker, beat, API, Flower.
 
-    Settings come from these options or from HOGWILD_<NAME> in the environment; an option wins. Ctrl-C stops all of it in
-    order, after a last checkpoint of what was trained.
+    Settings come from these options or from HOGWILD_<NAME> in the environment; an option wins. Ctrl-C stops all of
+    it in order, after a last checkpoint of what was trained.
     """
     from hogwild.stack.up import Stack
 

@@ -128,7 +128,6 @@ def build(settings: Settings, *, vllm: bool) -> list[Service]:
     """The services of a stack, in the order they start."""
     python = sys.executable
     data = settings.data_dir.resolve()
-    name = settings.model_name
     celery = [python, "-m", "celery", "-A"]
     services = []
     if settings.redis_url is None:

@@ -141,7 +141,7 @@ class Stack:
         target = self.settings.model_checkpoint_dir
         if not target.exists():
             self._notice(f"cloning {source} to {target}, where checkpoints will be kept")
-        # In a process of its own: torch stays out of this one. A sync that a crash cut short is finished or undone here.
+        # In a process of its own, so that torch stays out of this one; also ends a sync that a crash cut short.
         done = subprocess.run(
             [
                 sys.executable,
@@ -159,10 +159,11 @@ class Stack:
             raise ConfigError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "clone failed")
 
     def _redis_answers(self) -> bool:
-        with suppress(redis_client.RedisError, OSError):
+        try:
             with redis_client.Redis.from_url(self.settings.redis_url or "", socket_timeout=2) as client:
                 return bool(client.ping())
-        return False
+        except (redis_client.RedisError, OSError):
+            return False
 
     def _wait(self, done: Callable[[], bool], timeout: float, what: str) -> None:
         deadline = time.monotonic() + timeout
