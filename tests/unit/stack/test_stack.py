@@ -1,0 +1,162 @@
+"""The parts of `hogwild up` that need no running service."""
+
+import json
+import os
+import socket
+import stat
+from pathlib import Path
+
+import pytest
+
+from hogwild.cli.up import load_settings
+from hogwild.config import Settings, slug
+from hogwild.errors import ConfigError
+from hogwild.stack import embedded_redis, services
+from hogwild.stack.logs import LogFollower, tail
+from hogwild.stack.up import Stack, check_ports, only_exported_model
+
+
+@pytest.fixture
+def model_dir(tmp_path: Path) -> Path:
+    path = tmp_path / "models" / "Tiny-1B"
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps({"dtype": "bfloat16"}))
+    return path
+
+
+def settings(tmp_path: Path, **fields: object) -> Settings:
+    return Settings(data_dir=tmp_path / "data", runtime_dir=tmp_path / "run", **fields)
+
+
+def plan(s: Settings, *, vllm: bool = False) -> dict[str, services.Service]:
+    return {p.name: p for p in services.build(s, vllm=vllm)}
+
+
+def test_a_taken_port_is_reported_with_the_setting_that_changes_it(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"api needs 127.0.0.1:{port}.*--api-port or HOGWILD_API_PORT"):
+            check_ports(services.build(settings(tmp_path, api_port=port, redis_url="redis://x"), vllm=False))
+
+
+def test_the_embedded_server_fsyncs_every_write_and_never_evicts(tmp_path: Path) -> None:
+    config = embedded_redis.write_config(tmp_path / "redis", 6400)
+    text = config.read_text()
+    assert {"appendonly yes", "appendfsync always", "maxmemory-policy noeviction"} <= set(text.splitlines())
+    assert stat.S_IMODE(config.stat().st_mode) == 0o600
+    assert stat.S_IMODE((tmp_path / "redis" / "password").stat().st_mode) == 0o600
+
+
+def test_the_embedded_servers_password_stays_the_same(tmp_path: Path) -> None:
+    assert embedded_redis.url(tmp_path / "r", 1) == embedded_redis.url(tmp_path / "r", 1)
+
+
+def test_no_embedded_server_when_a_redis_is_named(tmp_path: Path) -> None:
+    assert "redis" in plan(settings(tmp_path))
+    assert "redis" not in plan(settings(tmp_path, redis_url="redis://elsewhere:6379/0"))
+
+
+def test_vllm_serves_the_checkpoint_directory_in_the_dtype_of_its_config(tmp_path: Path, model_dir: Path) -> None:
+    argv = services.vllm_command(settings(tmp_path, model=str(model_dir)), model_dir)
+    assert argv[argv.index("--dtype") + 1] == "bfloat16"
+    assert argv[argv.index("--served-model-name") + 1] == "Tiny-1B"
+
+
+def test_the_users_vllm_arguments_win(tmp_path: Path, model_dir: Path) -> None:
+    s = settings(tmp_path, model=str(model_dir), vllm_args="--dtype float32 --no-enforce-eager --max-model-len 512")
+    argv = services.vllm_command(s, model_dir)
+    assert argv.count("--dtype") == 1
+    assert "--enforce-eager" not in argv
+    assert argv[-2:] == ["--max-model-len", "512"]
+
+
+def test_flower_is_open_on_loopback_only(tmp_path: Path) -> None:
+    assert services.environment(settings(tmp_path))["FLOWER_UNAUTHENTICATED_API"] == "true"
+    with pytest.raises(ConfigError, match="without a password: set HOGWILD_API_KEY"):
+        services.environment(settings(tmp_path, flower_host="0.0.0.0"))
+
+
+def test_with_an_api_key_flower_asks_for_it_everywhere(tmp_path: Path) -> None:
+    env = services.environment(settings(tmp_path, api_key="sesame"))
+    assert env["FLOWER_BASIC_AUTH"] == "hogwild:sesame"
+    assert "FLOWER_UNAUTHENTICATED_API" not in env
+
+
+def test_children_get_every_setting_by_environment_and_no_secret_by_argument(tmp_path: Path) -> None:
+    s = settings(tmp_path, api_key="sesame", vllm_api_key="open", cors_origins=["https://a.example"])
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in services.settings_env(s).items():
+            patch.setenv(name, value)
+        again = Settings()
+    assert again.api_key == s.api_key
+    assert again.vllm_api_key == s.vllm_api_key
+    assert again.cors_origins == s.cors_origins
+    assert again.data_dir == s.data_dir.resolve()
+    for service in services.build(s, vllm=False):
+        assert not {"sesame", "open"} & set(service.argv)
+
+
+def test_up_without_a_model_says_what_to_name() -> None:
+    with pytest.raises(ConfigError, match="hogwild up --model DIR"):
+        Stack(Settings(model=None), vllm=True)
+
+
+def test_a_model_that_is_no_directory_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    stack = Stack(settings(tmp_path, model="org/some-model"), vllm=True)
+    with pytest.raises(ConfigError, match="download it first"):
+        stack.start()
+    assert not hasattr(stack, "supervisor")
+
+
+def test_a_second_stack_on_the_same_data_directory_is_refused(tmp_path: Path, model_dir: Path) -> None:
+    first = Stack(settings(tmp_path, model=str(model_dir)))
+    first.settings.data_dir.mkdir(parents=True)
+    first._take_lock()
+    try:
+        with pytest.raises(ConfigError, match=rf"already up .*\(process {os.getpid()}\)"):
+            Stack(settings(tmp_path, model=str(model_dir))).start()
+    finally:
+        first.stop()
+
+
+@pytest.mark.parametrize("names", [[], ["a"], ["a", "b"]])
+def test_joining_needs_exactly_one_exported_model_or_a_name(tmp_path: Path, names: list[str]) -> None:
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rank0.json").write_text(json.dumps({"__metadata__": {"served_model_name": name}}))
+    if len(names) == 1:
+        assert only_exported_model(tmp_path) == "a"
+    else:
+        with pytest.raises(ConfigError, match="exported weights" if not names else "a, b"):
+            only_exported_model(tmp_path)
+
+
+def test_a_wrong_setting_is_named_with_its_variable() -> None:
+    with pytest.raises(ConfigError, match="HOGWILD_API_PORT"):
+        load_settings({"api_port": "eighty"})
+
+
+@pytest.mark.parametrize(("name", "path"), [("org/Model-7B", "org_Model-7B"), ("../../etc", "_.._etc"), ("", "model")])
+def test_a_served_model_name_becomes_one_safe_path_component(name: str, path: str) -> None:
+    assert slug(name) == path
+
+
+def test_the_log_follower_shows_new_lines_only_and_survives_rotation(tmp_path: Path) -> None:
+    log = tmp_path / "api.log"
+    log.write_text("old\n")
+    seen: list[tuple[str, str]] = []
+    follower = LogFollower([("api", log)], lambda name, line: seen.append((name, line)))
+    with log.open("a") as file:
+        file.write("one\nhalf")
+    follower._pump()
+    with log.open("a") as file:
+        file.write(" line\n")
+    follower._pump()
+    log.rename(tmp_path / "api.log.1")
+    log.write_text("after rotation\n")
+    follower._pump()
+    assert seen == [("api", "one"), ("api", "half line"), ("api", "after rotation")]
+    assert tail(log, 5) == ["after rotation"]
+    assert tail(tmp_path / "missing", 5) == []
