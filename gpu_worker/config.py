@@ -1,0 +1,175 @@
+"""What one training job asks of the engine: every field, its default, its bounds and what it means.
+
+Free of torch, so that the API can check a request with the same code that will run it.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+from hogwild.errors import InvalidRequest
+
+OptimizerName = Literal["apollo", "apollo-mini", "adamw", "sgd"]
+ScheduleName = Literal["constant", "linear", "cosine"]
+
+OPTIMIZERS: tuple[str, ...] = get_args(OptimizerName)
+SCHEDULES: tuple[str, ...] = get_args(ScheduleName)
+
+# Rates of jobs that name none: measured with bench/learning.py, the table is in docs/training.md.
+DEFAULT_LEARNING_RATE: dict[str, float] = {"apollo": 5e-4, "apollo-mini": 3e-5, "adamw": 2e-5, "sgd": 5e-3}
+
+# Passes over the samples of a job that names neither epochs nor steps (same source).
+DEFAULT_EPOCHS = 8
+
+# Tokens in one packed forward pass unless the job says otherwise: enough to keep a GPU compute-bound at 8 B
+# parameters, small enough that checkpointed activations stay near 1 GB there.
+DEFAULT_PACK_TOKENS = 4096
+
+# Rank of APOLLO's auxiliary space (arXiv 2412.05270, section 5); Mini is rank 1 by definition.
+DEFAULT_RANK = {"apollo": 256, "apollo-mini": 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One job's hyperparameters, checked on construction.
+
+    Raises:
+        InvalidRequest: a field is out of bounds; `details["field"]` names it.
+    """
+
+    optimizer: str = "apollo-mini"
+    """One of `apollo`, `apollo-mini`, `adamw`, `sgd`."""
+    learning_rate: float | None = None
+    """Peak rate; None: `DEFAULT_LEARNING_RATE[optimizer]`."""
+    epochs: int | None = None
+    """Passes over the samples. Not together with `steps`; neither: `DEFAULT_EPOCHS`."""
+    steps: int | None = None
+    """Optimizer steps; the samples are repeated (and shuffled anew) until they are done."""
+    context_grad: bool = True
+    """False: the context runs without gradient into a KV cache, memory follows the continuation alone."""
+    seed: int = 0
+    """Of the shuffling and of the stochastic rounding."""
+    shuffle: bool = True
+    """Draw a new order for every epoch; False: the order given."""
+    warmup_steps: int = 0
+    """Steps over which the rate rises linearly from rate/warmup_steps to its peak."""
+    schedule: str = "constant"
+    """After the warm-up: `constant`, `linear` to zero, or `cosine` to zero."""
+    weight_decay: float = 0.0
+    """Decoupled: each step multiplies a matrix by 1 - rate · weight_decay. Vectors are never decayed."""
+    gradient_accumulation: int = 1
+    """Packs in one optimizer step. Above 1 all gradients are held between packs: one more copy of the weights."""
+    trainable: tuple[str, ...] | None = None
+    """Shell patterns (fnmatch) over parameter names; only those that match one are trained. None: all."""
+    max_tokens_per_step: int | None = None
+    """Most input tokens in one optimizer step. None: `DEFAULT_PACK_TOKENS` for each pack. A single longer sample
+    still forms a pack of its own."""
+    rank: int | None = None
+    """Rank of APOLLO's projection; None: `DEFAULT_RANK`. Only for `apollo`."""
+    max_nonfinite_steps: int = 3
+    """The job fails after this many steps in a row with a loss or gradient that is not finite."""
+
+    def __post_init__(self) -> None:
+        _choice("optimizer", self.optimizer, OPTIMIZERS)
+        _choice("schedule", self.schedule, SCHEDULES)
+        if self.learning_rate is not None:
+            _number("learning_rate", self.learning_rate, above=0.0, most=10.0)
+        _number("weight_decay", self.weight_decay, least=0.0, most=10.0)
+        for name, least in _INTEGERS.items():
+            value = getattr(self, name)
+            if value is not None:
+                _integer(name, value, least)
+        for name in ("context_grad", "shuffle"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidRequest(f"{name} must be true or false.", field=name)
+        if self.epochs is not None and self.steps is not None:
+            raise InvalidRequest("Give either epochs or steps, not both.", field="steps")
+        if self.rank is not None and self.optimizer != "apollo":
+            raise InvalidRequest(f"rank belongs to the optimizer 'apollo', not to {self.optimizer!r}.", field="rank")
+        if self.trainable is not None:
+            patterns = self.trainable
+            if isinstance(patterns, str) or not all(isinstance(p, str) and p for p in patterns) or not patterns:
+                raise InvalidRequest("trainable must be a list of patterns such as '*.mlp.*'.", field="trainable")
+            object.__setattr__(self, "trainable", tuple(patterns))
+        if self.max_tokens_per_step is not None and self.max_tokens_per_step < self.gradient_accumulation:
+            raise InvalidRequest(
+                "max_tokens_per_step leaves less than one token for each of the gradient_accumulation packs.",
+                field="max_tokens_per_step",
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "TrainConfig":
+        """A job's JSON object, with the names of the fields above; None means the default.
+
+        Raises:
+            InvalidRequest: a name that is no field, or a value out of bounds.
+        """
+        known = cls.field_names()
+        for name in values:
+            if name not in known:
+                raise InvalidRequest(f"Unknown training option {name!r}. Options: {', '.join(known)}.", field=name)
+        given = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if v is not None}
+        return cls(**given)
+
+    @classmethod
+    def field_names(cls) -> tuple[str, ...]:
+        """Names that `from_dict` takes."""
+        return tuple(f.name for f in fields(cls))
+
+    @property
+    def peak_rate(self) -> float:
+        """The learning rate after the warm-up."""
+        return DEFAULT_LEARNING_RATE[self.optimizer] if self.learning_rate is None else self.learning_rate
+
+    @property
+    def projection_rank(self) -> int:
+        """Rank of APOLLO's auxiliary space; meaningless for the other optimizers."""
+        return self.rank or DEFAULT_RANK.get(self.optimizer, 0)
+
+    @property
+    def pack_tokens(self) -> int:
+        """Most input tokens in one pack (one forward and backward pass)."""
+        if self.max_tokens_per_step is None:
+            return DEFAULT_PACK_TOKENS
+        return self.max_tokens_per_step // self.gradient_accumulation
+
+    def rate_at(self, step: int, n_steps: int) -> float:
+        """Learning rate of `step` (from 0) of a job of `n_steps` steps."""
+        if step < self.warmup_steps:
+            return self.peak_rate * (step + 1) / self.warmup_steps
+        if self.schedule == "constant":
+            return self.peak_rate
+        # Position after the warm-up in [0, 1): the last step still moves, a step at rate 0 would be wasted.
+        position = (step - self.warmup_steps) / max(1, n_steps - self.warmup_steps)
+        if self.schedule == "linear":
+            return self.peak_rate * (1.0 - position)
+        return self.peak_rate * 0.5 * (1.0 + math.cos(math.pi * position))
+
+
+_INTEGERS = {
+    "epochs": 1, "steps": 1, "seed": 0, "warmup_steps": 0, "gradient_accumulation": 1, "max_tokens_per_step": 1,
+    "rank": 1, "max_nonfinite_steps": 1,
+}  # fmt: skip
+
+
+def _choice(field: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InvalidRequest(f"{field} must be one of {', '.join(choices)}; got {value!r}.", field=field)
+
+
+def _integer(field: str, value: object, least: int) -> None:
+    # The upper bound keeps every derived seed and count inside 63 bits.
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**62:
+        raise InvalidRequest(f"{field} must be a whole number of at least {least}; got {value!r}.", field=field)
+
+
+def _number(field: str, value: object, *, above: float | None = None, least: float | None = None, most: float) -> None:
+    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value <= most
+    if good and above is not None:
+        good = value > above  # type: ignore[operator]
+    if good and least is not None:
+        good = value >= least  # type: ignore[operator]
+    if not good:
+        bound = f"above {above}" if above is not None else f"at least {least}"
+        raise InvalidRequest(f"{field} must be a number {bound} and at most {most}; got {value!r}.", field=field)

@@ -1,0 +1,315 @@
+"""The training step, and the loop around it.
+
+One step is forward, backward, done: a hook on each parameter applies the optimizer as soon as autograd has summed that
+parameter's gradient, and frees it. Autograd hands a leaf its gradient once per backward pass, after all uses of it are
+in (a tied head and embedding, a layer used twice), and a layer's own backward, recompute included, is over before its
+weights change. So the result is bit for bit that of a step taken after backward, at the memory of one gradient.
+
+    Trainer(model) ─► plan(samples, config) ─► run(plan, control)
+
+The weights are those that vLLM is serving. A step whose loss is not finite never reaches backward; a gradient that is
+not finite leaves its tensor as it was.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hogwild.errors import ConfigError, DoesNotFit, InvalidRequest, NonFinite
+from hogwild.gpu_worker.batch import Pack, Sample, Step, check_tokens, collate, plan_steps
+from hogwild.gpu_worker.config import TrainConfig
+from hogwild.gpu_worker.control import Control, StepReport, TrainResult, Unattended
+from hogwild.gpu_worker.forward import Forward
+from hogwild.gpu_worker.inplace import SUPPORTED_DTYPES
+from hogwild.gpu_worker.optim import Optimizer, StepStats, build_optimizer
+
+__all__ = ["Control", "Plan", "StepReport", "TrainResult", "Trainer", "Unattended"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A job, laid out: the same samples, config and pack size always give the same plan."""
+
+    config: TrainConfig
+    samples: tuple[Sample, ...]
+    steps: tuple[Step, ...]
+    pack_tokens: int
+    """Most tokens in a pack. Smaller than asked when memory is short: keep it with the job, so that a restart on a
+    machine with another amount of free memory lays out the same steps."""
+
+    @property
+    def n_steps(self) -> int:
+        return len(self.steps)
+
+    @property
+    def tokens(self) -> int:
+        """Input tokens of all steps."""
+        return sum(self.samples[i].input_tokens for step in self.steps for pack in step for i in pack)
+
+
+class Trainer:
+    """Trains one live model. The optimizer's state stays here from job to job.
+
+    Args:
+        model: a transformers causal language model, float32 or bf16, whose parameters are the live weights. Parameters
+            that do not require gradients are never trained.
+        aliases: other names of parameters (checkpoint names), for the `trainable` patterns.
+
+    Raises:
+        ConfigError: a parameter's dtype can't be trained in place.
+    """
+
+    def __init__(self, model: Any, *, aliases: Mapping[str, Sequence[str]] | None = None) -> None:
+        self.model = model
+        # named_parameters() gives a tied weight once, under its first name.
+        self.params: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        for name, p in self.params.items():
+            if p.dtype not in SUPPORTED_DTYPES:
+                raise ConfigError(f"{name} is {p.dtype}: only float32 and bfloat16 weights can be trained in place.")
+        self.aliases = {n: tuple((aliases or {}).get(n, ())) for n in self.params}
+        self.forward = Forward(model)
+        self.optimizer: Optimizer | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.forward.device
+
+    # --- planning --------------------------------------------------------------------------------------------------
+
+    def plan(self, samples: Sequence[Sample], config: TrainConfig, *, pack_tokens: int | None = None) -> Plan:
+        """Lay out a job and check that it can run.
+
+        Args:
+            pack_tokens: of an earlier plan of this job, when it is being resumed.
+
+        Raises:
+            InvalidRequest: no samples, ids outside the vocabulary, a pattern that matches nothing.
+            DoesNotFit: more memory is needed than free; `details` has the numbers.
+        """
+        if not samples:
+            raise InvalidRequest("There are no samples to train on.", field="samples")
+        check_tokens(samples, self.forward.vocab_size, self.forward.max_tokens)
+        self.trainable(config)
+        size = config.pack_tokens if pack_tokens is None else pack_tokens
+        if not self.forward.abilities.packs:
+            size = 0
+        steps = plan_steps([s.input_tokens for s in samples], config, size)
+        return Plan(config, tuple(samples), steps, size)
+
+    def trainable(self, config: TrainConfig) -> dict[str, Tensor]:
+        """The parameters that a job trains, by name.
+
+        Raises:
+            InvalidRequest: a pattern matches no parameter.
+        """
+        if config.trainable is None:
+            return dict(self.params)
+        chosen: set[str] = set()
+        for pattern in config.trainable:
+            hits = {n for n in self.params if any(fnmatchcase(x, pattern) for x in (n, *self.aliases[n]))}
+            if not hits:
+                raise InvalidRequest(f"trainable: {pattern!r} matches no parameter of the model.", field="trainable")
+            chosen |= hits
+        return {n: p for n, p in self.params.items() if n in chosen}
+
+    # --- running ---------------------------------------------------------------------------------------------------
+
+    def run(self, plan: Plan, control: Control | None = None, first_step: int = 0) -> TrainResult:
+        """Train from `first_step` to the end of the plan.
+
+        Raises:
+            NonFinite: `max_nonfinite_steps` in a row had a loss or gradient that is not finite.
+            DoesNotFit: CUDA ran out of memory; it was freed again. `details["interrupted"]` says whether part of the
+                step's weights had been written.
+            JobCancelled, or whatever else the control raises.
+        """
+        control = control or Unattended()
+        config = plan.config
+        optimizer = self._optimizer_for(config)
+        if first_step == 0:
+            optimizer.begin_job()
+        result = TrainResult(first_step=first_step, n_steps=plan.n_steps)
+        bad_in_a_row = 0
+        with _Updates(self.trainable(config), self.params, optimizer) as updates:
+            for step in range(first_step, plan.n_steps):
+                control.before_step(step)
+                report = self._step(plan, step, updates, control)
+                result.losses.append(report.loss)
+                result.tokens += report.tokens
+                result.loss_tokens += report.loss_tokens
+                result.seconds += report.seconds
+                bad_in_a_row = bad_in_a_row + 1 if report.nonfinite else 0
+                result.nonfinite_steps += bool(report.nonfinite)
+                control.after_step(report)
+                if bad_in_a_row >= config.max_nonfinite_steps:
+                    raise NonFinite(
+                        f"{bad_in_a_row} steps in a row had a loss or gradient that is not finite; those weights were "
+                        "left as they were. Lower the learning rate, or look at the samples' weights.",
+                        step=step,
+                        tensors=list(report.nonfinite[:8]),
+                    )
+        result.optimizer_bytes = optimizer.allocated_bytes()
+        return result
+
+    def _step(self, plan: Plan, step: int, updates: "_Updates", control: Control) -> StepReport:
+        started = time.perf_counter()
+        config, packs = plan.config, plan.steps[step]
+        samples = [plan.samples[i] for pack in packs for i in pack]
+        total_weight = sum(s.total_weight for s in samples)
+        rate = config.rate_at(step, plan.n_steps)
+        loss_value, stats, finite = 0.0, StepStats(0.0, (), 0), True
+        out_of_memory = None
+        try:
+            for n, pack in enumerate(packs):
+                control.between_micro_steps()
+                loss: Tensor | None = self._loss(plan, pack, total_weight)
+                value = loss.item()  # waits for the forward pass: backward must not start on a loss that isn't finite
+                loss_value += value
+                finite = value - value == 0.0
+                if not finite:
+                    break
+                if n == len(packs) - 1:
+                    updates.begin(rate, config.seed)
+                loss.backward()  # type: ignore[no-untyped-call]
+                del loss
+            if finite:
+                stats = updates.end()
+        except torch.OutOfMemoryError as e:
+            out_of_memory = str(e).splitlines()[0]
+            loss = None
+        finally:
+            touched = updates.touched
+            updates.abort()
+        if out_of_memory is not None:
+            # Outside the except block: its traceback would hold the tensors that have to go.
+            self._free_cached()
+            raise DoesNotFit(
+                f"Step {step} ran out of memory and was given up: {out_of_memory}",
+                step=step,
+                tokens=sum(s.input_tokens for s in samples),
+                interrupted=touched > 0,
+            )
+        return StepReport(
+            step=step,
+            n_steps=plan.n_steps,
+            loss=loss_value,
+            tokens=sum(s.input_tokens for s in samples),
+            loss_tokens=sum(s.loss_tokens for s in samples),
+            seconds=time.perf_counter() - started,
+            learning_rate=rate,
+            grad_norm=stats.grad_norm,
+            nonfinite=stats.nonfinite if finite else ("loss",),
+            applied=stats.updated > 0,
+        )
+
+    def _loss(self, plan: Plan, pack: Pack, total_weight: float) -> Tensor:
+        samples = [plan.samples[i] for i in pack]
+        if plan.config.context_grad:
+            return self.forward.loss(collate(samples, self.device), total_weight)
+        return torch.stack([self.forward.loss_after_frozen_context(s, total_weight) for s in samples]).sum()
+
+    def _free_cached(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    # --- optimizer -------------------------------------------------------------------------------------------------
+
+    def _optimizer_for(self, config: TrainConfig) -> Optimizer:
+        """The live optimizer when it is of the right kind, otherwise a fresh one: state of two kinds is never held."""
+        wanted = build_optimizer(config)
+        current = self.optimizer
+        if current is None or (current.kind, current.settings()) != (wanted.kind, wanted.settings()):
+            self.optimizer = current = wanted
+        current.weight_decay = config.weight_decay
+        return current
+
+    def reset_optimizer(self) -> None:
+        """Forget all optimizer state: after a rollback it describes gradients of weights that are gone."""
+        self.optimizer = None
+        self._free_cached()
+
+    def save_optimizer(self, path: Path) -> None:
+        """Write the optimizer's state; nothing when no job has run yet."""
+        if self.optimizer is not None:
+            self.optimizer.save(path)
+
+    def load_optimizer(self, path: Path, config: TrainConfig) -> None:
+        """Take up saved state for jobs with this config's optimizer.
+
+        Raises:
+            TrainingError: the file is of another optimizer or another model.
+        """
+        optimizer = build_optimizer(config)
+        optimizer.load(path, self.params)
+        self.optimizer = optimizer
+
+
+class _Updates:
+    """The hooks of one run: gradients pass through here on their way from autograd to the optimizer.
+
+    While gradients are only being accumulated nothing happens; between `begin` and `end` each gradient is applied as
+    it appears, and freed.
+    """
+
+    def __init__(self, trained: Mapping[str, Tensor], known: Mapping[str, Tensor], optimizer: Optimizer) -> None:
+        self.trained = trained
+        self.known = known
+        self.optimizer = optimizer
+        self.touched = 0
+        self._applying = False
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> "_Updates":
+        for name, p in self.known.items():
+            p.requires_grad_(name in self.trained)
+            p.grad = None
+        for name, p in self.trained.items():
+            self._handles.append(p.register_post_accumulate_grad_hook(self._hook(name)))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.abort()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for p in self.known.values():
+            p.requires_grad_(True)
+
+    def begin(self, rate: float, seed: int) -> None:
+        self.touched = 0
+        self.optimizer.begin_step(rate, seed=seed)
+        self._applying = True
+
+    def end(self) -> StepStats:
+        # A parameter that took part in earlier packs but not in the last one still has its gradient here.
+        for name, p in self.trained.items():
+            if p.grad is not None:
+                self._apply(name, p)
+        self._applying = False
+        return self.optimizer.end_step()
+
+    def abort(self) -> None:
+        """Back to rest, with no gradient left; harmless after `end`."""
+        self._applying = False
+        self.optimizer.abort_step()
+        for p in self.trained.values():
+            p.grad = None
+
+    def _hook(self, name: str) -> Any:
+        def apply(p: Tensor) -> None:
+            if self._applying:
+                self._apply(name, p)
+
+        return apply
+
+    def _apply(self, name: str, p: Tensor) -> None:
+        grad, p.grad = p.grad, None
+        if grad is not None:
+            self.touched += 1
+            self.optimizer.step_param(name, p, grad)

@@ -1,0 +1,213 @@
+"""From a batch to its loss, on any Hugging Face causal language model, without tables of architectures.
+
+What a model can do is found out by trying it on a few tokens when the trainer is built:
+
+- *head*: is `lm_head(hidden)` all that happens after the backbone? Then the loss is fused with it. Otherwise (logits
+  that are soft-capped, scaled, …) the model's own forward is run on chunks of hidden states, with its backbone replaced
+  by one that hands those out. A model that is not made of backbone and head gets its logits whole.
+- *packing*: do samples side by side, told apart by their positions, leave each other alone? Otherwise each sample gets
+  a forward pass of its own.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from hogwild.errors import InvalidRequest
+from hogwild.gpu_worker import attention
+from hogwild.gpu_worker.batch import Batch, Sample, collate
+from hogwild.gpu_worker.loss import chunked_cross_entropy, linear_cross_entropy
+
+log = logging.getLogger(__name__)
+
+HeadKind = Literal["linear", "own", "whole"]
+
+# Relative error (L2) that separates rounding from a different computation in the probes.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+PROBE_TOKENS = 12
+
+
+@dataclass(frozen=True)
+class Abilities:
+    """What the probes found."""
+
+    head: HeadKind
+    packs: bool
+
+
+class Forward:
+    """Runs a causal language model for its loss.
+
+    Args:
+        model: a transformers model with a language-model head. On CUDA in bf16 its attention implementation is set to
+            the packed one of `attention.py` when that works for it.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        config = model.config.get_text_config()
+        self.vocab_size: int = int(config.vocab_size)
+        self.max_tokens: int | None = getattr(config, "max_position_embeddings", None)
+        self.backbone: Any = model.base_model
+        self.head: Any = model.get_output_embeddings()
+        self.abilities = self._find_abilities()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    # --- losses ----------------------------------------------------------------------------------------------------
+
+    def loss(self, batch: Batch, total_weight: float) -> Tensor:
+        """Σ weight · CE over the batch's continuation tokens, divided by `total_weight`: a float32 scalar."""
+        weights = batch.weights / total_weight
+        if self.abilities.head == "whole":
+            logits = self.model(
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                use_cache=False,
+                logits_to_keep=batch.predictors,
+            ).logits[0]
+            return (nn.functional.cross_entropy(logits.float(), batch.targets, reduction="none") * weights).sum()
+        hidden = self.hidden(batch)[0].index_select(0, batch.predictors)
+        return self._head_loss(hidden, batch.targets, weights)
+
+    def loss_after_frozen_context(self, sample: Sample, total_weight: float) -> Tensor:
+        """As `loss`, for one sample whose context runs without gradient: memory follows the continuation.
+
+        The context's keys and values are constants; the last context token, which predicts the first continuation
+        token, is differentiated with the continuation.
+        """
+        if self.abilities.head == "whole":
+            raise InvalidRequest("context_grad: false is not possible with this architecture.", field="context_grad")
+        batch = collate([sample], self.device)
+        frozen = max(0, len(sample.context_ids) - 1)
+        past = self._frozen_cache(batch.input_ids[:, :frozen]) if frozen else None
+        hidden = self.backbone(
+            input_ids=batch.input_ids[:, frozen:],
+            position_ids=batch.position_ids[:, frozen:],
+            past_key_values=past,
+            use_cache=past is not None,
+        ).last_hidden_state[0]
+        hidden = hidden.index_select(0, batch.predictors - frozen)
+        return self._head_loss(hidden, batch.targets, batch.weights / total_weight)
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Last hidden states, (1, T, H)."""
+        extra = {}
+        if len(batch.lengths) > 1 and self.model.config._attn_implementation == attention.NAME:
+            extra = attention.boundaries(batch.lengths, self.device)
+        out: Tensor = self.backbone(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **extra
+        ).last_hidden_state
+        return out
+
+    def _head_loss(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        if self.abilities.head == "linear":
+            return linear_cross_entropy(hidden, self.head.weight, self.head.bias, targets, weights)
+        return chunked_cross_entropy(hidden, self._own_head, targets, weights, self.vocab_size)
+
+    def _own_head(self, hidden: Tensor) -> Tensor:
+        """Logits (rows, V) for hidden states (rows, H), by the model's own forward."""
+        with self._backbone_gives(hidden[None]):
+            ids = torch.zeros(1, hidden.shape[0], dtype=torch.int64, device=hidden.device)
+            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits[0]
+        return logits
+
+    @contextmanager
+    def _backbone_gives(self, hidden: Tensor) -> Iterator[None]:
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        original = self.backbone.forward
+        self.backbone.forward = lambda *args, **kwargs: BaseModelOutputWithPast(last_hidden_state=hidden)
+        try:
+            yield
+        finally:
+            self.backbone.forward = original
+
+    def _frozen_cache(self, ids: Tensor) -> Any:
+        """Run context ids (1, n) without gradient; returns a cache that later calls read but never change.
+
+        A cache that grows when it is read would grow again when a checkpointed layer is recomputed in backward.
+        """
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=self.model.config.get_text_config())
+        with torch.no_grad():
+            self.backbone(input_ids=ids, past_key_values=cache, use_cache=True)
+        for layer in cache.layers:
+            keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+            if not isinstance(keys, Tensor) or not isinstance(values, Tensor):
+                raise InvalidRequest(
+                    "context_grad: false needs a model whose layers all keep keys and values.", field="context_grad"
+                )
+            layer.update = _reader(keys, values)
+        return cache
+
+    # --- probes ----------------------------------------------------------------------------------------------------
+
+    def _find_abilities(self) -> Abilities:
+        original = self.model.config._attn_implementation
+        if self.device.type == "cuda" and self.model.dtype == torch.bfloat16 and original == "sdpa":
+            attention.register()
+            self.model.set_attn_implementation(attention.NAME)
+            try:
+                abilities = self._probe()
+                if abilities.packs:
+                    return abilities
+                log.info("packed flash attention does not isolate the samples of a row in this model: using masks")
+            except (attention.Unsupported, RuntimeError) as e:
+                log.info("packed flash attention is not possible with this model, using masks: %s", e)
+            self.model.set_attn_implementation(original)
+        return self._probe()
+
+    @torch.no_grad()
+    def _probe(self) -> Abilities:
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, self.vocab_size, (3, PROBE_TOKENS), generator=generator).to(self.device)
+        first, second, other = ids[0], ids[1], ids[2]
+        head = self._probe_head(first[None])
+        if head == "whole":
+            return Abilities(head, packs=False)
+        packed = self._probe_hidden(first, second)
+        alone = self._probe_hidden(second)
+        beside_other = self._probe_hidden(other, second)
+        # Two questions: do the positions start again, and does anything of the neighbour come through?
+        n = PROBE_TOKENS
+        packs = self._same(packed[n:], alone) and self._same(packed[n:], beside_other[n:])
+        return Abilities(head, packs)
+
+    def _probe_head(self, ids: Tensor) -> HeadKind:
+        if self.backbone is self.model or self.head is None:
+            return "whole"
+        wanted = self.model(input_ids=ids, use_cache=False).logits[0]
+        out = self.backbone(input_ids=ids, use_cache=False)
+        hidden = getattr(out, "last_hidden_state", None)
+        if not isinstance(hidden, Tensor):
+            return "whole"
+        if isinstance(self.head, nn.Linear) and self._same(self.head(hidden[0]), wanted):
+            return "linear"
+        return "own" if self._same(self._own_head(hidden[0]), wanted) else "whole"
+
+    def _probe_hidden(self, *rows: Tensor) -> Tensor:
+        samples = [Sample(context_ids=r.tolist(), continuation_ids=[0]) for r in rows]
+        return self.hidden(collate(samples, self.device))[0]
+
+    @staticmethod
+    def _same(a: Tensor, b: Tensor) -> bool:
+        if a.shape != b.shape:
+            return False
+        error = torch.linalg.vector_norm((a - b).float()) / torch.linalg.vector_norm(b.float())
+        return bool(error <= TOLERANCE.get(b.dtype, 1e-4))
+
+
+def _reader(keys: Tensor, values: Tensor) -> Any:
+    def update(key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
+
+    return update
