@@ -1,0 +1,79 @@
+"""What happens around each optimizer step of a job: the ledger's account of it, and everybody else's turn.
+
+    before_step(k)   stop?  vLLM alive?  sync or rollback asked for?  cancel or pause?  → ledger: k begun → weights: begun
+    (the engine writes the weights)
+    after_step(k)    weights: version + 1 → ledger: k applied → unsaved steps + 1 → Flower
+
+The order makes a crash at any point decidable: the version beside the weights tells whether a step that the ledger
+knows as begun was applied.
+"""
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from hogwild.errors import HogwildError, JobCancelled
+from hogwild.gpu_worker.control import StepReport
+from hogwild.tasks.ledger import Lease
+from hogwild.tasks.progress import send_progress
+
+if TYPE_CHECKING:
+    from hogwild.tasks.runtime import Runtime
+
+
+class WorkerStopping(HogwildError):
+    """The worker was asked to stop: the job goes on with the next worker."""
+
+
+class JobParked(HogwildError):
+    """The job was paused: it goes on when it is resumed."""
+
+
+class JobControl:
+    """Implements the engine's `Control` for one claimed job."""
+
+    def __init__(self, runtime: "Runtime", task: Any, lease: Lease, n_steps: int) -> None:
+        self._runtime = runtime
+        self._task = task
+        self._lease = lease
+        self._n_steps = n_steps
+        self.next_step = lease.first_step
+
+    def before_step(self, step: int) -> None:
+        """Raises WorkerStopping, ExporterGone, JobCancelled, JobParked, or Conflict when the lease was lost."""
+        runtime = self._runtime
+        runtime.between_steps()
+        wanted = runtime.ledger.requested(self._lease.job_id)
+        if wanted == "cancel":
+            raise JobCancelled
+        if wanted == "pause" and runtime.ledger.park(self._lease):
+            send_progress(self._task, step, self._n_steps, phase="paused")
+            raise JobParked
+        weights = runtime.attached.weights
+        runtime.ledger.begin_step(self._lease, step, weight_version=weights.version)
+        self.next_step = step + 1
+        weights.begin()
+        runtime.step_started(self._lease.job_id, step, self._n_steps)
+
+    def after_step(self, report: StepReport) -> None:
+        """The step is in the weights (or was dropped as not finite: then the version stays)."""
+        runtime = self._runtime
+        weights = runtime.attached.weights
+        if report.applied:
+            version = weights.applied()
+        else:
+            version = weights.version
+            weights.set_version(version)
+        runtime.ledger.applied(
+            self._lease, report.step, version, loss=report.loss, tokens=report.tokens, seconds=report.seconds,
+            grad_norm=report.grad_norm, total_steps=self._n_steps)
+        if report.applied:
+            runtime.dirty.mark_dirty(version)
+        send_progress(self._task, report.step + 1, self._n_steps, weight_version=version,
+                      loss=report.loss if math.isfinite(report.loss) else None)
+        runtime.step_done(self._lease.job_id, report, version)
+
+    def between_micro_steps(self) -> None:
+        """The pacing governor's turn."""
+        self._runtime.yield_to_serving()
+
+

@@ -1,0 +1,284 @@
+"""The ledger's transitions as Redis scripts: each is atomic, and none can be half done by a process that dies.
+
+KEYS[1] is the key prefix of the model (see `hogwild.tasks.keys`); the other keys are derived in the script, which is
+why this needs one Redis node, as Celery's broker does too. Time is Redis' own, in seconds, so that jobs and debounce
+share one clock. Every script that changes a job may be sent twice by a client that lost the reply: it recognises the
+second time (by job id, by `call`, by state) and answers as it did the first time.
+"""
+
+PRELUDE = """
+local P = KEYS[1]
+local function now()
+  local t = redis.call('TIME')
+  return string.format('%d.%06d', t[1], t[2])
+end
+local function job_key(id) return P .. 'job:' .. id end
+local function get(id, field) return redis.call('HGET', job_key(id), field) end
+local function event(id, kind, data)
+  redis.call('XADD', P .. 'events:' .. id, 'MAXLEN', '~', 2000, '*', 'event', kind, 'data', data)
+end
+local function move(id, from, to)
+  local seq = get(id, 'seq')
+  redis.call('ZREM', P .. 'state:' .. from, id)
+  redis.call('ZADD', P .. 'state:' .. to, seq, id)
+  redis.call('HSET', job_key(id), 'state', to)
+end
+local function count(name, n) redis.call('HINCRBY', P .. 'counters', name, n) end
+local function close(id, from, to, err, t)
+  move(id, from, to)
+  redis.call('HSET', job_key(id), 'finished_at', t, 'paused', '0', 'worker', '')
+  if err ~= '' then redis.call('HSET', job_key(id), 'error', err) end
+  redis.call('ZADD', P .. 'retention', t, id)
+  count('jobs_' .. to, 1)
+  if err == '' then err = 'null' end
+  event(id, to, '{"error":' .. err .. '}')
+end
+local function final(state) return state == 'succeeded' or state == 'failed' or state == 'cancelled' end
+-- The lease is good while the job runs under this fence; anything else means that another worker took it over.
+local function held(id, fence) return get(id, 'state') == 'running' and get(id, 'fence') == fence end
+"""
+
+# ARGV: id, queue key, message id, message, payload hash, payload, config, metadata, priority, samples, tokens,
+#       idempotency hash, body hash, idempotency seconds, queue limit, api key name, kind
+SUBMIT = PRELUDE + """
+local id = ARGV[1]
+if redis.call('EXISTS', job_key(id)) == 1 then return {'created', id} end
+local idem = ARGV[12] ~= '' and (P .. 'idem:' .. ARGV[12]) or nil
+if idem then
+  local known = redis.call('HMGET', idem, 'body', 'job')
+  if known[1] then
+    if known[1] ~= ARGV[13] then return {'idempotency', known[2]} end
+    if redis.call('EXISTS', job_key(known[2])) == 1 then return {'existing', known[2]} end
+  end
+end
+local waiting = redis.call('ZCARD', P .. 'state:queued')
+if waiting >= tonumber(ARGV[15]) then return {'full', tostring(waiting)} end
+local t = now()
+local seq = redis.call('INCR', P .. 'seq')
+redis.call('SET', P .. 'payload:' .. ARGV[5], ARGV[6], 'NX')
+redis.call('HINCRBY', P .. 'payload-refs', ARGV[5], 1)
+redis.call('HSET', job_key(id), 'id', id, 'seq', seq, 'state', 'queued', 'created_at', t, 'queued_at', t,
+  'published_at', t, 'message', ARGV[3], 'payload', ARGV[5], 'config', ARGV[7], 'metadata', ARGV[8],
+  'priority', ARGV[9], 'samples', ARGV[10], 'tokens', ARGV[11], 'api_key', ARGV[16], 'kind', ARGV[17],
+  'begun', 0, 'applied', 0, 'interrupted', 0, 'attempts', 0, 'fence', 0, 'requested', 'run', 'paused', '0')
+redis.call('ZADD', P .. 'jobs', seq, id)
+redis.call('ZADD', P .. 'state:queued', seq, id)
+count('jobs_accepted', 1)
+event(id, 'queued', '{}')
+if idem then
+  redis.call('HSET', idem, 'body', ARGV[13], 'job', id)
+  redis.call('EXPIRE', idem, ARGV[14])
+end
+redis.call('LPUSH', ARGV[2], ARGV[4])
+return {'created', id}
+"""
+
+# ARGV: id, worker id, call, weight version or '', barren attempts allowed, error for the poison job
+CLAIM = PRELUDE + """
+local id, worker = ARGV[1], ARGV[2]
+local key = job_key(id)
+local f = redis.call('HMGET', key, 'state', 'worker', 'claim_call', 'begun', 'applied', 'interrupted', 'requested',
+  'begun_version', 'attempts', 'applied_at_claim', 'barren')
+local state = f[1]
+if not state or final(state) then return nil end
+if state == 'running' then
+  if f[3] == ARGV[3] then return redis.call('HGETALL', key) end
+  if f[2] ~= worker and redis.call('EXISTS', P .. 'alive:' .. f[2]) == 1 then return nil end
+elseif f[7] == 'pause' then
+  return nil
+end
+local t = now()
+local begun, applied, interrupted = tonumber(f[4]), tonumber(f[5]), tonumber(f[6])
+if begun > applied + interrupted then
+  -- A step was begun and its end never recorded. The weights know: their version moved on iff it was applied.
+  if ARGV[4] ~= '' and f[8] and tonumber(ARGV[4]) > tonumber(f[8]) then
+    applied = applied + 1
+    local version = tostring(tonumber(f[8]) + 1)
+    redis.call('HSET', key, 'applied', applied, 'weight_version_last', version)
+    redis.call('HSETNX', key, 'weight_version_first', version)
+    count('steps_applied', 1)
+    event(id, 'step', '{"step":' .. (begun - 1) .. ',"weight_version":' .. version .. ',"recovered":true}')
+  else
+    interrupted = interrupted + 1
+    redis.call('HSET', key, 'interrupted', interrupted)
+    count('steps_interrupted', 1)
+    event(id, 'interrupted', '{"step":' .. (begun - 1) .. '}')
+  end
+end
+if f[7] == 'cancel' then close(id, state, 'cancelled', '', t); return nil end
+if f[7] == 'pause' then
+  -- Its worker died while the job was running or paused: it waits, without a worker, until it is resumed.
+  move(id, state, 'queued')
+  redis.call('HSET', key, 'paused', '1', 'worker', '', 'queued_at', t)
+  event(id, 'paused', '{}')
+  return nil
+end
+local barren = tonumber(f[11] or '0')
+if state == 'running' or tonumber(f[9]) > 0 then
+  if tonumber(f[10] or '-1') == applied then barren = barren + 1 else barren = 0 end
+end
+if state ~= 'running' then move(id, state, 'running') end
+if barren >= tonumber(ARGV[5]) then close(id, 'running', 'failed', ARGV[6], t); return nil end
+redis.call('HINCRBY', key, 'fence', 1)
+redis.call('HINCRBY', key, 'attempts', 1)
+redis.call('HSETNX', key, 'started_at', t)
+redis.call('HSET', key, 'worker', worker, 'claim_call', ARGV[3], 'claimed_at', t, 'paused', '0',
+  'applied_at_claim', applied, 'barren', barren)
+event(id, 'running', '{"first_step":' .. begun .. ',"attempt":' .. get(id, 'attempts') .. '}')
+return redis.call('HGETALL', key)
+"""
+
+# ARGV: id, fence, steps of the plan
+PLANNED = PRELUDE + """
+if not held(ARGV[1], ARGV[2]) then return 'stale' end
+redis.call('HSET', job_key(ARGV[1]), 'steps', ARGV[3])
+return 'ok'
+"""
+
+# ARGV: id, fence, step, call, weight version before the step or ''
+BEGIN_STEP = PRELUDE + """
+local id, step = ARGV[1], tonumber(ARGV[3])
+if not held(id, ARGV[2]) then return 'stale' end
+local f = redis.call('HMGET', job_key(id), 'begun', 'begun_call', 'applied', 'interrupted')
+local begun = tonumber(f[1])
+if step == begun - 1 and f[2] == ARGV[4] then return 'ok' end
+if step ~= begun then return 'order:' .. begun end
+if begun ~= tonumber(f[3]) + tonumber(f[4]) then return 'open:' .. (begun - 1) end
+redis.call('HSET', job_key(id), 'begun', step + 1, 'begun_call', ARGV[4], 'begun_version', ARGV[5])
+return 'ok'
+"""
+
+# ARGV: id, fence, step, weight version, loss, tokens, seconds, steps of the plan or '', event data
+APPLIED = PRELUDE + """
+local id, step = ARGV[1], tonumber(ARGV[3])
+if not held(id, ARGV[2]) then return 'stale' end
+local key = job_key(id)
+local f = redis.call('HMGET', key, 'begun', 'applied', 'interrupted', 'last_step')
+local begun = tonumber(f[1])
+if f[4] == ARGV[3] then return 'ok' end
+if step ~= begun - 1 or begun ~= tonumber(f[2]) + tonumber(f[3]) + 1 then return 'order:' .. begun end
+redis.call('HINCRBY', key, 'applied', 1)
+redis.call('HSETNX', key, 'weight_version_first', ARGV[4])
+redis.call('HSETNX', key, 'loss_first', ARGV[5])
+redis.call('HSET', key, 'weight_version_last', ARGV[4], 'last_step', ARGV[3], 'loss_last', ARGV[5])
+redis.call('HINCRBY', key, 'tokens_trained', ARGV[6])
+redis.call('HINCRBYFLOAT', key, 'seconds', ARGV[7])
+if ARGV[8] ~= '' then redis.call('HSET', key, 'steps', ARGV[8]) end
+redis.call('RPUSH', P .. 'losses:' .. id, ARGV[5])
+redis.call('LTRIM', P .. 'losses:' .. id, -10000, -1)
+count('steps_applied', 1)
+count('tokens_trained', ARGV[6])
+redis.call('HINCRBYFLOAT', P .. 'counters', 'step_seconds_sum', ARGV[7])
+local seconds = tonumber(ARGV[7])
+for _, bound in ipairs({'0.1', '0.25', '0.5', '1', '2.5', '5', '10', '30', '60'}) do
+  if seconds <= tonumber(bound) then count('step_seconds_le_' .. bound, 1) end
+end
+redis.call('HSET', P .. 'counters', 'loss_last', ARGV[5], 'weight_version', ARGV[4])
+event(id, 'step', ARGV[9])
+return 'ok'
+"""
+
+# ARGV: id, fence, state, error JSON or ''
+FINISH = PRELUDE + """
+local id = ARGV[1]
+if get(id, 'fence') == ARGV[2] and get(id, 'state') == ARGV[3] then return 'ok' end
+if not held(id, ARGV[2]) then return 'stale' end
+local key = job_key(id)
+local f = redis.call('HMGET', key, 'begun', 'applied', 'interrupted')
+if tonumber(f[1]) > tonumber(f[2]) + tonumber(f[3]) then
+  redis.call('HINCRBY', key, 'interrupted', 1)
+  count('steps_interrupted', 1)
+  event(id, 'interrupted', '{"step":' .. (tonumber(f[1]) - 1) .. '}')
+end
+close(id, 'running', ARGV[3], ARGV[4], now())
+return 'ok'
+"""
+
+# ARGV: id, fence, '1' or '0'
+SET_PAUSED = PRELUDE + """
+local id = ARGV[1]
+if not held(id, ARGV[2]) then return 'stale' end
+if get(id, 'paused') ~= ARGV[3] then
+  redis.call('HSET', job_key(id), 'paused', ARGV[3])
+  event(id, ARGV[3] == '1' and 'paused' or 'resumed', '{}')
+end
+return 'ok'
+"""
+
+# ARGV: id, fence. Gives a job that is to pause back, between two steps, so that the worker can run another.
+PARK = PRELUDE + """
+local id = ARGV[1]
+if get(id, 'fence') == ARGV[2] and get(id, 'state') == 'queued' then return 'ok' end
+if not held(id, ARGV[2]) then return 'stale' end
+if get(id, 'requested') ~= 'pause' then return 'go-on' end
+move(id, 'running', 'queued')
+redis.call('HSET', job_key(id), 'paused', '1', 'worker', '', 'queued_at', now())
+event(id, 'paused', '{}')
+return 'ok'
+"""
+
+# ARGV: id, 'cancel' | 'pause' | 'run', queue key, message id, message (for a paused job that has to be published again)
+REQUEST = PRELUDE + """
+local id, want = ARGV[1], ARGV[2]
+local key = job_key(id)
+local f = redis.call('HMGET', key, 'state', 'requested', 'paused')
+local state = f[1]
+if not state then return 'missing' end
+if final(state) then
+  if want == 'cancel' and state == 'cancelled' then return 'ok' end
+  return 'final:' .. state
+end
+if f[2] == 'cancel' and want ~= 'cancel' then return 'cancelling' end
+if f[2] == want then return 'ok' end
+redis.call('HSET', key, 'requested', want)
+if state == 'queued' then
+  if want == 'cancel' then
+    close(id, 'queued', 'cancelled', '', now())
+  elseif want == 'pause' then
+    redis.call('HSET', key, 'paused', '1')
+    event(id, 'paused', '{}')
+  else
+    local t = now()
+    redis.call('HSET', key, 'paused', '0', 'queued_at', t, 'published_at', t, 'message', ARGV[4])
+    event(id, 'resumed', '{}')
+    redis.call('LPUSH', ARGV[3], ARGV[5])
+  end
+else
+  event(id, want .. '_requested', '{}')
+end
+return 'ok'
+"""
+
+# ARGV: id, message id that was looked for and not found, worker that asks or '', seconds of grace, queue key, message
+#       id, message. Publishes a job again whose message is gone or lies with a dead worker.
+REPUBLISH = PRELUDE + """
+local id = ARGV[1]
+local f = redis.call('HMGET', job_key(id), 'state', 'message', 'requested', 'worker', 'published_at')
+if not f[1] or final(f[1]) or f[2] ~= ARGV[2] then return 0 end
+if f[1] == 'queued' and f[3] == 'pause' then return 0 end
+if f[1] == 'running' and f[4] ~= ARGV[3] and redis.call('EXISTS', P .. 'alive:' .. f[4]) == 1 then return 0 end
+local t = now()
+if tonumber(t) - tonumber(f[5]) < tonumber(ARGV[4]) and tonumber(t) >= tonumber(f[5]) then return 0 end
+redis.call('HSET', job_key(id), 'message', ARGV[6], 'published_at', t)
+redis.call('LPUSH', ARGV[5], ARGV[7])
+count('jobs_republished', 1)
+return 1
+"""
+
+# ARGV: seconds of retention, most jobs to forget. Returns how many were forgotten.
+PURGE = PRELUDE + """
+local before = tonumber(now()) - tonumber(ARGV[1])
+local ids = redis.call('ZRANGEBYSCORE', P .. 'retention', '-inf', before, 'LIMIT', 0, ARGV[2])
+for _, id in ipairs(ids) do
+  local f = redis.call('HMGET', job_key(id), 'state', 'payload')
+  if f[2] and redis.call('HINCRBY', P .. 'payload-refs', f[2], -1) <= 0 then
+    redis.call('HDEL', P .. 'payload-refs', f[2])
+    redis.call('DEL', P .. 'payload:' .. f[2])
+  end
+  redis.call('DEL', job_key(id), P .. 'losses:' .. id, P .. 'events:' .. id)
+  redis.call('ZREM', P .. 'jobs', id)
+  redis.call('ZREM', P .. 'retention', id)
+  if f[1] then redis.call('ZREM', P .. 'state:' .. f[1], id) end
+end
+return #ids
+"""
