@@ -57,6 +57,8 @@ class Settings(BaseSettings):
         None, description="Directory kept in step with the live weights; default: <data_dir>/checkpoints/<model>."
     )
 
+    disable: bool = Field(False, description="Switch the vLLM plugin off: vLLM then runs as if it were not installed.")
+
     # --- services -------------------------------------------------------------------------------------------------
     redis_url: str | None = Field(None, description="Redis to use; unset: an embedded server is started.")
     redis_port: int = Field(6390, ge=1, le=65535, description="Port of the embedded server.")
