@@ -1,0 +1,84 @@
+"""Blocks of the safetensors files: read, checked and written in place."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from hogwild.checkpoint.constants import BLOCK
+from hogwild.checkpoint.durable import FileIo, Handle
+from hogwild.checkpoint.fingerprints import Bytes, Indices, Table, differing, fingerprints
+from hogwild.checkpoint.layout import Layout, TensorSpec
+from hogwild.errors import CheckpointForeign
+
+_SPARSE = 8
+"""Blocks spread wider than this many blocks apart are read one by one, closer ones with everything between them."""
+
+
+def runs(blocks: Indices) -> Iterator[tuple[int, int, int]]:
+    """Neighbouring blocks together: (first block, number of blocks, index of the first one in `blocks`)."""
+    breaks = np.flatnonzero(np.diff(blocks) != 1) + 1
+    starts = np.concatenate(([0], breaks, [len(blocks)])).tolist()
+    for start, stop in zip(starts[:-1], starts[1:], strict=True):
+        if stop > start:
+            yield int(blocks[start]), stop - start, start
+
+
+def read_blocks(handle: Handle, spec: TensorSpec, blocks: Indices) -> Bytes:
+    """Contents of `blocks` (ascending), one after the other."""
+    first, last = int(blocks[0]), int(blocks[-1])
+    total = (len(blocks) - 1) * BLOCK + spec.block_bytes(last, last + 1)
+    out = np.empty(total, np.uint8)
+    if last - first + 1 == len(blocks):
+        _fill(handle, spec, first, out)
+    elif last - first < _SPARSE * len(blocks):
+        window = np.empty(spec.block_bytes(first, last + 1), np.uint8)
+        _fill(handle, spec, first, window)
+        head = (len(blocks) - 1) * BLOCK
+        np.take(window[: (last - first) * BLOCK].reshape(-1, BLOCK), blocks[:-1] - first, axis=0,
+                out=out[:head].reshape(-1, BLOCK), mode="clip")
+        out[head:] = window[(last - first) * BLOCK :]
+    else:
+        for block, count, index in runs(blocks):
+            nbytes = spec.block_bytes(block, block + count)
+            _fill(handle, spec, block, out[index * BLOCK : index * BLOCK + nbytes])
+    return out
+
+
+def _fill(handle: Handle, spec: TensorSpec, block: int, out: Bytes) -> None:
+    if handle.pread_into(out.data, spec.offset + block * BLOCK) != len(out):
+        raise CheckpointForeign(f"{handle.path} is shorter than its header says.")
+
+
+def write_blocks(handle: Handle, spec: TensorSpec, blocks: Indices, data: Bytes) -> None:
+    """Write `blocks` (ascending) from `data` to their places."""
+    for block, count, index in runs(blocks):
+        nbytes = spec.block_bytes(block, block + count)
+        handle.pwrite(data[index * BLOCK : index * BLOCK + nbytes].data, spec.offset + block * BLOCK)
+
+
+def check_old(handle: Handle, spec: TensorSpec, blocks: Indices, data: Bytes, table: Table) -> None:
+    """Raise CheckpointForeign unless `data` are the contents that the last generation left there."""
+    wrong = differing(fingerprints(data), table[spec.first_block + blocks])
+    if len(wrong):
+        raise CheckpointForeign(
+            f"{handle.path} was changed by something else: {spec.name} differs from the last generation in "
+            f"{len(wrong)} of {len(blocks)} blocks looked at. Nothing was written. `hogwild checkpoint adopt` accepts the "
+            "files as they are (earlier generations are then gone); a rollback is not possible before.",
+            file=str(handle.path), tensor=spec.name)
+
+
+def windows(spec: TensorSpec, size: int) -> Iterator[Indices]:
+    """All blocks of a tensor, `size` at a time."""
+    for start in range(0, spec.blocks, size):
+        yield np.arange(start, min(start + size, spec.blocks), dtype=np.int64)
+
+
+def file_table(io: FileIo, directory: Path, layout: Layout) -> Table:
+    """Fingerprints of everything on disk."""
+    parts = []
+    for file in layout.files:
+        with io.open(directory / file.name) as handle:
+            for spec in layout.of_file(file.name):
+                parts.extend(fingerprints(read_blocks(handle, spec, window)) for window in windows(spec, 1024))
+    return np.concatenate(parts) if parts else np.empty((0, 2), np.uint64)

@@ -1,0 +1,60 @@
+"""The first generation: a copy of the model that is served, sharing its extents where the file system can."""
+
+import fnmatch
+import os
+import stat
+from pathlib import Path
+
+from hogwild.checkpoint.constants import CLONING_MARK, STORE_DIR
+from hogwild.checkpoint.durable import FileIo
+from hogwild.checkpoint.layout import Layout
+from hogwild.errors import CheckpointError, CheckpointLayout
+
+OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.safetensors")
+"""Not copied: weights in other formats would go stale at the first sync, and a loader might prefer them."""
+
+
+def clone(io: FileIo, source: Path, directory: Path) -> None:
+    """Copy the model in `source`: weights of its layout, configuration, tokenizer; no sub-folders, no hidden files.
+
+    A copy that was cut short leaves its mark behind and is made again by the next call.
+    """
+    layout = Layout.read(source)
+    wanted = {file.name for file in layout.files}
+    need = sum(file.size for file in layout.files)
+    store = directory / STORE_DIR
+    io.create(store / CLONING_MARK).close()
+    io.fsync_dir(store)
+    for path in sorted(source.iterdir()):
+        other = any(fnmatch.fnmatch(path.name, pattern) for pattern in OTHER_WEIGHTS)
+        if path.name.startswith(".") or not path.is_file() or (other and path.name not in wanted):
+            continue
+        _copy(io, path, directory / path.name, store / "clone.tmp", need)
+    io.fsync_dir(directory)
+
+
+def _copy(io: FileIo, source: Path, target: Path, temp: Path, need: int) -> None:
+    with io.open(source) as old, io.create(temp) as new:
+        os.fchmod(new.fd, stat.S_IMODE(os.fstat(old.fd).st_mode) | stat.S_IWUSR)
+        if not io.reflink(old, new):
+            size = old.size()
+            if os.statvfs(temp.parent).f_bavail * os.statvfs(temp.parent).f_frsize < size:
+                raise CheckpointError(f"{target.parent} has no room for a copy of the model ({need >> 20} MiB): free some "
+                                      "space, or point HOGWILD_CHECKPOINT_DIR at another disk or at the model itself.")
+            io.copy_range(old, new, 0, size)
+        new.fsync()
+    io.rename(temp, target)
+
+
+def is_empty(directory: Path) -> bool:
+    """Whether nothing but hidden files is in `directory`."""
+    return not any(not path.name.startswith(".") for path in directory.iterdir())
+
+
+def refuse_links(directory: Path, layout: Layout) -> None:
+    """Raise CheckpointLayout when a weight file is a symbolic or hard link: writing would change other models too."""
+    for file in layout.files:
+        info = (directory / file.name).lstat()
+        if stat.S_ISLNK(info.st_mode) or info.st_nlink > 1:
+            raise CheckpointLayout(f"{directory / file.name} is a link (a hub cache keeps its files so): syncing would write "
+                                   "through it. Point HOGWILD_CHECKPOINT_DIR at a directory of its own; it starts as a copy.")

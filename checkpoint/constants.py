@@ -1,0 +1,43 @@
+"""Numbers and names of the on-disk format (docs/checkpoint-format.md), each with its reason."""
+
+from typing import Final
+
+BLOCK: Final = 4096
+"""Bytes of a tensor's contiguous checkpoint bytes that share one fingerprint: a memory page, and what an SSD writes."""
+
+FRAME_BLOCKS: Final = 1024
+"""Most blocks in one frame of an undo or redo file: 4 MiB, large enough for zstd and small enough to hold a few."""
+
+PIECE: Final = 1 << 20
+"""Bytes hashed at a time on the CPU: a piece is still in the L2 cache when its changed blocks are copied."""
+
+COPY_WINDOW: Final = 4 << 20
+"""Bytes moved at a time when a file is copied or exported."""
+
+FINGERPRINT_BYTES: Final = 16
+"""XXH3-128."""
+
+HASH_NAME: Final = "xxh3-128"
+
+FORMAT_VERSION: Final = 1
+COMMIT_MAGIC: Final = b"HOGWCMIT"
+UNDO_MAGIC: Final = b"HOGWUNDO"
+REDO_MAGIC: Final = b"HOGWREDO"
+FRAME_MAGIC: Final = 0x4D415246
+"""'FRAM' in little-endian."""
+END_OF_FRAMES: Final = 0xFFFFFFFF
+"""Tensor number of the frame that ends an undo or redo file; a file without it was never finished."""
+
+STORE_DIR: Final = ".hogwild"
+"""Our folder in the checkpoint; a dot folder, so that loaders which glob *.safetensors pass it by."""
+GENERATIONS_DIR: Final = "generations"
+WRITER_LOCK: Final = "lock"
+READERS_LOCK: Final = "readers.lock"
+CLONING_MARK: Final = "cloning"
+
+REPLACE_SHARE: Final = 0.5
+"""Share of a file's bytes from which it is written anew and renamed: in place, each byte is written twice
+(redo file, then the file itself), so beyond a half a new file is less to write."""
+
+MAX_HEADER: Final = 100_000_000
+"""Largest safetensors header that the safetensors library itself accepts, in bytes."""

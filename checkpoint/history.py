@@ -1,0 +1,120 @@
+"""The generations on disk: which there are, their fingerprints, and how old ones are forgotten."""
+
+import contextlib
+import re
+from pathlib import Path
+
+
+from hogwild.checkpoint.durable import FileIo
+from hogwild.checkpoint.fingerprints import Indices, Table, empty_table, table_digest
+from hogwild.checkpoint.records import Commit, Record, read_record, write_record
+from hogwild.errors import CheckpointCorrupt
+
+_NAME = re.compile(r"(\d{8})\.(?:(commit|undo|redo)|\d+\.new)")
+
+
+class History:
+    """Commit records in ascending order, without their tables: those are read when they are needed."""
+
+    def __init__(self, io: FileIo, generations: Path, commits: list[Commit]) -> None:
+        self._io = io
+        self._generations = generations
+        self._commits = commits
+
+    @staticmethod
+    def exists(generations: Path) -> bool:
+        """Whether there is any generation."""
+        return any(generations.glob("????????.commit"))
+
+    @classmethod
+    def read(cls, io: FileIo, generations: Path) -> "History":
+        """Read all records; raises CheckpointCorrupt."""
+        return cls(io, generations, [read_record(path).commit for path in sorted(generations.glob("????????.commit"))])
+
+    def path(self, generation: int, kind: str) -> Path:
+        """`<generation>.<kind>`."""
+        return self._generations / f"{generation:08d}.{kind}"
+
+    @property
+    def head(self) -> Commit:
+        """The newest."""
+        return self._commits[-1]
+
+    def kept(self, keep_last: int) -> list[Commit]:
+        """The newest and up to `keep_last` before it that undo files lead back to, oldest first."""
+        kept = [self.head]
+        for commit in reversed(self._commits[:-1]):
+            newer = kept[-1]
+            if len(kept) > keep_last or newer.parent != commit.generation or not self.path(newer.generation, "undo").exists():
+                break
+            kept.append(commit)
+        return kept[::-1]
+
+    def add(self, commit: Commit, blocks: Indices | None, rows: Table) -> int:
+        """Write the record that makes a generation exist; bytes written."""
+        if blocks is not None and len(blocks) * 20 >= commit.blocks_total * 16:
+            # The full table is smaller than numbers (4 bytes) and fingerprints (16 bytes) of the changed blocks.
+            table = self.table(commit.parent)
+            table[blocks] = rows
+            blocks, rows = None, table
+        written = write_record(self._io, self.path(commit.generation, "commit"), Record(commit, blocks, rows))
+        self._commits.append(commit)
+        return written
+
+    def table(self, generation: int) -> Table:
+        """Fingerprints of all blocks in a generation; raises CheckpointCorrupt when they can't be proved."""
+        later: list[Record] = []
+        wanted = next(commit for commit in self._commits if commit.generation == generation)
+        for commit in reversed([commit for commit in self._commits if commit.generation <= generation]):
+            record = read_record(self.path(commit.generation, "commit"))
+            if record.blocks is None:
+                table = empty_table(len(record.table))
+                table[:] = record.table
+                for change in reversed(later):
+                    if change.blocks is not None:
+                        table[change.blocks] = change.table
+                if table_digest(table) != wanted.fingerprints:
+                    raise CheckpointCorrupt(f"the fingerprints of generation {generation} do not match their digest.")
+                return table
+            later.append(record)
+        raise CheckpointCorrupt(f"no full table of fingerprints leads to generation {generation}.")
+
+    def unapplied(self, commit: Commit) -> bool:
+        """Whether a generation's contents are not all in the files yet."""
+        return ((commit.redo and self.path(commit.generation, "redo").exists())
+                or any((self._generations / temp).exists() for temp in commit.replaced.values()))
+
+    def remove_uncommitted(self) -> None:
+        """Remove files of generations that never came to be, old redo files, and temporary ones."""
+        head = self.head.generation
+        for path in self._generations.iterdir():
+            match = _NAME.fullmatch(path.name)
+            if match is None:
+                if path.suffix in (".tmp", ".spill"):
+                    self._io.unlink(path)
+            elif int(match[1]) > head or (int(match[1]) < head and match[2] not in ("commit", "undo")):
+                self._io.unlink(path)
+
+    def prune(self, keep_last: int) -> None:
+        """Forget what `keep_last` does not keep. Disk space only: a failure is no reason to fail a sync."""
+        with contextlib.suppress(OSError):
+            oldest = self.kept(keep_last)[0]
+            for path in self._generations.glob("????????.undo"):
+                if int(path.name[:8]) <= oldest.generation:
+                    self._io.unlink(path)
+            self._consolidate(oldest)
+
+    def _consolidate(self, oldest: Commit) -> None:
+        """Give the oldest kept generation a full table once the older records take half as much, and remove those."""
+        older = [commit for commit in self._commits if commit.generation <= oldest.generation]
+        tables = [commit for commit in older[1:]]
+        if read_record(self.path(oldest.generation, "commit")).blocks is not None:
+            if sum(20 * commit.blocks_changed for commit in tables) < 8 * oldest.blocks_total and len(tables) < 64:
+                return
+            record = Record(oldest, None, self.table(oldest.generation))
+            write_record(self._io, self.path(oldest.generation, "commit"), record)
+        for commit in older[:-1]:
+            self._io.unlink(self.path(commit.generation, "commit"))
+        self._commits = self._commits[len(older) - 1 :]
+
+

@@ -1,0 +1,73 @@
+"""What the store answers."""
+
+from dataclasses import dataclass, field
+
+from hogwild.errors import CheckpointCorrupt
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyncReport:
+    """One sync. With nothing changed, no generation is made and `generation` is the last one."""
+
+    generation: int
+    weight_version: int
+    jobs: tuple[str, ...]
+    blocks_changed: int
+    blocks_total: int
+    bytes_changed: int
+    bytes_written: int  # to the disk, logs included
+    undo_bytes: int
+    seconds: float  # all of it, the pause included
+    pause_seconds: float  # fingerprints and the copy of changed blocks: training waits for this alone
+    durable_seconds: float  # until a power cut could not lose it any more
+    applied: bool  # False: a reader held the files; they are brought up to date by the next sync or open
+
+
+@dataclass(frozen=True, kw_only=True)
+class RollbackReport:
+    """A rollback: a new generation with the contents of an old one."""
+
+    generation: int
+    restored: int
+    weight_version: int
+    blocks_changed: int  # on disk
+    live_blocks_changed: int  # in the live weights
+    tensors: tuple[str, ...]  # whose contents changed, on disk or live
+    bytes_written: int
+    seconds: float
+    pause_seconds: float  # writing into the live weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class RestoreReport:
+    """Live weights made equal to the checkpoint."""
+
+    generation: int
+    blocks_changed: int
+    tensors: tuple[str, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyReport:
+    """Blocks that are not what the last generation says: tensor name → number of blocks."""
+
+    generation: int
+    blocks_checked: int
+    live_blocks_checked: int
+    disk: dict[str, int] = field(default_factory=dict)
+    live: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything agreed."""
+        return not self.disk and not self.live
+
+    def raise_for_mismatch(self) -> None:
+        """Raise CheckpointCorrupt, naming tensors, unless everything agreed."""
+        for where, found in (("on disk", self.disk), ("in the live weights", self.live)):
+            if found:
+                names = ", ".join(list(found)[:5]) + ("" if len(found) <= 5 else f" and {len(found) - 5} more")
+                raise CheckpointCorrupt(f"{sum(found.values())} blocks {where} differ from generation {self.generation}: "
+                                        f"{names}.", tensors=found)

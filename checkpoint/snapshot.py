@@ -1,0 +1,107 @@
+"""The contents of an earlier generation, read without changing anything: the files of today and the undo files since."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from hogwild.checkpoint.blockfile import read_blocks
+from hogwild.checkpoint.codec import UNSIGNED, decode_delta
+from hogwild.checkpoint.constants import BLOCK, UNDO_MAGIC
+from hogwild.checkpoint.durable import FileIo, Handle
+from hogwild.checkpoint.fingerprints import Bytes, Indices
+from hogwild.checkpoint.frames import FrameFile, FrameInfo
+from hogwild.checkpoint.layout import Layout, TensorSpec
+
+
+class Snapshot:
+    """Reads generation `generation`, `head` being what the files hold.
+
+    Memory: one frame per generation in between; reading in ascending order decodes each frame once.
+    """
+
+    def __init__(self, io: FileIo, directory: Path, generations: Path, layout: Layout, generation: int, head: int) -> None:
+        self.layout = layout
+        self._io, self._directory = io, directory
+        self._undos: list[FrameFile] = []
+        self._frames: list[dict[int, list[tuple[FrameInfo, Indices]]]] = []  # newest first: tensor → frames
+        self._cache: list[tuple[int, bytes] | None] = []  # one payload per undo file, by frame offset
+        self._handles: dict[str, Handle] = {}
+        try:
+            for number in range(head, generation, -1):
+                undo = FrameFile(io, generations / f"{number:08d}.undo", UNDO_MAGIC, number, layout.id)
+                self._undos.append(undo)
+                by_tensor: dict[int, list[tuple[FrameInfo, Indices]]] = {}
+                for frame in undo.frames:
+                    by_tensor.setdefault(frame.tensor, []).append((frame, undo.numbers(frame)))
+                self._frames.append(by_tensor)
+                self._cache.append(None)
+        except BaseException:
+            self.close()
+            raise
+
+    def changed(self, spec: TensorSpec) -> Indices:
+        """Blocks of a tensor that some generation in between wrote, ascending."""
+        numbers = [blocks for frames in self._frames for _, blocks in frames.get(spec.number, [])]
+        return np.unique(np.concatenate(numbers)) if numbers else np.empty(0, np.int64)
+
+    def read(self, spec: TensorSpec, blocks: Indices) -> Bytes:
+        """Contents of `blocks` (ascending) in that generation, one after the other."""
+        data = read_blocks(self._file(spec.file), spec, blocks)
+        for index, frames in enumerate(self._frames):
+            for frame, numbers in frames.get(spec.number, []):
+                if numbers[0] > blocks[-1] or numbers[-1] < blocks[0]:
+                    continue
+                self._undo(index, frame, spec, blocks, data)
+        return data
+
+    def _undo(self, index: int, frame: FrameInfo, spec: TensorSpec, blocks: Indices, data: Bytes) -> None:
+        """Take one generation's changes in one frame back, in `data`.
+
+        A difference is per element, so decoding needs the new contents only of blocks that are asked for; the others are
+        decoded against zeros and dropped.
+        """
+        cached = self._cache[index]
+        if cached is None or cached[0] != frame.offset:
+            numbers, payload = self._undos[index].load(frame)
+            zeros = np.zeros(frame.raw_bytes, np.uint8)
+            cached = (frame.offset, decode_delta(payload, zeros, frame.width).tobytes())
+            self._cache[index] = cached
+        numbers = next(n for f, n in self._frames[index][spec.number] if f.offset == frame.offset)
+        minus = np.frombuffer(cached[1], np.uint8)  # −d for each element of the frame
+        _, here, there = np.intersect1d(blocks, numbers, assume_unique=True, return_indices=True)
+        unsigned = UNSIGNED[frame.width]
+        whole = len(data) // BLOCK, len(minus) // BLOCK
+        short = len(here) > 0 and here[-1] == whole[0]  # the tensor's short last block is among them
+        if short:
+            data[whole[0] * BLOCK :].view(unsigned)[:] += minus[whole[1] * BLOCK :].view(unsigned)
+            here, there = here[:-1], there[:-1]
+        elements = BLOCK // frame.width
+        data[: whole[0] * BLOCK].view(unsigned).reshape(whole[0], elements)[here] += (
+            minus[: whole[1] * BLOCK].view(unsigned).reshape(whole[1], elements)[there])
+
+    def _file(self, name: str) -> Handle:
+        if name not in self._handles:
+            self._handles[name] = self._io.open(self._directory / name)
+        return self._handles[name]
+
+    def file_parts(self, name: str, window: int) -> Iterator[Bytes]:
+        """The whole of a safetensors file in that generation, part by part: header, then `window` blocks at a time."""
+        handle = self._file(name)
+        yield np.frombuffer(handle.pread(self.layout.file(name).data_start, 0), np.uint8)
+        for spec in self.layout.of_file(name):
+            for start in range(0, spec.blocks, window):
+                yield self.read(spec, np.arange(start, min(start + window, spec.blocks), dtype=np.int64))
+
+    def close(self) -> None:
+        """Close all files."""
+        for undo in self._undos:
+            undo.close()
+        for handle in self._handles.values():
+            handle.close()
+
+    def __enter__(self) -> "Snapshot":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

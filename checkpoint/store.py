@@ -1,0 +1,590 @@
+"""The checkpoint store: live weights to disk, block by block, and back again.
+
+    store = CheckpointStore.open(directory, source=model)     # clones the model the first time, repairs a torn sync
+    pending = store.begin_sync(views, weight_version=7)       # training pauses for this
+    report = pending.commit()                                 # ... and goes on beside this
+    store.rollback(3, views, weight_version=8)
+
+One writer at a time (a lock on the directory). Methods may be called from several threads; a sync that was begun must be
+committed or abandoned before the next one. The files are those of DESIGN.md section 6; docs/checkpoint-format.md has every
+byte.
+"""
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, Literal
+
+import numpy as np
+
+from hogwild.checkpoint import export as exporting
+from hogwild.checkpoint.blockfile import file_table, read_blocks, windows
+from hogwild.checkpoint.clone import clone, is_empty, refuse_links
+from hogwild.checkpoint.constants import (
+    CLONING_MARK, FRAME_BLOCKS, GENERATIONS_DIR, READERS_LOCK, REDO_MAGIC, STORE_DIR, WRITER_LOCK,
+)
+from hogwild.checkpoint.durable import OS_IO, FileIo, FileLock, explained
+from hogwild.checkpoint.fingerprints import Bytes, Indices, Table, differing, fingerprints, table_digest
+from hogwild.checkpoint.frames import FrameFile
+from hogwild.checkpoint.history import History
+from hogwild.checkpoint.layout import Layout, TensorSpec
+from hogwild.checkpoint.records import Commit, Record
+from hogwild.checkpoint.reports import RestoreReport, RollbackReport, SyncReport, VerifyReport
+from hogwild.checkpoint.snapshot import Snapshot
+from hogwild.checkpoint.stage import Arena, Stage
+from hogwild.checkpoint.transaction import Deadline, apply, write_logs
+from hogwild.errors import CheckpointError, CheckpointForeign, CheckpointLayout, Conflict, NotFound
+
+if TYPE_CHECKING:
+    from hogwild.checkpoint.views import Views
+
+HOST_BUDGET = 4 << 30
+"""Bytes of host memory for changed blocks; what is beyond goes to a spill file during the pause."""
+
+READER_PATIENCE = 60.0
+"""Seconds that a sync waits for readers of the files before it leaves the last step to the next sync or open."""
+
+
+class CheckpointStore:
+    """A Hugging Face model directory that follows live weights, generation by generation. Use `open`."""
+
+    def __init__(self, directory: Path, *, keep_last: int, io: FileIo, host_budget: int, reader_patience: float,
+                 read_only: bool) -> None:
+        self.directory = directory
+        self.keep_last = keep_last
+        self.read_only = read_only
+        self._io = io
+        self._store = directory / STORE_DIR
+        self._generations = self._store / GENERATIONS_DIR
+        self._writer = FileLock(self._store / WRITER_LOCK)
+        self._reader_patience = reader_patience
+        self._arena = Arena(host_budget)
+        self._mutex = threading.RLock()
+        self._pending: PendingSync | None = None
+        self._stale = False  # something failed half-way: read everything from disk again before the next step
+        self._foreign = ""  # why the files are not ours any more
+        self.layout: Layout
+        self._table: Table
+        self._history: History
+
+    # --- opening ------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def open(
+        cls, directory: Path | str, *, source: Path | str | None = None, keep_last: int = 8, read_only: bool = False,
+        host_budget: int = HOST_BUDGET, reader_patience: float = READER_PATIENCE, io: FileIo = OS_IO,
+    ) -> "CheckpointStore":
+        """Open the checkpoint in `directory`; a sync that was cut short is finished or taken back first.
+
+        Args:
+            source: model to clone when the directory is empty; the same directory, or None: work in place.
+            keep_last: earlier generations that can be rolled back to.
+            read_only: list, verify and export only; works beside a running worker.
+            host_budget: bytes of host memory for changed blocks.
+            reader_patience: seconds a sync waits for `export` and other readers.
+
+        Raises CheckpointLayout (no safetensors model there), CheckpointCorrupt, CheckpointError (locked, not writable,
+        disk full).
+        """
+        if keep_last < 1:
+            raise CheckpointError(f"keep_last is {keep_last}: at least one earlier generation has to be kept.")
+        directory = Path(directory)
+        store = cls(directory, keep_last=keep_last, io=io, host_budget=host_budget, reader_patience=reader_patience,
+                    read_only=read_only)
+        if read_only:
+            store._load_read_only()
+            return store
+        with explained(f"opening the checkpoint {directory}", directory, kept="Nothing was changed."):
+            store._prepare()
+        try:
+            with explained(f"opening the checkpoint {directory}", directory, kept="No generation was lost."):
+                if not History.exists(store._generations):
+                    store._first_generation(None if source is None else Path(source))
+                store._recover()
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+    def _prepare(self) -> None:
+        """Folders and the writer's lock."""
+        if not self.directory.exists():
+            self.directory.mkdir(parents=True)
+            self._io.fsync_dir(self.directory.parent)
+        self._io.mkdir(self._store)
+        self._io.mkdir(self._generations)
+        self._io.fsync_dir(self._store)
+        self._io.fsync_dir(self.directory)
+        if not self._writer.acquire():
+            raise CheckpointError(f"{self.directory} is kept by another process ({self._writer.read_note()}): stop it, or use "
+                                  "its API.")
+        self._writer.note(f"pid {os.getpid()}")
+
+    def _first_generation(self, source: Path | None) -> None:
+        mark = self._store / CLONING_MARK
+        if source is not None and source.resolve() != self.directory.resolve():
+            if not mark.exists() and not is_empty(self.directory):
+                raise CheckpointError(f"{self.directory} holds files already, but no checkpoint of Hogwild's: choose an empty "
+                                      "directory, or pass the same directory as model and checkpoint to work in place.")
+            clone(self._io, source, self.directory)
+        elif mark.exists():
+            raise CheckpointError(f"{self.directory} is an unfinished copy of a model: open it with that model as source.")
+        self.layout = Layout.read(self.directory)
+        refuse_links(self.directory, self.layout)
+        table = file_table(self._io, self.directory, self.layout)
+        self._history = History(self._io, self._generations, [])
+        self._history.add(self._commit_of(0, 0, "clone", table, weight_version=0), None, table)
+        self._io.unlink(mark)
+
+    def _commit_of(self, generation: int, parent: int, kind: Literal["clone", "sync", "rollback", "adopt"], table: Table, *,
+                   weight_version: int) -> Commit:
+        return Commit(
+            generation=generation, parent=parent, kind=kind, time=datetime.now(UTC).isoformat(timespec="milliseconds"),
+            weight_version=weight_version, jobs=(), blocks_changed=0, blocks_total=self.layout.blocks, bytes_changed=0,
+            undo_bytes=0, layout=self.layout.id, files={file.name: file.header for file in self.layout.files},
+            fingerprints=table_digest(table), base_model=table_digest(table))
+
+    def _recover(self) -> None:
+        """Read the generations; finish the last one if its contents are not in place; remove what was never committed."""
+        self._history = History.read(self._io, self._generations)
+        head = self._history.head
+        self._history.remove_uncommitted()
+        self.layout = Layout.read(self.directory)
+        refuse_links(self.directory, self.layout)
+        self._foreign = ""
+        if self.layout.id != head.layout or {file.name: file.header for file in self.layout.files} != head.files:
+            self._foreign = f"the tensors in {self.directory} are not those of generation {head.generation}"
+        else:
+            self._apply_pending(head)
+        self._table = self._history.table(head.generation)
+        self._io.unlink(self._store / CLONING_MARK)
+        self._stale = False
+
+    def _apply_pending(self, head: Commit) -> None:
+        """Bring a committed generation into the files, from its redo file and new files."""
+        if not self._history.unapplied(head):
+            return
+        with self._readers_excluded() as alone:
+            if not alone:
+                raise CheckpointError(f"{self.directory} is being read (an export?), and the last sync has to be finished "
+                                      "first: try again when the reader is done.")
+            redo_path = self._history.path(head.generation, "redo")
+            if redo_path.exists():
+                with FrameFile(self._io, redo_path, REDO_MAGIC, head.generation, head.layout) as redo:
+                    frames = ((self.layout.tensors[info.tensor], blocks, np.frombuffer(payload, np.uint8))
+                              for info, blocks, payload in redo)
+                    apply(self._io, self.directory, self._generations, head.replaced, frames)
+            else:
+                apply(self._io, self.directory, self._generations, head.replaced, ())
+            self._io.unlink(redo_path)
+
+    def _load_read_only(self) -> None:
+        if not History.exists(self._generations):
+            raise NotFound(f"{self.directory} is no checkpoint of Hogwild's (it has no {STORE_DIR}/{GENERATIONS_DIR}).")
+        self._history = History.read(self._io, self._generations)
+        self.layout = Layout.read(self.directory)
+        self._table = self._history.table(self._history.head.generation)
+
+    def close(self) -> None:
+        """Give the directory up; a sync that was begun is abandoned."""
+        with self._mutex:
+            if self._pending is not None:
+                self._pending.abandon()
+            self._writer.release()
+
+    def __enter__(self) -> "CheckpointStore":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- what there is ------------------------------------------------------------------------------------------------
+
+    @property
+    def head(self) -> Commit:
+        """The last generation: what the files hold."""
+        return self._history.head
+
+    def generations(self) -> list[Commit]:
+        """The last generation and those that can be rolled back to, oldest first."""
+        return self._history.kept(self.keep_last)
+
+    def _known(self, generation: int) -> Commit:
+        for commit in self.generations():
+            if commit.generation == generation:
+                return commit
+        raise NotFound(f"there is no generation {generation}: kept are {self.generations()[0].generation} to "
+                       f"{self.head.generation}.", generation=generation)
+
+    # --- live weights → disk ------------------------------------------------------------------------------------------
+
+    def prepare(self, views: "Views") -> None:
+        """Check the views against the files and get the staging memory, so that the first sync's pause is short too."""
+        from hogwild.checkpoint import views as live
+
+        live.check_views(self.layout, views)
+        if any(view.device.type == "cuda" for view in views.values()):
+            from hogwild.checkpoint import device
+
+            self._arena.allocate = device.pinned
+        self._arena.reserve(sum(self.layout.by_name[name].nbytes for name in views))
+
+    def begin_sync(self, views: "Views", *, weight_version: int, jobs: Iterable[str] = ()) -> "PendingSync":
+        """Fingerprint the live weights and copy what changed: nobody may write to them until this returns.
+
+        Raises CheckpointLayout (views that do not fit), CheckpointForeign (the files are not ours any more), Conflict
+        (another sync is under way).
+        """
+        from hogwild.checkpoint import views as live
+
+        started = time.perf_counter()
+        with self._mutex:
+            self._ready()
+            live.check_views(self.layout, views)
+            if any(view.device.type == "cuda" for view in views.values()) and not self._arena.allocated:
+                from hogwild.checkpoint import device
+
+                self._arena.allocate = device.pinned
+            stage = self._new_stage()
+            try:
+                with explained("the sync", self.directory, kept=f"The checkpoint is still generation {self.head.generation}."):
+                    live.stage_changed(self.layout, views, self._table, stage)
+            except BaseException:
+                stage.close()
+                raise
+            commit = self._commit_of(self.head.generation + 1, self.head.generation, "sync", self._table,
+                                     weight_version=weight_version)
+            pending = PendingSync(self, stage, replace(commit, jobs=tuple(jobs)), started)
+            self._pending = pending
+            return pending
+
+    def sync(self, views: "Views", *, weight_version: int, jobs: Iterable[str] = (),
+             time_limit: float | None = None) -> SyncReport:
+        """`begin_sync` and `commit` in one."""
+        return self.begin_sync(views, weight_version=weight_version, jobs=jobs).commit(time_limit=time_limit)
+
+    def _new_stage(self) -> Stage:
+        return Stage(self._arena, self._io, self._generations / "stage.spill")
+
+    def _ready(self) -> None:
+        """Raise unless a new generation can be begun."""
+        if self.read_only:
+            raise CheckpointError(f"{self.directory} was opened for reading only.")
+        if not self._writer.held:
+            raise CheckpointError(f"{self.directory} was closed.")
+        if self._pending is not None:
+            raise Conflict("another sync or rollback of this checkpoint is under way.")
+        with explained("repairing the checkpoint", self.directory, kept="No generation was lost."):
+            if self._stale:
+                self._recover()
+            self._apply_pending(self.head)
+        if self._foreign:
+            raise CheckpointForeign(f"{self._foreign}: `hogwild checkpoint adopt` accepts the files as they are.")
+
+    def _write(self, stage: Stage, commit: Commit, deadline: Deadline) -> tuple[Commit, int, float, bool]:
+        """Make a generation: (its record, bytes written, time when it was durable, whether the files have it)."""
+        blocks = np.concatenate([frame.spec.first_block + frame.blocks for frame in stage.frames])
+        rows = np.concatenate([frame.table for frame in stage.frames])
+        table = self._table.copy()
+        table[blocks] = rows
+        generation = commit.generation
+        self._stale = True  # until the end: whatever fails in between, the disk is asked what happened
+        try:
+            logs = write_logs(
+                self._io, self.directory, self._generations, self.layout, self._table, stage, generation=generation,
+                parent=commit.parent, deadline=deadline, can_reflink=self._can_reflink())
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self._history.remove_uncommitted()
+                self._stale = False
+            raise
+        commit = replace(
+            commit, blocks_changed=stage.blocks, bytes_changed=stage.nbytes, undo_bytes=logs.undo_bytes, redo=logs.redo,
+            replaced=logs.replaced, fingerprints=table_digest(table), base_model=self.head.base_model)
+        try:
+            written = logs.bytes_written + self._history.add(commit, blocks, rows)
+        except OSError:
+            if not self._history.path(generation, "commit").exists():
+                with contextlib.suppress(OSError):
+                    self._history.remove_uncommitted()
+                    self._stale = False
+            raise
+        durable = time.perf_counter()
+        self._table = table
+        with self._readers_excluded() as alone:
+            if alone:
+                frames = ((frame.spec, frame.blocks, stage.read(frame)) for frame in stage.frames
+                          if frame.spec.file not in logs.replaced)
+                written += apply(self._io, self.directory, self._generations, logs.replaced, frames)
+                self._io.unlink(self._history.path(generation, "redo"))
+        self._history.prune(self.keep_last)
+        self._stale = False
+        return commit, written, durable, alone
+
+    def _can_reflink(self) -> bool:
+        """Whether the file system shares extents; tried once, on a file of the checkpoint."""
+        if not hasattr(self, "_reflinks"):
+            probe = self._store / "reflink.tmp"
+            name = self.layout.files[0].name
+            with self._io.open(self.directory / name) as old, self._io.create(probe) as new:
+                self._reflinks = self._io.reflink(old, new)
+            self._io.unlink(probe)
+        return self._reflinks
+
+    @contextlib.contextmanager
+    def _readers_excluded(self) -> Iterator[bool]:
+        """Hold the readers' lock alone; yields False when a reader did not finish in time."""
+        lock = FileLock(self._store / READERS_LOCK)
+        end = time.monotonic() + self._reader_patience
+        while not lock.acquire():
+            if time.monotonic() > end:
+                yield False
+                return
+            time.sleep(0.05)
+        try:
+            yield True
+        finally:
+            lock.release()
+
+    # --- disk → live weights ------------------------------------------------------------------------------------------
+
+    def restore(self, views: "Views") -> RestoreReport:
+        """Make the live weights equal to the last generation, in place; nobody may write to them meanwhile."""
+        from hogwild.checkpoint import views as live
+
+        started = time.perf_counter()
+        with self._mutex:
+            live.check_views(self.layout, views)
+            blocks, tensors = 0, []
+            for file in self.layout.files:
+                with self._io.open(self.directory / file.name) as handle:
+                    for spec in self.layout.of_file(file.name):
+                        view = views.get(spec.name)
+                        if view is None:
+                            continue
+                        wrong = differing(live.view_fingerprints(spec, view),
+                                          self._table[spec.first_block : spec.first_block + spec.blocks])
+                        if not len(wrong):
+                            continue
+
+                        def read(numbers: Indices, spec: TensorSpec = spec) -> Bytes:
+                            return self._checked(read_blocks(handle, spec, numbers), spec, numbers)  # noqa: B023 in this loop
+
+                        live.write_blocks(spec, view, wrong, read)
+                        blocks += len(wrong)
+                        tensors.append(spec.name)
+            return RestoreReport(generation=self.head.generation, blocks_changed=blocks, tensors=tuple(tensors),
+                                 seconds=time.perf_counter() - started)
+
+    def _checked(self, data: Bytes, spec: TensorSpec, blocks: Indices) -> Bytes:
+        """Nothing is written into live weights that is not what the generation says."""
+        if len(differing(fingerprints(data), self._table[spec.first_block + blocks])):
+            raise CheckpointForeign(f"{spec.name} on disk is not what generation {self.head.generation} says: it was not "
+                                    "loaded. Run `hogwild checkpoint verify`.", tensor=spec.name)
+        return data
+
+    def rollback(self, generation: int, views: "Views | None" = None, *, weight_version: int | None = None,
+                 jobs: Iterable[str] = (), time_limit: float | None = None) -> RollbackReport:
+        """Make a new generation with the contents of an earlier one, and bring it into the live weights.
+
+        Nothing is lost by it: the generations in between stay, so a rollback can be rolled back. Training that is not
+        synced yet is overwritten in `views`: sync first to keep it.
+
+        Raises NotFound (not kept), CheckpointForeign, CheckpointCorrupt (undo data damaged; nothing was changed).
+        """
+        started = time.perf_counter()
+        with self._mutex:
+            self._ready()
+            self._known(generation)
+            if views is not None:
+                from hogwild.checkpoint import views as live
+
+                live.check_views(self.layout, views)
+            stage = self._new_stage()
+            try:
+                with explained("the rollback", self.directory, kept=f"The checkpoint is still generation "
+                               f"{self.head.generation}."):
+                    changed = self._stage_generation(generation, stage)
+                    commit = replace(
+                        self._commit_of(self.head.generation + 1, self.head.generation, "rollback", self._table,
+                                        weight_version=self.head.weight_version if weight_version is None else weight_version),
+                        restores=generation, jobs=tuple(jobs))
+                    written, blocks = 0, stage.blocks
+                    if stage.frames:
+                        commit, written, _, _ = self._write(stage, commit, Deadline(time_limit))
+            finally:
+                stage.close()
+            paused = time.perf_counter()
+            restored = self.restore(views) if views is not None else None
+            ended = time.perf_counter()
+            return RollbackReport(
+                generation=self.head.generation, restored=generation, weight_version=commit.weight_version,
+                blocks_changed=blocks, live_blocks_changed=restored.blocks_changed if restored else 0,
+                tensors=tuple(dict.fromkeys((*changed, *(restored.tensors if restored else ())))), bytes_written=written,
+                seconds=ended - started, pause_seconds=ended - paused)
+
+    def _stage_generation(self, generation: int, stage: Stage) -> list[str]:
+        """Stage what differs between the head and an earlier generation; the tensors' names."""
+        target = self._history.table(generation)
+        changed = []
+        with Snapshot(self._io, self.directory, self._generations, self.layout, generation, self.head.generation) as old:
+            for spec in self.layout.tensors:
+                rows = slice(spec.first_block, spec.first_block + spec.blocks)
+                blocks = differing(target[rows], self._table[rows])
+                if not len(blocks):
+                    continue
+                changed.append(spec.name)
+                for frame, buffer in stage.slots(spec, blocks, target[rows][blocks]):
+                    buffer[:] = old.read(spec, frame.blocks)
+                    if len(differing(fingerprints(buffer), frame.table)):
+                        raise CheckpointForeign(
+                            f"{spec.name} can't be brought back to generation {generation}: the files were changed by "
+                            "something else. Nothing was written. Run `hogwild checkpoint verify`.", tensor=spec.name)
+        return changed
+
+    # --- checking, exporting, adopting --------------------------------------------------------------------------------
+
+    def verify(self, views: "Views | None" = None) -> VerifyReport:
+        """Compare disk, and live weights if given, with the fingerprints of the last generation."""
+        started = time.perf_counter()
+        with self._mutex, self.reading():
+            disk: dict[str, int] = {}
+            live_wrong: dict[str, int] = {}
+            for file in self.layout.files:
+                with self._io.open(self.directory / file.name) as handle:
+                    for spec in self.layout.of_file(file.name):
+                        wrong = sum(len(differing(fingerprints(read_blocks(handle, spec, window)),
+                                                  self._table[spec.first_block + window]))
+                                    for window in windows(spec, FRAME_BLOCKS))
+                        if wrong:
+                            disk[spec.name] = wrong
+            live_checked = 0
+            if views is not None:
+                from hogwild.checkpoint import views as live
+
+                live.check_views(self.layout, views)
+                for name, view in views.items():
+                    spec = self.layout.by_name[name]
+                    live_checked += spec.blocks
+                    wrong = len(differing(live.view_fingerprints(spec, view),
+                                          self._table[spec.first_block : spec.first_block + spec.blocks]))
+                    if wrong:
+                        live_wrong[name] = wrong
+            return VerifyReport(generation=self.head.generation, blocks_checked=self.layout.blocks,
+                                live_blocks_checked=live_checked, disk=disk, live=live_wrong,
+                                seconds=time.perf_counter() - started)
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[Commit]:
+        """Hold the files still: while this lasts they are exactly the last generation, whoever syncs."""
+        lock = FileLock(self._store / READERS_LOCK)
+        end = time.monotonic() + self._reader_patience
+        while True:
+            if lock.acquire(shared=True, write=os.access(self._store, os.W_OK)):
+                if self.read_only:
+                    self._load_read_only()
+                if not self._history.unapplied(self.head):
+                    break
+                lock.release()
+            if time.monotonic() > end:
+                raise CheckpointError(f"generation {self.head.generation} of {self.directory} is not completely in its files: "
+                                      "a sync was interrupted. Start the worker, or open the checkpoint for writing, once.")
+            time.sleep(0.05)
+        try:
+            yield self.head
+        finally:
+            lock.release()
+
+    def export(self, target: Path | str | BinaryIO, generation: int | None = None) -> Commit:
+        """Write a generation (default: the last) as a clean model directory, a `.tar` file, or a tar stream.
+
+        The checkpoint's own files are not touched. Raises NotFound, CheckpointError (target not empty, disk full).
+        """
+        with self._mutex, self.reading() as head:
+            commit = self._known(head.generation if generation is None else generation)
+            with Snapshot(self._io, self.directory, self._generations, self.layout, commit.generation,
+                          head.generation) as snapshot:
+                exporting.export(self._io, self.directory, self.layout, snapshot, self._history.table(commit.generation),
+                                 commit, target)
+            return commit
+
+    def adopt(self, *, weight_version: int | None = None) -> Commit:
+        """Accept the files as they are, as a new generation. Earlier ones are forgotten: their undo data leads back from
+        contents that are not there any more. When nothing differs, nothing is done."""
+        with self._mutex:
+            if self._pending is not None:
+                raise Conflict("a sync of this checkpoint is under way.")
+            if self.read_only:
+                raise CheckpointError(f"{self.directory} was opened for reading only.")
+            with explained("adopting the files", self.directory, kept="No generation was lost."):
+                self.layout = Layout.read(self.directory)
+                refuse_links(self.directory, self.layout)
+                table = file_table(self._io, self.directory, self.layout)
+                head = self.head
+                same = self.layout.id == head.layout and {f.name: f.header for f in self.layout.files} == head.files
+                if same and not len(differing(table, self._table)):
+                    return head
+                generation = head.generation + 1
+                commit = self._commit_of(generation, generation, "adopt", table,
+                                         weight_version=head.weight_version if weight_version is None else weight_version)
+                self._stale = True
+                self._history.add(replace(commit, base_model=head.base_model), None, table)
+                self._recover()
+                self._history.prune(self.keep_last)
+                return self.head
+
+
+class PendingSync:
+    """Changed blocks, copied; training may go on. `commit` or `abandon` it."""
+
+    def __init__(self, store: CheckpointStore, stage: Stage, commit: Commit, started: float) -> None:
+        self._store, self._stage, self._commit = store, stage, commit
+        self._started = started
+        self.blocks_changed = stage.blocks
+        self.bytes_changed = stage.nbytes
+        self.pause_seconds = time.perf_counter() - started
+
+    def commit(self, *, time_limit: float | None = None) -> SyncReport:
+        """Write the generation; may run beside training, in another thread.
+
+        When it fails (disk full, files changed by somebody else, `time_limit` seconds over) the checkpoint is the
+        generation before, whole, and the changes are still in the live weights: begin another sync.
+        """
+        store, stage = self._store, self._stage
+        with store._mutex:
+            if store._pending is not self:
+                raise Conflict("this sync was committed or abandoned already.")
+            try:
+                commit, written, durable, applied = store.head, 0, time.perf_counter(), True
+                if stage.frames:
+                    kept = (f"The checkpoint is still generation {store.head.generation}, nothing is lost, and the next sync "
+                            "writes what this one could not.")
+                    with explained("the sync", store.directory, kept=kept):
+                        commit, written, durable, applied = store._write(stage, self._commit, Deadline(time_limit))
+                return SyncReport(
+                    generation=commit.generation, weight_version=self._commit.weight_version, jobs=self._commit.jobs,
+                    blocks_changed=self.blocks_changed, blocks_total=store.layout.blocks, bytes_changed=self.bytes_changed,
+                    bytes_written=written, undo_bytes=commit.undo_bytes if stage.frames else 0,
+                    seconds=time.perf_counter() - self._started, pause_seconds=self.pause_seconds,
+                    durable_seconds=durable - self._started, applied=applied)
+            finally:
+                self._close()
+
+    def abandon(self) -> None:
+        """Forget it; the next sync finds the same changes again."""
+        with self._store._mutex:
+            if self._store._pending is self:
+                self._close()
+
+    def _close(self) -> None:
+        self._store._pending = None
+        with contextlib.suppress(OSError):
+            self._stage.close()
+
+
+__all__ = ["CheckpointStore", "Commit", "PendingSync", "Record", "RestoreReport", "RollbackReport", "SyncReport", "VerifyReport"]

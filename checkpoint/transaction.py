@@ -1,0 +1,245 @@
+"""Writing one generation so that a power cut at any byte leaves the old one or the new one.
+
+      begin ──► logs written ──► COMMITTED ──► applied
+        │   <n>.undo, <n>.redo,     │  <n>.commit   │  blocks in place, new files renamed,
+        │   new files; fsync        │  appears      │  fsync; <n>.redo removed
+        │                           │               │
+        └─ crash: generation n−1,   └─ crash: the next open applies again (idempotent), generation n
+           leftovers are removed
+
+A 4 KB block that was half written when the power went can't be repaired from a difference, because neither its old nor
+its new contents are known. Hence nothing is overwritten before the new contents are safe elsewhere: in the redo file, or,
+where at least half of a file changes or the file system can reflink, in a new file that is renamed over the old one.
+"""
+
+import os
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import xxhash
+
+from hogwild.checkpoint.blockfile import check_old, read_blocks, runs, write_blocks
+from hogwild.checkpoint.codec import DELTA, RAW, encode_delta
+from hogwild.checkpoint.constants import BLOCK, REDO_MAGIC, REPLACE_SHARE, UNDO_MAGIC
+from hogwild.checkpoint.durable import FileIo, Handle
+from hogwild.checkpoint.fingerprints import Bytes, Indices, Table
+from hogwild.checkpoint.frames import FrameWriter
+from hogwild.checkpoint.layout import Layout, TensorSpec
+from hogwild.checkpoint.stage import Stage, StagedFrame
+from hogwild.errors import CheckpointError, CheckpointForeign
+
+ENCODERS = max(1, min(4, (os.cpu_count() or 1) - 1))
+"""Threads that read and compress old contents; one core stays with training."""
+
+
+class Deadline:
+    """Raises when a sync takes longer than it may; before the commit record, that leaves the old generation."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self._end = None if seconds is None else time.monotonic() + seconds
+        self._seconds = seconds
+
+    def check(self) -> None:
+        """Raise CheckpointError when the time is over."""
+        if self._end is not None and time.monotonic() > self._end:
+            raise CheckpointError(f"the sync did not finish within {self._seconds} s and was given up. Nothing was written; "
+                                  "the changes are still in the live weights and go to disk with the next sync.")
+
+
+class NewFile:
+    """A file that is written anew next to the old one: unchanged bytes are copied (or shared), changed ones replaced."""
+
+    def __init__(self, io: FileIo, old: Handle, path: Path) -> None:
+        self._io, self._old = io, old
+        self.path = path
+        self.handle = io.create(path, os.fstat(old.fd).st_mode & 0o7777)
+        self.written = 0
+        self._cursor = 0
+        self._shared = False
+
+    def share(self) -> bool:
+        """Take the old extents over by reflink; False where that is not possible."""
+        self._shared = self._io.reflink(self._old, self.handle)
+        return self._shared
+
+    def write(self, frame: StagedFrame, data: Bytes) -> None:
+        """Put a frame's blocks; frames come in file order."""
+        spec = frame.spec
+        if self._shared:
+            write_blocks(self.handle, spec, frame.blocks, data)
+            self.written += frame.nbytes
+            return
+        for block, count, index in runs(frame.blocks):
+            start = spec.offset + block * BLOCK
+            nbytes = spec.block_bytes(block, block + count)
+            self._copy_to(start)
+            self.handle.pwrite(data[index * BLOCK : index * BLOCK + nbytes].data, start)
+            self._cursor = start + nbytes
+            self.written += nbytes
+
+    def _copy_to(self, end: int) -> None:
+        self._io.copy_range(self._old, self.handle, self._cursor, end - self._cursor)
+        self.written += end - self._cursor
+        self._cursor = end
+
+    def finish(self) -> None:
+        """Copy the rest."""
+        if not self._shared:
+            self._copy_to(self._old.size())
+
+
+class Logs:
+    """What `write_logs` left on disk, all of it fsynced."""
+
+    def __init__(self) -> None:
+        self.redo = False
+        self.replaced: dict[str, str] = {}
+        self.undo_bytes = 0
+        self.bytes_written = 0
+
+
+def write_logs(
+    io: FileIo, directory: Path, generations: Path, layout: Layout, table: Table, stage: Stage, *,
+    generation: int, parent: int, deadline: Deadline, can_reflink: bool,
+) -> Logs:
+    """Write and fsync undo file, redo file and new files of a generation; the checkpoint itself is not touched.
+
+    Raises CheckpointForeign when the old contents are not those of the last generation.
+    """
+    logs = Logs()
+    undo = FrameWriter(io, generations / f"{generation:08d}.undo", UNDO_MAGIC, generation, parent, layout.id)
+    redo: FrameWriter | None = None
+    to_sync: list[Handle] = [undo.handle]
+    opened: list[Handle] = []
+    try:
+        for number, file in enumerate(layout.files):
+            frames = [frame for frame in stage.frames if frame.spec.file == file.name]
+            if not frames:
+                continue
+            old = io.open(directory / file.name)
+            opened.append(old)
+            check_header(old, file.size, file.header)
+            new = None
+            if can_reflink or sum(frame.nbytes for frame in frames) >= REPLACE_SHARE * file.size:
+                new = NewFile(io, old, generations / f"{generation:08d}.{number}.new")
+                to_sync.append(new.handle)
+                logs.replaced[file.name] = new.path.name
+                if can_reflink:
+                    new.share()
+            elif redo is None:
+                redo = FrameWriter(io, generations / f"{generation:08d}.redo", REDO_MAGIC, generation, parent, layout.id)
+                to_sync.append(redo.handle)
+            for frame, data, payload in _encoded(old, frames, table, stage):
+                deadline.check()
+                undo.add(frame.spec.number, frame.blocks, DELTA, frame.spec.itemsize, frame.nbytes, payload)
+                if new is not None:
+                    new.write(frame, data)
+                elif redo is not None:
+                    redo.add(frame.spec.number, frame.blocks, RAW, frame.spec.itemsize, frame.nbytes, data.data)
+            if new is not None:
+                new.finish()
+                logs.bytes_written += new.written
+        undo.finish()
+        if redo is not None:
+            redo.finish()
+            logs.redo = True
+            logs.bytes_written += redo.bytes
+        deadline.check()
+        fsync_all(to_sync)
+        deadline.check()
+    finally:
+        for handle in (*to_sync, *opened):
+            handle.close()
+    logs.undo_bytes = undo.bytes
+    logs.bytes_written += undo.bytes
+    return logs
+
+
+def check_header(handle: Handle, size: int, header: str) -> None:
+    """Raise CheckpointForeign unless the file still has its size and header: offsets would mean something else."""
+    prefix = handle.pread(8, 0)
+    length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+    if handle.size() != size or xxhash.xxh3_128_hexdigest(handle.pread(8 + min(length, size), 0)) != header:
+        raise CheckpointForeign(f"{handle.path} was replaced by another file since the last generation. Nothing was "
+                                "written. `hogwild checkpoint adopt` accepts the files as they are.", file=str(handle.path))
+
+
+def fsync_all(handles: list[Handle]) -> None:
+    """fsync several files at once: the file system can then put them into one journal commit."""
+    if len(handles) == 1:
+        handles[0].fsync()
+        return
+    failures: list[BaseException] = []
+
+    def sync(handle: Handle) -> None:
+        try:
+            handle.fsync()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=sync, args=(handle,)) for handle in handles]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+def _encoded(
+    old: Handle, frames: list[StagedFrame], table: Table, stage: Stage
+) -> Iterator[tuple[StagedFrame, Bytes, bytes]]:
+    """(frame, new contents, undo payload) in order; reading, checking and compressing run in threads, a few ahead."""
+
+    def encode(frame: StagedFrame) -> tuple[StagedFrame, Bytes, bytes]:
+        before = read_blocks(old, frame.spec, frame.blocks)
+        check_old(old, frame.spec, frame.blocks, before, table)
+        data = stage.read(frame)
+        return frame, data, encode_delta(before, data, frame.spec.itemsize)
+
+    with ThreadPoolExecutor(ENCODERS) as pool:
+        ahead: deque[Future[tuple[StagedFrame, Bytes, bytes]]] = deque()
+        try:
+            for frame in frames:
+                ahead.append(pool.submit(encode, frame))
+                if len(ahead) > 2 * ENCODERS:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()
+
+
+def apply(
+    io: FileIo, directory: Path, generations: Path, replaced: dict[str, str],
+    frames: Iterable[tuple[TensorSpec, Indices, Bytes]],
+) -> int:
+    """Bring a committed generation into the checkpoint's files and fsync them; bytes written. Doing it again is harmless.
+
+    `frames`: tensor, block numbers and new contents of everything that is written in place.
+    """
+    handles: dict[str, Handle] = {}
+    written = 0
+    try:
+        for spec, blocks, data in frames:
+            if spec.file not in handles:
+                handles[spec.file] = io.open(directory / spec.file, write=True)
+            write_blocks(handles[spec.file], spec, blocks, data)
+            written += len(data)
+        if handles:
+            fsync_all(list(handles.values()))
+    finally:
+        for handle in handles.values():
+            handle.close()
+    pending = {file: temp for file, temp in replaced.items() if (generations / temp).exists()}
+    for file, temp in pending.items():
+        io.rename(generations / temp, directory / file)
+    if pending:
+        io.fsync_dir(directory)
+    return written
