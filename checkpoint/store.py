@@ -353,6 +353,21 @@ class CheckpointStore:
 
     # --- disk → live weights ------------------------------------------------------------------------------------------
 
+    def live_digest(self, views: "Views") -> str:
+        """Names the contents of the live weights as `Commit.fingerprints` and `Commit.base_model` name a generation's.
+
+        Tensors without a view count as they are on disk: they are never trained.
+        """
+        from hogwild.checkpoint import views as live
+
+        with self._mutex:
+            live.check_views(self.layout, views)
+            table = self._table.copy()
+            for spec in self.layout.tensors:
+                if (view := views.get(spec.name)) is not None:
+                    table[spec.first_block : spec.first_block + spec.blocks] = live.view_fingerprints(spec, view)
+            return table_digest(table)
+
     def restore(self, views: "Views") -> RestoreReport:
         """Make the live weights equal to the last generation, in place; nobody may write to them meanwhile."""
         from hogwild.checkpoint import views as live
