@@ -1,6 +1,6 @@
 """What happens around each optimizer step of a job: the ledger's account of it, and everybody else's turn.
 
-    before_step(k)   stop?  vLLM alive?  sync or rollback asked for?  cancel or pause?  → ledger: k begun → weights: begun
+    before_step(k)   stop? vLLM alive? sync or rollback asked for? cancel or pause? → ledger: k begun → weights: begun
     (the engine writes the weights)
     after_step(k)    weights: version + 1 → ledger: k applied → unsaved steps + 1 → Flower
 
@@ -64,16 +64,26 @@ class JobControl:
             version = weights.version
             weights.set_version(version)
         runtime.ledger.applied(
-            self._lease, report.step, version, loss=report.loss, tokens=report.tokens, seconds=report.seconds,
-            grad_norm=report.grad_norm, total_steps=self._n_steps)
+            self._lease,
+            report.step,
+            version,
+            loss=report.loss,
+            tokens=report.tokens,
+            seconds=report.seconds,
+            grad_norm=report.grad_norm,
+            total_steps=self._n_steps,
+        )
         if report.applied:
             runtime.dirty.mark_dirty(version)
-        send_progress(self._task, report.step + 1, self._n_steps, weight_version=version,
-                      loss=report.loss if math.isfinite(report.loss) else None)
+        send_progress(
+            self._task,
+            report.step + 1,
+            self._n_steps,
+            weight_version=version,
+            loss=report.loss if math.isfinite(report.loss) else None,
+        )
         runtime.step_done(self._lease.job_id, report, version)
 
     def between_micro_steps(self) -> None:
         """The pacing governor's turn."""
         self._runtime.yield_to_serving()
-
-

@@ -1,9 +1,9 @@
 """The child process of the GPU worker: attachment, trainer, checkpoint store, and who may touch the weights when.
 
 One lock, `weights_lock`, belongs to whoever touches weights or their bookkeeping. A running job holds it throughout and
-looks after everything else itself between its steps; otherwise the watching thread takes it to attach, to notice that
-vLLM is gone, and to heartbeat. A sync pauses training only while changed blocks are copied; what follows runs on a thread
-of its own beside the next steps.
+looks after everything else itself between its steps; otherwise the watching thread takes it to attach and to notice
+that vLLM is gone. A sync pauses training only while changed blocks are copied; what follows runs on a thread of its own
+beside the next steps.
 """
 
 import logging
@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ import torch
 
 from hogwild.checkpoint.store import CheckpointStore
 from hogwild.config import Settings
-from hogwild.errors import Conflict, ExporterGone, HogwildError, JobCancelled, ServiceUnavailable
+from hogwild.errors import AttachRefused, Conflict, ExporterGone, HogwildError, JobCancelled, ServiceUnavailable
 from hogwild.frontend import Frontend
 from hogwild.gpu_worker.batch import Sample
 from hogwild.gpu_worker.config import TrainConfig
@@ -33,7 +34,7 @@ from hogwild.gpu_worker.pulse import Pulse
 from hogwild.tasks.connections import redis_url, worker_client
 from hogwild.tasks.control import JobControl, JobParked, WorkerStopping
 from hogwild.tasks.dirty import Dirty
-from hogwild.tasks.ledger import Ledger, Lease
+from hogwild.tasks.ledger import Lease, Ledger
 from hogwild.tasks.operations import Operation, Operations
 from hogwild.tasks.progress import send_progress
 from hogwild.tasks.registry import HEARTBEAT_S, ModelInfo, Registry
@@ -50,7 +51,7 @@ SYNC_BACKOFF_S = (5.0, 600.0)  # first and longest pause after a sync that faile
 
 
 class Runtime:
-    """Everything the child owns. `start` begins to watch for vLLM; the public methods are the bodies of Celery tasks."""
+    """Everything the child owns. `start` begins to watch for vLLM; public methods are the bodies of Celery tasks."""
 
     def __init__(self, settings: Settings, *, stop_file: Path) -> None:
         self.settings = settings
@@ -147,47 +148,75 @@ class Runtime:
 
     def _on_attached(self, attachment: "Attachment") -> None:
         """Called by the lifecycle with a verified attachment: build what trains, bring disk and weights together."""
-        metadata = attachment.manifest.metadata
+        manifest = attachment.manifest
         model = build_model(attachment)
-        store = CheckpointStore.open(self.settings.model_checkpoint_dir, source=Path(metadata.model_path),
-                                     keep_last=self.settings.keep_last)
+        store = self._store  # stays open, and so locked, while vLLM comes and goes
+        if store is None:
+            store = self._store = CheckpointStore.open(
+                self.settings.model_checkpoint_dir, source=Path(manifest.model_path), keep_last=self.settings.keep_last
+            )
         self._bring_together(attachment, store)
         self._trainer = Trainer(model)
-        self._attachment, self._store = attachment, store
-        self._load_optimizer()
+        self._attachment = attachment
         self._governor = Governor(
             GovernorConfig(itl_budget_ms=self.settings.itl_budget_ms, serve_share=self.settings.serve_share),
-            Pulse(self.settings.model_runtime_dir))
+            Pulse(self.settings.model_runtime_dir),
+        )
         frontend = Frontend.load(self.settings.model_runtime_dir)
-        self.registry.publish_model(ModelInfo(
-            served_model_name=self.settings.model_name, model_path=str(metadata.model_path),
-            vocab_size=metadata.vocab_size, max_model_len=metadata.max_model_len, dtype=metadata.dtype,
-            parameters=sum(p.numel() for p in model.parameters()), optimizer=self.settings.optimizer,
-            learning_rate=self.settings.learning_rate,
-            vllm_url=self.settings.vllm_url or (frontend.url if frontend else "")))
-        logger.info("attached to %s: %d tensors, weight version %d", metadata.served_model_name, len(attachment.views),
-                    attachment.weights.version)
+        self.registry.publish_model(
+            ModelInfo(
+                served_model_name=self.settings.model_name,
+                model_path=manifest.model_path,
+                vocab_size=manifest.vocab_size,
+                max_model_len=manifest.max_model_len,
+                dtype=manifest.dtype,
+                parameters=sum(p.numel() for p in model.parameters()),
+                optimizer=self.settings.optimizer,
+                learning_rate=self.settings.learning_rate,
+                vllm_url=self.settings.vllm_url or (frontend.url if frontend else ""),
+            )
+        )
+        self._publish_checkpoint()
+        logger.info(
+            "attached to %s: %d tensors, weight version %d",
+            manifest.served_model_name,
+            len(attachment.views),
+            attachment.weights.version,
+        )
 
     def _bring_together(self, attachment: "Attachment", store: CheckpointStore) -> None:
         """Make live weights and checkpoint agree on the version that is served.
 
         Weights that were trained since vLLM exported them are newer than any generation: they stay. Fresh ones are what
-        vLLM loaded; when that is not the head generation (vLLM was restarted on the original model, or while a sync was
-        being written) the head's contents are put into them, so that a restart of vLLM forgets nothing that was saved.
+        vLLM loaded. If that is the checkpoint directory itself, or the model it was cloned from, the head generation is
+        put into them where they differ (vLLM read while a sync was being written, or was restarted on the original), so
+        that a restart forgets nothing that was saved. Anything else is another model: refused, nothing is overwritten.
         """
         weights = attachment.weights
         if not weights.untouched:
             if weights.torn:
-                logger.warning("the last worker died while writing step %d: that step is partly in the weights",
-                               weights.begun)
+                logger.warning(
+                    "the last worker died while writing step %d: that step is partly in the weights", weights.begun
+                )
                 weights.set_version(weights.version)
             return
         head = store.head
-        weights.touch()
-        changed = store.restore(attachment.views)
-        if changed:
-            logger.warning("vLLM loaded other weights than generation %d: %d blocks brought to it", head.generation,
-                           changed)
+        own = Path(attachment.manifest.model_path).resolve() == store.directory.resolve()
+        if not own and store.live_digest(attachment.views) not in (head.fingerprints, head.base_model):
+            raise AttachRefused(
+                f"vLLM serves weights that are neither generation {head.generation} of {store.directory} nor the model "
+                "that it was cloned from. To train these weights choose another directory (HOGWILD_CHECKPOINT_DIR); to "
+                f"go on with the checkpoint, serve it: vllm serve {store.directory}"
+            )
+        if head.weight_version:
+            weights.touch()
+        report = store.restore(attachment.views)
+        if report.blocks_changed:
+            logger.warning(
+                "vLLM had loaded older weights than generation %d: %d blocks brought up to it",
+                head.generation,
+                report.blocks_changed,
+            )
         weights.set_version(head.weight_version)
 
     def _on_lost(self, attachment: "Attachment") -> None:
@@ -255,6 +284,8 @@ class Runtime:
             trainer = self._trainer
             if trainer is None:
                 raise ExporterGone
+            if trainer.optimizer is None:
+                self._load_optimizer(trainer, config)
             plan = trainer.plan(samples, config)
             self.ledger.planned(lease, plan.n_steps)
             control = JobControl(self, task, lease, plan.n_steps)
@@ -350,8 +381,7 @@ class Runtime:
             try:
                 self.sync("due", wait=wait)
             except (HogwildError, OSError):
-                logger.exception("sync failed; it is tried again in %.0f s",
-                                 self._sync_not_before - time.monotonic())
+                logger.exception("sync failed; it is tried again in %.0f s", self._sync_not_before - time.monotonic())
 
     def sync(self, reason: str, *, wait: bool = True, operation: Operation | None = None) -> dict[str, Any] | None:
         """Write a generation if there is anything to write; the caller holds `weights_lock`.
@@ -383,12 +413,19 @@ class Runtime:
                 raise
             self._sync_failures, self._sync_not_before = 0, 0.0
             self.dirty.clear(report.generation, version)
-            result = {**report.as_dict(), "reason": reason, "weight_version": version, "jobs": jobs, "at": time.time()}
+            result = {**asdict(report), "reason": reason, "at": time.time()}
             self._status.update(last_sync=result, sync_error=None)
+            self._publish_checkpoint()
             if operation is not None:
                 self.operations.finish(operation, result)
-            logger.info("generation %d written (%s): %d of %d blocks, %.2f s", report.generation, reason,
-                        report.blocks_changed, report.blocks_total, report.seconds)
+            logger.info(
+                "generation %d written (%s): %d of %d blocks, %.2f s",
+                report.generation,
+                reason,
+                report.blocks_changed,
+                report.blocks_total,
+                report.seconds,
+            )
             return result
 
         if wait:
@@ -403,8 +440,12 @@ class Runtime:
         self._sync_failures += 1
         self._sync_not_before = time.monotonic() + pause
         self._jobs_since_sync = jobs + self._jobs_since_sync
-        self._status["sync_error"] = {"message": getattr(error, "message", str(error)), "failures": self._sync_failures,
-                                      "retry_in_s": pause, "at": time.time()}
+        self._status["sync_error"] = {
+            "message": getattr(error, "message", str(error)),
+            "failures": self._sync_failures,
+            "retry_in_s": pause,
+            "at": time.time(),
+        }
         if operation is not None:
             self.operations.finish(operation, error=error)
 
@@ -447,30 +488,66 @@ class Runtime:
         weights.touch()
         report = store.rollback(generation, attachment.views, weight_version=version)
         weights.set_version(version)
-        trainer.reset_optimizer()
+        trainer.reset_optimizer()  # the moments were gathered on the way that was undone
+        for _, path in self._optimizer_files():
+            path.unlink(missing_ok=True)
         self.dirty.clear(store.head.generation, version)
+        self._publish_checkpoint()
         if self.settings.prefix_cache_policy != "never":
             self._reset_prefix_cache()
-        return {**report.as_dict(), "weight_version": version}
+        return asdict(report)
+
+    def _publish_checkpoint(self) -> None:
+        """For `GET /checkpoint`: the generations one can roll back to, newest first."""
+        if self._store is None:
+            return
+        generations = [
+            {"generation": g.generation, "kind": g.kind, "created_at": g.time, "weight_version": g.weight_version,
+             "jobs": g.jobs, "blocks_changed": g.blocks_changed, "blocks_total": g.blocks_total,
+             "bytes_changed": g.bytes_changed, "undo_bytes": g.undo_bytes, "restores": g.restores}
+            for g in reversed(self._store.generations())]  # fmt: skip
+        self.registry.publish_checkpoint({
+            "directory": str(self._store.directory), "head": self._store.head.generation, "generations": generations,
+            "last_sync": self._status.get("last_sync")})  # fmt: skip
 
     def _head_generation(self) -> int | None:
         return self._store.head.generation if self._store is not None else None
 
     # --- optimizer state ----------------------------------------------------------------------------------------------
 
-    @property
-    def _optimizer_dir(self) -> Path:
-        return self.settings.data_dir / "optimizer" / self.settings.model_slug
+    def _optimizer_files(self) -> list[tuple[int, Path]]:
+        """Saved optimizer states: (weight version, file), newest first."""
+        folder = self.settings.data_dir / "optimizer"
+        found = []
+        for path in folder.glob(f"{self.settings.model_slug}@*.safetensors"):
+            version = path.stem.rpartition("@")[2]
+            if version.isdigit():
+                found.append((int(version), path))
+        return sorted(found, reverse=True)
 
     def _save_optimizer(self, version: int) -> None:
-        if self._trainer is not None:
-            self._trainer.save_optimizer(self._optimizer_dir, weight_version=version)
+        """Beside each generation, so that a restarted worker goes on with the moments it had then."""
+        if self._trainer is None or self._trainer.optimizer is None:
+            return
+        older = self._optimizer_files()
+        path = self.settings.data_dir / "optimizer" / f"{self.settings.model_slug}@{version}.safetensors"
+        self._trainer.save_optimizer(path)
+        for _, old in older:
+            if old != path:
+                old.unlink(missing_ok=True)
 
-    def _load_optimizer(self) -> None:
-        """Moments belong to the weights they were gathered on: another version starts without."""
-        if self._trainer is not None:
-            loaded = self._trainer.load_optimizer(self._optimizer_dir, weight_version=self.attached.weights.version)
-            logger.info("optimizer state %s", "restored" if loaded else "starts empty")
+    def _load_optimizer(self, trainer: Trainer, config: TrainConfig) -> None:
+        """Before the first job after attaching. A few steps too old is better than none: moments move slowly. A state
+        from a later version than the weights' belongs to other weights."""
+        for version, path in self._optimizer_files():
+            if version <= self.attached.weights.version:
+                try:
+                    trainer.load_optimizer(path, config)
+                except HogwildError as error:
+                    logger.info("optimizer state starts empty: %s", error)
+                else:
+                    logger.info("optimizer state of weight version %d restored", version)
+                return
 
     # --- status -------------------------------------------------------------------------------------------------------
 
@@ -479,11 +556,12 @@ class Runtime:
         status = {**self._status}
         status.setdefault("state", self._lifecycle_state())
         status["lifecycle"] = self.lifecycle.describe()
+        status["attached"] = self._attachment is not None
         if (attachment := self._attachment) is not None:
             status["weight_version"] = attachment.weights.version
-            status["device"] = attachment.manifest.metadata.device
-        if self._trainer is not None:
-            status["optimizer"] = self._trainer.describe_optimizer()
+            status["device"] = attachment.manifest.device
+        if self._trainer is not None and (optimizer := self._trainer.optimizer) is not None:
+            status["optimizer"] = {"kind": optimizer.kind, "state_bytes": optimizer.allocated_bytes()}
         if self._governor is not None:
             status["pace"] = self._governor.status()
         status["memory"] = _memory()

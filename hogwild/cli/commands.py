@@ -2,10 +2,10 @@
 
 import typer
 
-from hogwild.cli import up
+from hogwild.cli import demo, up
 
 
 def register(app: typer.Typer) -> None:
     """Add every command to `app`."""
-    for module in (up,):
+    for module in (up, demo):
         module.register(app)

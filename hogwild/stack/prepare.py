@@ -12,6 +12,6 @@ from hogwild.errors import HogwildError
 if __name__ == "__main__":
     source, target, keep_last = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     try:
-        CheckpointStore.open(target, source=source, keep_last=keep_last)
+        CheckpointStore.open(target, source=source, keep_last=keep_last).close()
     except (HogwildError, OSError) as error:
         sys.exit(f"{target}: {error}")

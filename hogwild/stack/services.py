@@ -195,7 +195,7 @@ def build(settings: Settings, *, vllm: bool) -> list[Service]:
                 python,
                 "-m",
                 "uvicorn",
-                "hogwild.api.app:create_app",
+                "hogwild.api.app:main",
                 "--factory",
                 "--host",
                 settings.api_host,

@@ -184,7 +184,7 @@ class Stack:
         for service in self.supervisor.services:
             if service.ready_url and not _answers(service.ready_url):
                 return False
-        return _answers(f"{self.api_url}/readyz", self._api_headers())
+        return self._worker_attached()
 
     def wait_ready(self, timeout: float = 900.0, tick: Callable[[dict[str, bool]], None] | None = None) -> None:
         """Wait for `ready`, reporting deaths meanwhile; `tick` gets which services answer, once a round.
@@ -205,8 +205,17 @@ class Stack:
         result = {
             p.name: _answers(p.ready_url) if p.ready_url else self._running(p.name) for p in self.supervisor.services
         }
-        result["worker"] = _answers(f"{self.api_url}/readyz", self._api_headers())
+        result["worker"] = self._worker_attached()
         return result
+
+    def _worker_attached(self) -> bool:
+        """Whether the worker that runs now says so; the last words of one that was killed don't count."""
+        try:
+            response = httpx.get(f"{self.api_url}/train/status", timeout=5.0, headers=self._api_headers())
+            worker = response.raise_for_status().json()["worker"] or {}
+        except httpx.HTTPError:
+            return False
+        return bool(worker.get("alive") and worker.get("attached") and psutil.pid_exists(worker.get("pid", -1)))
 
     def _running(self, name: str) -> bool:
         state = self._states.get(name)
