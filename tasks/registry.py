@@ -33,6 +33,11 @@ class ModelInfo:
     max_sample_tokens: int | None = None  # what the worker's memory allows, when that is less than max_model_len
     vllm_url: str = ""  # for /tokenize
 
+    def public(self) -> dict[str, Any]:
+        """What clients may see: no path of this machine but the model's name, no address."""
+        hidden = ("model_path", "vllm_url")
+        return {key: value for key, value in asdict(self).items() if key not in hidden}
+
 
 class Registry:
     """Model and worker of one served model."""
@@ -47,12 +52,19 @@ class Registry:
 
     def model(self) -> ModelInfo:
         """Raises ServiceUnavailable when no worker ever attached to this model."""
-        raw = self.client.get(self.keys("model"))
-        if raw is None:
+        info = self.model_or_none()
+        if info is None:
             raise ServiceUnavailable(
                 f"No worker has attached to the model {self.keys.model!r} yet, so its vocabulary and lengths are not "
                 "known: wait until vLLM and the worker are up ('hogwild up' says so), or check HOGWILD_SERVED_MODEL_"
                 "NAME.", retry_after=10)
+        return info
+
+    def model_or_none(self) -> ModelInfo | None:
+        """The model, or None when no worker ever attached to it."""
+        raw = self.client.get(self.keys("model"))
+        if raw is None:
+            return None
         known = {f.name for f in fields(ModelInfo)}
         return ModelInfo(**{key: value for key, value in json.loads(raw).items() if key in known})
 
@@ -95,3 +107,17 @@ class Registry:
             return None
         status: dict[str, Any] = json.loads(raw)
         return {**status, "alive": bool(self.client.exists(self.keys("alive", status["worker_id"])))}
+
+    def publish_checkpoint(self, document: Mapping[str, Any]) -> None:
+        """Called by the worker after it opened the store, and after each sync and rollback.
+
+        `document`: JSON; by agreement `directory`, `head` (newest generation), `generations` (newest first, each
+        with `generation`, `weight_version`, `created_at`, `blocks_changed`, `bytes_written`, `jobs`) and `last_sync`
+        (a report).
+        """
+        self.client.set(self.keys("checkpoint"), json.dumps(dict(document), default=str))
+
+    def checkpoint(self) -> dict[str, Any] | None:
+        """What the worker published last about the checkpoint."""
+        raw = self.client.get(self.keys("checkpoint"))
+        return None if raw is None else dict(json.loads(raw))

@@ -46,11 +46,12 @@ class RedisServer:
             while True:
                 try:
                     client.ping()
-                    return self
                 except (redis.ConnectionError, redis.TimeoutError, redis.exceptions.BusyLoadingError):
                     if self.process.poll() is not None or time.monotonic() > deadline:
                         raise RuntimeError((self.directory / "server.log").read_text()[-2000:]) from None
                     time.sleep(0.02)
+                else:
+                    return self
 
     def signal(self, number: int) -> None:
         """Send a signal: SIGSTOP and SIGCONT make a stalled server."""

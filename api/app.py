@@ -1,0 +1,132 @@
+"""The FastAPI application of port 8100, and the router that vLLM's port gets as well.
+
+    uvicorn --factory hogwild.api.app:main
+"""
+
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request, Response, Security
+from fastapi.security import HTTPBearer
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import PlainTextResponse
+
+import hogwild
+from hogwild.api.auth import authenticator
+from hogwild.api.problems import REQUEST_ID, Guard, problem_of, responses, route_class
+from hogwild.api.routes_checkpoint import checkpoint_router
+from hogwild.api.routes_train import train_router
+from hogwild.api.service import Service
+from hogwild.config import Settings
+
+# For the OpenAPI document only: the route class has checked the key before a dependency is asked.
+_BEARER = Security(HTTPBearer(auto_error=False, description="HOGWILD_API_KEY, or a key of HOGWILD_API_KEYS_FILE."))
+
+
+def create_router(settings: Settings, *, prefix_guard: Guard | None = None, extra_keys: Iterable[str] = (),
+                  service: Service | None = None) -> APIRouter:
+    """All routes of the job service, for this application or a foreign one (vLLM's).
+
+    Nothing is registered on the application that includes it: errors become problem documents, bodies are limited
+    and keys are checked per route.
+
+    `prefix_guard`: called before our own check of the key; may raise an error of ours or an HTTPException.
+    `extra_keys`: keys that are valid besides the deployment's own: vLLM's `--api-key`.
+    """
+    service = service or Service(settings, extra_keys)
+    authenticate = authenticator(service.keys)
+
+    async def caller(request: Request) -> None:
+        if prefix_guard is not None:
+            await prefix_guard(request)
+        request.state.api_key = await authenticate(request)
+        if settings.rate_limit:
+            await run_in_threadpool(service.check_rate, request.state.api_key)
+
+    router = APIRouter(route_class=route_class(settings.max_body_bytes, caller), dependencies=[_BEARER])
+    train_router(service, router)
+    checkpoint_router(service, router)
+    return router
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The API of its own port: the router, probes, metrics and documentation."""
+    service = Service(settings)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await service.close()
+
+    app = FastAPI(title="Hogwild", version=hogwild.__version__, lifespan=lifespan, redoc_url=None, docs_url=None,
+                  openapi_url=None, summary="Train a language model while vLLM serves it.",
+                  description="Errors are RFC 9457 problem documents. With HOGWILD_API_KEY set, every route but "
+                  "/livez needs `Authorization: Bearer <key>`.")
+    app.include_router(create_router(settings, service=service))
+    app.include_router(_operator_router(service, app))
+    if settings.cors_origins:
+        app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["*"],
+                           allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID",
+                                          REQUEST_ID], expose_headers=["Location", "Retry-After", REQUEST_ID])
+
+    async def on_http_error(request: Request, error: Exception) -> Response:
+        return problem_of(error, request)
+
+    app.add_exception_handler(HTTPException, on_http_error)  # what no route matched: 404 and 405
+    return app
+
+
+def _operator_router(service: Service, app: FastAPI) -> APIRouter:
+    """Probes, metrics, documentation: on our own port only, vLLM has its own."""
+    from fastapi.openapi.docs import get_swagger_ui_html
+
+    from hogwild.api.metrics import CONTENT_TYPE, render
+
+    authenticate = authenticator(service.keys)
+
+    async def caller(request: Request) -> None:
+        request.state.api_key = await authenticate(request)
+
+    async def anyone(_: Request) -> None:
+        """Probes of the process itself need no key."""
+
+    limit = service.settings.max_body_bytes
+    opened = APIRouter(route_class=route_class(limit, anyone), tags=["operations"])
+    router = APIRouter(route_class=route_class(limit, caller), tags=["operations"], dependencies=[_BEARER])
+
+    @opened.get("/livez", operation_id="live", summary="Is the process alive?", response_class=PlainTextResponse)
+    async def live() -> PlainTextResponse:
+        """Needs no key and no Redis."""
+        return PlainTextResponse("ok")
+
+    @router.get("/readyz", operation_id="ready", summary="Can a job be accepted?", response_class=PlainTextResponse,
+                responses=responses())
+    def ready() -> PlainTextResponse:
+        """Redis answers and writes, and the served model is known; 503 says what is missing."""
+        service.ready()
+        return PlainTextResponse("ok")
+
+    @router.get("/metrics", operation_id="metrics", summary="Prometheus metrics", response_class=PlainTextResponse,
+                responses=responses())
+    def metrics() -> Response:
+        """Jobs, queue, steps, tokens, weight version, syncs and the worker's state."""
+        return Response(render(service), media_type=CONTENT_TYPE)
+
+    @router.get("/openapi.json", include_in_schema=False)
+    def openapi() -> dict[str, Any]:
+        return app.openapi()
+
+    @router.get("/docs", include_in_schema=False)
+    def docs() -> Response:
+        return get_swagger_ui_html(openapi_url="openapi.json", title="Hogwild")
+
+    router.include_router(opened)
+    return router
+
+
+def main() -> FastAPI:
+    """Factory for uvicorn: settings from the environment."""
+    return create_app(Settings())

@@ -1,0 +1,77 @@
+"""`/checkpoint`: save now, list generations, roll back."""
+
+import re
+import time
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Path, Query, Response
+
+from hogwild.api.problems import responses
+from hogwild.api.schemas import CheckpointOut, OperationOut, RollbackRequest
+from hogwild.api.service import Service
+from hogwild.api.views import checkpoint_out, operation_out
+from hogwild.errors import InvalidRequest, NotFound
+from hogwild.tasks.operations import Operation
+
+_OP_ID = re.compile(r"op-[0-9a-f]{24}")
+MAX_WAIT_S = 60
+WAIT_POLL_S = 0.1
+Wait = Annotated[int, Query(ge=0, le=MAX_WAIT_S, description="Seconds to wait for the end before answering.")]
+_ACCEPTED: dict[int | str, dict[str, Any]] = {202: {
+    "description": "Will be done between two steps, before all waiting jobs.",
+    "headers": {"Location": {"schema": {"type": "string"}, "description": "Where to poll."}}}}
+
+
+def checkpoint_router(service: Service, router: APIRouter) -> None:
+    """Add the routes to `router`."""
+
+    def waited(op_id: str, seconds: int) -> Operation:
+        deadline = time.monotonic() + seconds
+        while not (op := service.operations.get(op_id)).final and time.monotonic() < deadline:
+            time.sleep(WAIT_POLL_S)
+        return op
+
+    @router.post("/checkpoint", operation_id="saveCheckpoint", summary="Save now", status_code=202,
+                 tags=["checkpoint"], response_model=OperationOut, responses={**_ACCEPTED, **responses()})
+    def save(response: Response, wait: Wait = 0) -> OperationOut:
+        """Write the changed blocks of the live weights to the checkpoint, at the next step boundary."""
+        service.model()
+        op_id = service.operations.submit("sync")
+        response.headers["Location"] = f"/checkpoint/operations/{op_id}"
+        return operation_out(waited(op_id, wait))
+
+    @router.get("/checkpoint", operation_id="getCheckpoint", summary="Generations", tags=["checkpoint"],
+                response_model=CheckpointOut, responses=responses())
+    def show() -> CheckpointOut:
+        """Saved generations, and what is not saved yet."""
+        return checkpoint_out(service)
+
+    @router.post("/checkpoint/rollback", operation_id="rollbackCheckpoint", summary="Roll back", status_code=202,
+                 tags=["checkpoint"], response_model=OperationOut,
+                 responses={**_ACCEPTED, **responses(400, 404, 408, 409, 413, 415)})
+    def rollback(body: RollbackRequest, response: Response, wait: Wait = 0) -> OperationOut:
+        """Return to a generation, on disk and in the live weights; serving goes on."""
+        service.model()
+        reported = service.registry.checkpoint()
+        if reported is not None:
+            known = [g["generation"] for g in reported.get("generations", [])]
+            if body.generation not in known:
+                there = f"{min(known)} to {max(known)}" if known else "none"
+                raise InvalidRequest(f"There is no generation {body.generation} to roll back to; there are: {there}.",
+                                     errors=[{"pointer": "/generation", "field": "generation",
+                                              "message": f"is not one of {known}"}])
+        op_id = service.operations.submit("rollback", generation=body.generation)
+        response.headers["Location"] = f"/checkpoint/operations/{op_id}"
+        return operation_out(waited(op_id, wait))
+
+    @router.get("/checkpoint/operations/{op_id}", operation_id="getOperation", summary="Poll a save or a rollback",
+                tags=["checkpoint"], response_model=OperationOut, responses=responses(404))
+    def operation(op_id: Annotated[str, Path(examples=["op-0123456789abcdef01234567"])], response: Response,
+                  wait: Wait = 0) -> OperationOut:
+        """A sync or a rollback that was asked for."""
+        if not _OP_ID.fullmatch(op_id):
+            raise NotFound(f"There is no operation {op_id[:40]!r}.")
+        op = waited(op_id, wait)
+        if not op.final:
+            response.headers["Retry-After"] = "1"
+        return operation_out(op)

@@ -1,0 +1,95 @@
+"""What the routes work with: connections, ledger, registry. Made once per process, connected on first use."""
+
+import asyncio
+import threading
+import time
+import weakref
+from collections.abc import Iterable
+
+from hogwild.api.auth import ApiKey, keys_of
+from hogwild.config import Settings
+from hogwild.errors import ServiceUnavailable, TooManyRequests
+from hogwild.tasks.app import make_app
+from hogwild.tasks.connections import AsyncClient, api_client, async_client, redis_url
+from hogwild.tasks.dirty import Dirty
+from hogwild.tasks.ledger import Ledger
+from hogwild.tasks.messages import Messages
+from hogwild.tasks.operations import Operations
+from hogwild.tasks.registry import ModelInfo, Registry
+
+MODEL_CACHE_S = 2.0  # a submit needs the vocabulary's size, which changes when another model is served
+
+# Generic cell rate: one number per key says when its next request would be on time; a burst of a tenth of a minute's
+# requests may come early. KEYS: key. ARGV: seconds between requests, seconds of burst
+_RATE = """
+local t = redis.call('TIME')
+local now = t[1] + t[2] / 1e6
+local due = math.max(tonumber(redis.call('GET', KEYS[1]) or now), now)
+local step, burst = tonumber(ARGV[1]), tonumber(ARGV[2])
+if due - now > burst then return tostring(due - now - burst) end
+redis.call('SET', KEYS[1], string.format('%.6f', due + step), 'PX', math.ceil((due + step - now + 1) * 1000))
+return '0'
+"""
+
+
+class Service:
+    """Everything behind the routes of one served model. Thread-safe."""
+
+    def __init__(self, settings: Settings, extra_keys: Iterable[str] = ()) -> None:
+        self.settings = settings
+        self.url = redis_url(settings)
+        self.keys: list[ApiKey] = keys_of(settings, extra_keys)
+        self.client = api_client(self.url)
+        messages = Messages(make_app(settings), settings.queue)
+        self.ledger = Ledger(self.client, settings, messages)
+        self.registry = Registry(self.client, settings.model_name)
+        self.operations = Operations(self.client, messages, settings.model_name)
+        self.dirty = Dirty(self.client, settings.model_name)
+        self._rate = self.client.register_script(_RATE)
+        self._model: tuple[float, ModelInfo] | None = None
+        self._lock = threading.Lock()
+        # A connection of asyncio belongs to its loop; tests and vLLM may run more than one.
+        self._async: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncClient] = weakref.WeakKeyDictionary()
+
+    def model(self) -> ModelInfo:
+        """The served model, at most MODEL_CACHE_S old. Raises ServiceUnavailable when none was ever attached."""
+        with self._lock:
+            if self._model is not None and time.monotonic() - self._model[0] < MODEL_CACHE_S:
+                return self._model[1]
+        info = self.registry.model()
+        with self._lock:
+            self._model = (time.monotonic(), info)
+        return info
+
+    def stream_client(self) -> AsyncClient:
+        """The asyncio client of the running loop."""
+        loop = asyncio.get_running_loop()
+        if loop not in self._async:
+            self._async[loop] = async_client(self.url)
+        return self._async[loop]
+
+    async def close(self) -> None:
+        """Close connections of the running loop and the shared ones."""
+        client = self._async.pop(asyncio.get_running_loop(), None)
+        if client is not None:
+            await client.aclose()
+        self.client.close()
+
+    def check_rate(self, key: ApiKey) -> None:
+        """Raises TooManyRequests when this key sends more than `rate_limit` requests a minute."""
+        limit = self.settings.rate_limit
+        if limit <= 0:
+            return
+        step = 60.0 / limit
+        wait = float(self._rate(keys=[self.ledger.keys("rate", key.name)], args=[step, max(step, 6.0)]))
+        if wait > 0:
+            raise TooManyRequests(f"The key {key.name!r} may send {limit} requests a minute.", retry_after=wait,
+                                  limit=limit)
+
+    def ready(self) -> None:
+        """Raises redis.RedisError or ServiceUnavailable when a job could not be accepted now."""
+        self.client.ping()
+        info = self.client.info("persistence")
+        if info.get("aof_last_write_status", "ok") != "ok":
+            raise ServiceUnavailable("Redis can't write its append-only file: is the disk full?", retry_after=30)
+        self.registry.model()

@@ -1,0 +1,251 @@
+"""POST /train and the control of jobs over HTTP, on a real ledger."""
+
+import json
+
+import pytest
+from fastapi.testclient import TestClient
+
+from hogwild.api.app import create_app
+from hogwild.tasks.ledger import Ledger
+from hogwild.tasks.registry import ModelInfo, Registry
+
+MODEL = ModelInfo(served_model_name="tiny", model_path="/models/tiny", vocab_size=100, max_model_len=32)
+BODY = {"context_ids": [1, 2, 3], "continuation_ids": [4, 5]}
+
+
+@pytest.fixture
+def ledger(redis_client, settings):
+    return Ledger(redis_client, settings)
+
+
+@pytest.fixture
+def attached(redis_client, settings):
+    Registry(redis_client, settings.model_name).publish_model(MODEL)
+
+
+@pytest.fixture
+def client(settings, attached):
+    with TestClient(create_app(settings), raise_server_exceptions=False) as http:
+        yield http
+
+
+def assert_problem(response, status, slug=None):
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    document = response.json()
+    assert document["status"] == status and document["request_id"] == response.headers["x-request-id"]
+    if slug:
+        assert document["type"] == f"urn:hogwild:problem:{slug}"
+    return document
+
+
+def test_job_is_accepted_and_can_be_polled(client, ledger):
+    response = client.post("/train", json={**BODY, "steps": 3, "learning_rate": 1e-3, "metadata": {"a": "b"}})
+    assert response.status_code == 202
+    assert response.headers["location"] == f"/train/{response.json()['id']}"
+    job = client.get(response.headers["location"])
+    assert job.headers["retry-after"] == "1"
+    shown = job.json()
+    assert (shown["state"], shown["samples"], shown["tokens"], shown["metadata"]) == ("queued", 1, 5, {"a": "b"})
+    assert shown["config"] == {"optimizer": "apollo-mini", "steps": 3, "learning_rate": 1e-3}
+    lease = ledger.claim(shown["id"], "w")
+    [sample] = ledger.samples(lease)
+    assert (list(sample.context_ids), list(sample.continuation_ids)) == ([1, 2, 3], [4, 5])
+
+
+@pytest.mark.parametrize(("change", "field", "pointer", "limit"), [
+    ({"continuation_ids": []}, "continuation_ids", "/continuation_ids", 1),
+    ({"continuation_ids": [4, 100]}, "continuation_ids", "/continuation_ids/1", 99),
+    ({"context_ids": [-1]}, "context_ids", "/context_ids/0", 99),
+    ({"context_ids": [10**30]}, "context_ids", "/context_ids/0", 99),
+    ({"context_ids": [1] * 31}, "continuation_ids", "/continuation_ids", 32),
+    ({"context_ids": [], "continuation_ids": [3]}, "context_ids", "/context_ids", 1),
+    ({"weights": [1.0]}, "weights", "/weights", 2),
+    ({"weights": [0, 0]}, "weights", "/weights", None),
+    ({"weights": [1, -1]}, "weights", "/weights", 0),
+    ({"context_ids": [1.5]}, "context_ids", "/context_ids/0", None),
+    ({"context_ids": ["7"]}, "context_ids", "/context_ids/0", None),
+    ({"context_ids": [True]}, "context_ids", "/context_ids/0", None),
+    ({"context_ids": "1,2"}, "context_ids", "/context_ids", None),
+    ({"learnin_rate": 1}, "learnin_rate", "/learnin_rate", None),
+    ({"learning_rate": -1}, "learning_rate", "/learning_rate", 0),
+    ({"learning_rate": "1e-4"}, "learning_rate", "/learning_rate", None),
+    ({"steps": 0}, "steps", "/steps", 1),
+    ({"steps": 3, "epochs": 3}, "steps", "/steps", None),
+    ({"optimizer": "adam"}, "optimizer", "/optimizer", None),
+    ({"rank": 4}, "rank", "/rank", None),
+    ({"priority": 10}, "priority", "/priority", 9),
+    ({"metadata": {"a": 1}}, "a", "/metadata/a", None),
+    ({"metadata": {str(i): "" for i in range(17)}}, "metadata", "/metadata", 16),
+    ({"samples": [BODY]}, "context_ids", "/context_ids", None),
+    ({"trainable": []}, "trainable", "/trainable", 1),
+])
+def test_wrong_field_is_named_and_nothing_is_queued(client, ledger, change, field, pointer, limit):
+    document = assert_problem(client.post("/train", json={**BODY, **change}), 422, "invalid-request")
+    error = document["errors"][0]
+    assert (error["field"], error["pointer"]) == (field, pointer)
+    assert error["message"]
+    if limit is not None:
+        assert error["limit"] == limit
+    assert ledger.counts()["queued"] == 0 and ledger.list().jobs == []
+
+
+def test_place_of_a_wrong_id_among_many_samples_is_named(client):
+    samples = [BODY] * 5 + [{"context_ids": [1], "continuation_ids": [2, 3, 500]}]
+    document = assert_problem(client.post("/train", json={"samples": samples}), 422)
+    assert document["errors"][0]["pointer"] == "/samples/5/continuation_ids/2"
+    assert "0 to 99" in document["detail"]
+
+
+def test_a_thousand_wrong_ids_make_a_short_answer(client):
+    response = client.post("/train", json={"samples": [{"continuation_ids": ["x"] * 30}] * 100})
+    assert len(assert_problem(response, 422)["errors"]) <= 20
+    assert len(response.content) < 10_000
+
+
+@pytest.mark.parametrize("body", [{}, {"samples": []}, {"context_ids": [1]}, [], None, 7, "text"])
+def test_body_without_samples_is_refused(client, body):
+    assert_problem(client.post("/train", content=json.dumps(body), headers={"content-type": "application/json"}), 422)
+
+
+@pytest.mark.parametrize(("content", "kind", "status"), [
+    (b"{", "application/json", 422), (b'"\xff"', "application/json", 400), (b"{}", "text/plain", 415),
+    (b"", "application/json", 422), (b"{}", None, 415), (b'{"continuation_ids": [NaN]}', "application/json", 422),
+    (b"[" * 100_000, "application/json", 400), (b"1" * 5000, "application/json", 400),
+    (b"a=b", "application/x-www-form-urlencoded", 415),
+])
+def test_unreadable_body_is_a_problem_document(client, content, kind, status):
+    response = client.post("/train", content=content, headers={"content-type": kind} if kind else {})
+    assert_problem(response, status)
+
+
+def test_no_model_yet_is_said_with_a_time_to_wait(settings, redis_client):
+    with TestClient(create_app(settings)) as http:
+        response = http.post("/train", json=BODY)
+        assert "worker" in assert_problem(response, 503, "unavailable")["detail"]
+        assert int(response.headers["retry-after"]) > 0
+        assert_problem(http.get("/readyz"), 503)
+        assert http.get("/livez").text == "ok"
+        assert http.get("/train/status").json()["model"] is None
+
+
+def test_too_large_a_body_is_refused_with_or_without_a_length(settings, attached):
+    small = settings.model_copy(update={"max_body_bytes": 2000})
+    with TestClient(create_app(small)) as http:
+        big = json.dumps({"continuation_ids": [1] * 2000}).encode()
+        json_type = {"content-type": "application/json"}
+        assert assert_problem(http.post("/train", content=big, headers=json_type), 413)["limit"] == 2000
+        chunks = iter([big[:1500], big[1500:]])
+        assert_problem(http.post("/train", content=chunks, headers=json_type), 413, "payload-too-large")
+
+
+def test_idempotency_key_gives_the_same_job(client, ledger):
+    first = client.post("/train", json=BODY, headers={"Idempotency-Key": "k"})
+    again = client.post("/train", json=BODY, headers={"Idempotency-Key": "k"})
+    assert again.status_code == 202 and again.json()["id"] == first.json()["id"]
+    assert again.headers["idempotency-replayed"] == "true" and "idempotency-replayed" not in first.headers
+    other = client.post("/train", json={**BODY, "steps": 9}, headers={"Idempotency-Key": "k"})
+    assert assert_problem(other, 422, "idempotency-conflict")["job_id"] == first.json()["id"]
+    assert ledger.counts()["queued"] == 1
+
+
+def test_full_queue_is_429(settings, attached):
+    with TestClient(create_app(settings.model_copy(update={"queue_limit": 1}))) as http:
+        assert http.post("/train", json=BODY).status_code == 202
+        response = http.post("/train", json=BODY)
+        assert_problem(response, 429, "too-many-requests")
+        assert int(response.headers["retry-after"]) > 0
+
+
+def test_control_of_jobs(client, ledger):
+    job_id = client.post("/train", json=BODY).json()["id"]
+    assert client.post(f"/train/{job_id}/pause").json()["paused"] is True
+    assert client.post(f"/train/{job_id}/resume").json()["paused"] is False
+    assert client.post(f"/train/{job_id}/cancel").json()["state"] == "cancelled"
+    assert_problem(client.post(f"/train/{job_id}/pause"), 409, "conflict")
+    for path in (f"/train/job-{'0' * 24}", "/train/x", "/train/job-..%2f"):
+        assert_problem(client.get(path), 404)
+
+
+def test_list_pages_and_filters(client):
+    ids = [client.post("/train", json={**BODY, "metadata": {"n": str(n % 2)}}).json()["id"] for n in range(5)]
+    client.post(f"/train/{ids[0]}/cancel")
+    page = client.get("/train", params={"limit": 3}).json()
+    assert [job["id"] for job in page["data"]] == ids[:1:-1] and page["has_more"]
+    rest = client.get("/train", params={"limit": 3, "cursor": page["next_cursor"]}).json()
+    assert [job["id"] for job in rest["data"]] == ids[1::-1] and not rest["has_more"]
+    assert [job["id"] for job in client.get("/train?state=cancelled").json()["data"]] == ids[:1]
+    assert [job["id"] for job in client.get("/train?metadata=n:1").json()["data"]] == [ids[3], ids[1]]
+    for query in ("limit=0", "limit=101", "state=done", "cursor=x", "metadata=x"):
+        assert_problem(client.get(f"/train?{query}"), 422)
+
+
+def test_status_shows_the_running_job_and_the_worker(client, ledger, redis_client):
+    job_id = client.post("/train", json=BODY).json()["id"]
+    client.post("/train", json=BODY)
+    registry = Registry(redis_client, "tiny")
+    registry.register_worker("w", "host")
+    registry.heartbeat("w", {"host": "host", "state": "training", "weight_version": 4})
+    ledger.claim(job_id, "w")
+    status = client.get("/train/status").json()
+    assert status["running"]["id"] == job_id and status["queue_depth"] == 1 and status["weight_version"] == 4
+    assert status["worker"]["alive"] is True and status["model"]["vocab_size"] == 100
+    assert "/models" not in json.dumps(status)
+
+
+def test_events_of_a_job_and_resumption_after_one(client, ledger):
+    job_id = client.post("/train", json=BODY).json()["id"]
+    lease = ledger.claim(job_id, "w")
+    ledger.begin_step(lease, 0)
+    ledger.applied(lease, 0, 1, loss=0.5, tokens=2)
+    ledger.finish(lease, "succeeded")
+    with client.stream("GET", f"/train/{job_id}/events") as response:
+        text = "".join(response.iter_text())
+    events = [dict(line.split(": ", 1) for line in block.splitlines()) for block in text.strip().split("\r\n\r\n")]
+    assert [event["event"] for event in events] == ["queued", "running", "step", "succeeded"]
+    assert json.loads(events[2]["data"])["loss"] == 0.5
+    with client.stream("GET", f"/train/{job_id}/events", headers={"Last-Event-ID": events[2]["id"]}) as response:
+        rest = "".join(response.iter_text())
+    assert "succeeded" in rest and "queued" not in rest
+    assert_problem(client.get(f"/train/{job_id}/events", headers={"Last-Event-ID": "x"}), 422)
+
+
+def test_request_id_of_the_client_is_kept_if_it_is_sane(client):
+    assert client.get("/train", headers={"X-Request-ID": "abc-1"}).headers["x-request-id"] == "abc-1"
+    assert client.get("/train", headers={"X-Request-ID": "a b\t<"}).headers["x-request-id"] != "a b\t<"
+    assert_problem(client.get("/nowhere"), 404)
+    assert_problem(client.delete("/train"), 405)
+
+
+def test_checkpoint_operations(client, redis_client):
+    generations = [{"generation": 3}, {"generation": 2}]
+    Registry(redis_client, "tiny").publish_checkpoint({"head": 3, "generations": generations})
+    response = client.post("/checkpoint")
+    assert response.status_code == 202 and response.json()["state"] == "pending"
+    assert client.get(response.headers["location"]).json()["kind"] == "sync"
+    assert client.post("/checkpoint/rollback", json={"generation": 2}).json()["params"] == {"generation": 2}
+    assert_problem(client.post("/checkpoint/rollback", json={"generation": 9}), 422)
+    assert_problem(client.post("/checkpoint/rollback", json={"generation": "2"}), 422)
+    assert client.get("/checkpoint").json()["head"] == 3
+    assert_problem(client.get("/checkpoint/operations/op-1"), 404)
+
+
+def test_metrics_have_no_job_ids(client, ledger):
+    job_id = client.post("/train", json=BODY).json()["id"]
+    lease = ledger.claim(job_id, "w")
+    ledger.begin_step(lease, 0)
+    ledger.applied(lease, 0, 8, loss=0.5, tokens=2, seconds=0.3)
+    text = client.get("/metrics").text
+    assert 'hogwild_jobs{state="running"} 1.0' in text
+    assert "hogwild_steps_applied_total 1.0" in text and "hogwild_tokens_trained_total 2.0" in text
+    assert 'hogwild_step_seconds_bucket{le="0.25"} 0.0' in text and 'hogwild_step_seconds_bucket{le="0.5"} 1.0' in text
+    assert "hogwild_weight_version 8.0" in text
+    assert job_id not in text
+
+
+def test_redis_away_is_503_and_not_500(settings):
+    gone = settings.model_copy(update={"redis_url": "redis://127.0.0.1:1/0"})
+    with TestClient(create_app(gone), raise_server_exceptions=False) as http:
+        assert_problem(http.post("/train", json=BODY), 503, "unavailable")
+        assert_problem(http.get("/train"), 503)
+        assert http.get("/livez").status_code == 200
