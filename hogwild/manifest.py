@@ -1,0 +1,549 @@
+"""The manifest: where each checkpoint tensor lives in the memory of a running vLLM.
+
+One JSON file per tensor-parallel rank, `rank<N>.json`, in the model's runtime directory; mode 0600 in a directory of mode
+0700, replaced atomically, no pickle. Whatever reads one treats it as hostile: `Manifest.load` either returns a manifest
+in which every view lies inside its allocation, or raises `ManifestError` that says what is wrong. It needs no torch.
+
+docs/sharing.md describes each field.
+"""
+
+import json
+import os
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import psutil
+
+from hogwild.errors import ExporterGone, ManifestError
+from hogwild.strided import span
+
+FORMAT = "hogwild-manifest"
+REFUSAL_FORMAT = "hogwild-refusal"
+FORMAT_VERSION = 1
+
+# A 1,000-layer MoE of 512 experts has under 2 million tensors at about 300 bytes each; more is not a manifest.
+MAX_BYTES = 1 << 30
+MAX_DIMS = 8
+MAX_INTEGER = 1 << 56  # of any size, stride or offset: keeps every product far from overflow anywhere
+
+ITEM_BYTES: Mapping[str, int] = {
+    "float64": 8,
+    "float32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+    "int64": 8,
+    "int32": 4,
+    "int16": 2,
+    "int8": 1,
+    "uint8": 1,
+    "bool": 1,
+}
+STATUSES = ("shared", "derived", "unequal", "ignored")
+Status = Literal["shared", "derived", "unequal", "ignored"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allocation:
+    """A block of memory of the exporter.
+
+    kind `memfd`: file descriptor `fd` of process `pid`, an anonymous file with number `inode`; reached through /proc.
+    kind `cuda_ipc`: `handle`, the 64 bytes of a `cudaIpcMemHandle_t` in hexadecimal.
+    """
+
+    kind: Literal["memfd", "cuda_ipc"]
+    size: int
+    pid: int = 0
+    fd: int = -1
+    inode: int = 0
+    handle: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorRecord:
+    """A checkpoint tensor: where its live values are, and whether they may be trained.
+
+    shared: the view equals the checkpoint bit for bit at export. derived: vLLM serves something computed from it.
+    unequal: it landed there, but the contents differ (permuted, packed). ignored: vLLM doesn't hold it.
+    `shape`, `stride` (elements), `offset` (bytes) describe this rank's part; `slices` ([dim, start, length] each) says
+    which part of the checkpoint tensor that is, None for all of it. `hash`: xxh3_128 of the view's row-major bytes at
+    export. A tensor that is not shared has no allocation.
+    """
+
+    status: Status
+    shape: tuple[int, ...]
+    dtype: str
+    allocation: int | None = None
+    offset: int = 0
+    stride: tuple[int, ...] = ()
+    reason: str | None = None
+    parameter: str | None = None
+    slices: tuple[tuple[int, int, int], ...] | None = None
+    full_shape: tuple[int, ...] | None = None
+    hash: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the values (not of the memory that a strided view spans)."""
+        return prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything a worker needs to find the weights of one rank of one running vLLM."""
+
+    export_id: str
+    model_path: str
+    served_model_name: str
+    vllm_version: str
+    pid: int
+    process_start_time: float
+    boot_id: str
+    device: Literal["cpu", "cuda"]
+    gpu_uuid: str | None = None
+    tensor_parallel_rank: int = 0
+    tensor_parallel_size: int = 1
+    max_model_len: int
+    vocab_size: int
+    dtype: str
+    created_at: float = 0.0
+    trust_remote_code: bool = False
+    allocations: tuple[Allocation, ...] = ()
+    tensors: Mapping[str, TensorRecord] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, path: Path, *, check_owner: bool = True) -> Self:
+        """Read and check a manifest.
+
+        Raises:
+            ManifestError: missing, of another user, readable by others, truncated, of another version, or hostile.
+        """
+        return cls.from_json(read_private(path, check_owner=check_owner), str(path))
+
+    @classmethod
+    def from_json(cls, text: str | bytes, source: str = "manifest") -> Self:
+        """Parse and check; see `load`."""
+        try:
+            data = json.loads(text, parse_constant=_no_constant)
+        except (ValueError, RecursionError) as error:
+            raise ManifestError(f"{source} is truncated or not JSON: {error}") from error
+        try:
+            manifest = _parse(cls, data)
+        except _Invalid as error:
+            raise ManifestError(f"{source}: {error}") from error
+        return manifest
+
+    def to_json(self) -> str:
+        """The manifest's file contents."""
+        meta = {k: v for k, v in asdict_shallow(self).items() if k not in ("allocations", "tensors")}
+        meta = {"format": FORMAT, "format_version": FORMAT_VERSION, **meta}
+        kinds = {"memfd": ("kind", "size", "pid", "fd", "inode"), "cuda_ipc": ("kind", "size", "handle")}
+        return json.dumps(
+            {
+                "__metadata__": meta,
+                "allocations": [{k: getattr(a, k) for k in kinds[a.kind]} for a in self.allocations],
+                "tensors": {name: asdict_shallow(record) for name, record in self.tensors.items()},
+            }
+        )
+
+    def write(self, path: Path) -> None:
+        """Put the manifest in place atomically, readable by its user only."""
+        write_private(path, self.to_json())
+
+    def exporter_alive(self) -> bool:
+        """True while the process that exported these weights runs (same pid, same start, same boot)."""
+        return self.boot_id == boot_id() and process_alive(self.pid, self.process_start_time)
+
+    def check_alive(self) -> None:
+        """Raises:
+        ExporterGone: the exporter is not running any more.
+        """
+        if self.boot_id != boot_id():
+            raise ExporterGone("these weights were exported before the machine's last restart, or on another machine")
+        if not process_alive(self.pid, self.process_start_time):
+            raise ExporterGone(
+                f"vLLM (pid {self.pid}), which exported these weights, is not running any more, or runs in another "
+                f"PID namespace: containers of vLLM and the worker must share one"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """Why vLLM's weights are not shared: written as `rank<N>.refused.json` where the manifest would be."""
+
+    reasons: tuple[tuple[str, str], ...]  # (name of the check, what is wrong and what to do)
+    served_model_name: str
+    vllm_version: str
+    pid: int
+    process_start_time: float
+    boot_id: str
+    tensors: Mapping[str, str] = field(default_factory=dict)  # checkpoint tensor → why it can't be shared
+
+    @classmethod
+    def load(cls, path: Path) -> Self | None:
+        """The refusal of a vLLM that is running now, or None.
+
+        Raises:
+            ManifestError: there is one, but it can't be read.
+        """
+        try:
+            text = read_private(path)
+        except ManifestError:
+            if not path.exists():
+                return None
+            raise
+        try:
+            data = json.loads(text, parse_constant=_no_constant)
+            meta = data["__metadata__"]
+            if meta["format"] != REFUSAL_FORMAT or meta["format_version"] != FORMAT_VERSION:
+                raise ManifestError(f"{path} is no refusal of format version {FORMAT_VERSION}")
+            refusal = cls(
+                reasons=tuple((str(name), str(text)) for name, text in data["reasons"]),
+                served_model_name=str(meta["served_model_name"]),
+                vllm_version=str(meta["vllm_version"]),
+                pid=int(meta["pid"]),
+                process_start_time=float(meta["process_start_time"]),
+                boot_id=str(meta["boot_id"]),
+                tensors={str(k): str(v) for k, v in data["tensors"].items()},
+            )
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ManifestError(f"{path} is not a refusal report: {error!r}") from error
+        alive = refusal.boot_id == boot_id() and process_alive(refusal.pid, refusal.process_start_time)
+        return refusal if alive else None
+
+    def write(self, path: Path) -> None:
+        """Put the report in place atomically, readable by its user only."""
+        meta = {k: v for k, v in asdict_shallow(self).items() if k not in ("reasons", "tensors")}
+        write_private(
+            path,
+            json.dumps(
+                {
+                    "__metadata__": {"format": REFUSAL_FORMAT, "format_version": FORMAT_VERSION, **meta},
+                    "reasons": self.reasons,
+                    "tensors": dict(self.tensors),
+                }
+            ),
+        )
+
+
+def manifest_path(runtime_dir: Path, rank: int = 0) -> Path:
+    """Where the manifest of a tensor-parallel rank is."""
+    return runtime_dir / f"rank{rank}.json"
+
+
+def refusal_path(runtime_dir: Path, rank: int = 0) -> Path:
+    """Where the report is when the weights of a rank were not shared."""
+    return runtime_dir / f"rank{rank}.refused.json"
+
+
+def sweep(runtime_dir: Path) -> list[Path]:
+    """Delete what dead processes left in a model's runtime directory; returns the files that went."""
+    gone: list[Path] = []
+    for path in sorted(runtime_dir.glob("rank*.json")):
+        try:
+            meta = json.loads(path.read_bytes())["__metadata__"]
+            alive = meta["boot_id"] == boot_id() and process_alive(int(meta["pid"]), float(meta["process_start_time"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            alive = False
+        if not alive:
+            path.unlink(missing_ok=True)
+            gone.append(path)
+    if gone and not list(runtime_dir.glob("rank*.json")):
+        for name in ("frontend.json", "weights.state"):
+            path = runtime_dir / name
+            if path.exists():
+                path.unlink(missing_ok=True)
+                gone.append(path)
+    return gone
+
+
+def boot_id() -> str:
+    """Identity of this boot of this machine."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return f"boot-{psutil.boot_time():.0f}"
+
+
+def process_start_time(pid: int) -> float:
+    """When a process started, in seconds since the epoch."""
+    return float(psutil.Process(pid).create_time())
+
+
+def process_alive(pid: int, start_time: float) -> bool:
+    """True when that very process runs: same pid and same start, and not a zombie."""
+    try:
+        process = psutil.Process(pid)
+        # Two readers of /proc derive the start from the same tick count; a clock adjustment may shift it by a little.
+        return abs(process.create_time() - start_time) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
+    except (psutil.Error, OverflowError, ValueError):
+        return False
+
+
+def private_dir(path: Path) -> Path:
+    """Make sure that `path` is a directory of ours that nobody else can enter.
+
+    Raises:
+        ManifestError: it belongs to another user.
+    """
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    stat = path.stat()
+    if stat.st_uid != os.getuid():
+        raise ManifestError(
+            f"the runtime directory {path} belongs to user {stat.st_uid}: set HOGWILD_RUNTIME_DIR to one of your own"
+        )
+    if stat.st_mode & 0o077:
+        path.chmod(0o700)
+    return path
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a file of mode 0600 atomically: readers see the old one or the whole new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
+    temporary.replace(path)
+
+
+def read_private(path: Path, *, check_owner: bool = True) -> bytes:
+    """Contents of a file that must be ours and closed to others.
+
+    Raises:
+        ManifestError: missing, too large, a link, of another user, or open to others.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError as error:
+        raise ManifestError(f"there is no {path}: is vLLM running with the hogwild plugin?") from error
+    except OSError as error:
+        raise ManifestError(f"can't open {path}: {error.strerror}") from error
+    with os.fdopen(descriptor, "rb") as file:
+        stat = os.fstat(file.fileno())
+        if check_owner and stat.st_uid != os.getuid():
+            raise ManifestError(
+                f"{path} belongs to user {stat.st_uid}, not to user {os.getuid()}: the worker must run as "
+                f"the same user as vLLM"
+            )
+        if check_owner and stat.st_mode & 0o077:
+            raise ManifestError(
+                f"{path} has mode {stat.st_mode & 0o777:04o}: others could have written it; 0600 wanted"
+            )
+        if stat.st_size > MAX_BYTES:
+            raise ManifestError(f"{path} is {stat.st_size} bytes: more than {MAX_BYTES}")
+        try:
+            return file.read()
+        except OSError as error:
+            raise ManifestError(f"can't read {path}: {error.strerror}") from error
+
+
+def asdict_shallow(value: Any) -> dict[str, Any]:
+    """Fields of a dataclass by name, values as they are."""
+    return {name: getattr(value, name) for name in value.__dataclass_fields__}
+
+
+# --- checking ------------------------------------------------------------------------------------------------------
+
+
+class _Invalid(Exception):
+    """What is wrong; `load` turns it into a ManifestError with the file's name."""
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not allowed")
+
+
+def _get(data: Any, key: str, kind: type | tuple[type, ...], where: str, *, optional: bool = False) -> Any:
+    value = data.get(key)
+    if value is None and optional:
+        return None
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        raise _Invalid(f"{where}{key!r} must be {' or '.join(k.__name__ for k in kinds)}, not {_brief(value)}")
+    return value
+
+
+def _int(value: Any, where: str, low: int = 0, high: int = MAX_INTEGER) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise _Invalid(f"{where} must be an integer from {low} to {high}, not {_brief(value)}")
+    return value
+
+
+def _ints(value: Any, where: str, low: int = 0) -> tuple[int, ...]:
+    if not isinstance(value, list) or len(value) > MAX_DIMS:
+        raise _Invalid(f"{where} must be a list of at most {MAX_DIMS} integers, not {_brief(value)}")
+    return tuple(_int(n, where, low) for n in value)
+
+
+def _brief(value: Any) -> str:
+    text = repr(value) if not isinstance(value, (list, dict)) else type(value).__name__
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _parse(cls: type[Manifest], data: Any) -> Manifest:
+    if not isinstance(data, dict) or not isinstance(data.get("__metadata__"), dict):
+        raise _Invalid("not a manifest: '__metadata__' is missing")
+    meta = data["__metadata__"]
+    if meta.get("format") != FORMAT:
+        raise _Invalid(f"not a manifest: format is {_brief(meta.get('format'))}")
+    if meta.get("format_version") != FORMAT_VERSION:
+        raise _Invalid(
+            f"format version {_brief(meta.get('format_version'))}: this hogwild reads {FORMAT_VERSION}; vLLM's and "
+            f"the worker's installation must be the same version"
+        )
+    where = "__metadata__."
+    text = {
+        k: _get(meta, k, str, where)
+        for k in ("export_id", "model_path", "served_model_name", "vllm_version", "boot_id", "dtype")
+    }
+    if not re.fullmatch(r"[0-9a-f]{32}", text["export_id"]):
+        raise _Invalid("__metadata__.export_id must be 32 hexadecimal digits")
+    if "\0" in text["model_path"]:
+        raise _Invalid("__metadata__.model_path holds a zero byte")
+    device = _get(meta, "device", str, where)
+    if device not in ("cpu", "cuda"):
+        raise _Invalid(f"__metadata__.device must be cpu or cuda, not {_brief(device)}")
+    gpu_uuid = _get(meta, "gpu_uuid", str, where, optional=True)
+    if device == "cuda" and not gpu_uuid:
+        raise _Invalid("__metadata__.gpu_uuid is missing")
+    size = _int(meta.get("tensor_parallel_size"), "__metadata__.tensor_parallel_size", 1, 1 << 16)
+    rank = _int(meta.get("tensor_parallel_rank"), "__metadata__.tensor_parallel_rank", 0, size - 1)
+    pid = _int(meta.get("pid"), "__metadata__.pid", 1, (1 << 31) - 1)
+
+    raw_allocations = _get(data, "allocations", list, "")
+    allocations = tuple(_allocation(raw, i, device, pid) for i, raw in enumerate(raw_allocations))
+    raw_tensors = _get(data, "tensors", dict, "")
+    tensors = {name: _tensor(name, raw, allocations) for name, raw in raw_tensors.items()}
+    return cls(
+        export_id=text["export_id"],
+        model_path=text["model_path"],
+        served_model_name=text["served_model_name"],
+        vllm_version=text["vllm_version"],
+        pid=pid,
+        boot_id=text["boot_id"],
+        dtype=text["dtype"],
+        process_start_time=float(_get(meta, "process_start_time", (int, float), where)),
+        device="cuda" if device == "cuda" else "cpu",
+        gpu_uuid=gpu_uuid,
+        tensor_parallel_rank=rank,
+        tensor_parallel_size=size,
+        max_model_len=_int(meta.get("max_model_len"), "__metadata__.max_model_len", 1, 1 << 31),
+        vocab_size=_int(meta.get("vocab_size"), "__metadata__.vocab_size", 1, 1 << 31),
+        created_at=float(_get(meta, "created_at", (int, float), where)),
+        trust_remote_code=bool(_get(meta, "trust_remote_code", bool, where)),
+        allocations=allocations,
+        tensors=tensors,
+    )
+
+
+def _allocation(raw: Any, index: int, device: str, pid: int) -> Allocation:
+    where = f"allocations[{index}]"
+    if not isinstance(raw, dict):
+        raise _Invalid(f"{where} must be an object")
+    size = _int(raw.get("size"), f"{where}.size", 1)
+    if raw.get("kind") == "memfd" and device == "cpu":
+        if raw.get("pid") != pid:
+            raise _Invalid(f"{where}.pid is not the exporter's")
+        return Allocation(
+            kind="memfd",
+            size=size,
+            pid=pid,
+            fd=_int(raw.get("fd"), f"{where}.fd", 0, 1 << 30),
+            inode=_int(raw.get("inode"), f"{where}.inode", 0, 1 << 64),
+        )
+    if raw.get("kind") == "cuda_ipc" and device == "cuda":
+        handle = raw.get("handle")
+        if not isinstance(handle, str) or not re.fullmatch(r"[0-9a-f]{128}", handle):
+            raise _Invalid(f"{where}.handle must be 64 bytes in hexadecimal")
+        return Allocation(kind="cuda_ipc", size=size, handle=handle)
+    raise _Invalid(f"{where}.kind {_brief(raw.get('kind'))} does not go with device {device}")
+
+
+def _tensor(name: str, raw: Any, allocations: tuple[Allocation, ...]) -> TensorRecord:
+    where = f"tensor {_brief(name)}"
+    if not isinstance(raw, dict):
+        raise _Invalid(f"{where} must be an object")
+    status = raw.get("status")
+    if status not in STATUSES:
+        raise _Invalid(f"{where}: status {_brief(status)} is none of {', '.join(STATUSES)}")
+    dtype = raw.get("dtype")
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise _Invalid(f"{where}: unknown dtype {_brief(dtype)}")
+    shape = _ints(raw.get("shape"), f"{where}: shape")
+    if prod(shape) > MAX_INTEGER:
+        raise _Invalid(f"{where}: shape {shape} is too large")
+    digest = _get(raw, "hash", str, f"{where}: ", optional=True)
+    if digest is not None and not re.fullmatch(r"[0-9a-f]{32}", digest):
+        raise _Invalid(f"{where}: hash must be 32 hexadecimal digits")
+    reason = _get(raw, "reason", str, f"{where}: ", optional=True)
+    parameter = _get(raw, "parameter", str, f"{where}: ", optional=True)
+    full_shape = None if raw.get("full_shape") is None else _ints(raw["full_shape"], f"{where}: full_shape")
+    slices = _slices(raw.get("slices"), shape, full_shape, where)
+
+    allocation = raw.get("allocation")
+    if allocation is None:
+        if status == "shared":
+            raise _Invalid(f"{where} is shared but has no allocation")
+        return TensorRecord(
+            status=status,
+            shape=shape,
+            dtype=dtype,
+            reason=reason,
+            parameter=parameter,
+            slices=slices,
+            full_shape=full_shape,
+            hash=digest,
+        )
+    index = _int(allocation, f"{where}: allocation", 0, max(len(allocations) - 1, 0))
+    if not allocations:
+        raise _Invalid(f"{where}: there is no allocation {index}")
+    stride = _ints(raw.get("stride"), f"{where}: stride")
+    offset = _int(raw.get("offset"), f"{where}: offset")
+    if len(stride) != len(shape):
+        raise _Invalid(f"{where}: {len(shape)} dimensions but {len(stride)} strides")
+    if any(s == 0 and n > 1 for n, s in zip(shape, stride, strict=True)):
+        raise _Invalid(f"{where}: a stride of 0 would put several elements in one place")
+    item = ITEM_BYTES[dtype]
+    if offset % item:
+        raise _Invalid(f"{where}: offset {offset} is not a multiple of {dtype}'s {item} bytes")
+    end = offset + span(shape, stride) * item
+    if end > allocations[index].size:
+        raise _Invalid(f"{where} ends at byte {end} of an allocation of {allocations[index].size} bytes")
+    return TensorRecord(
+        status=status,
+        shape=shape,
+        dtype=dtype,
+        allocation=index,
+        offset=offset,
+        stride=stride,
+        reason=reason,
+        parameter=parameter,
+        slices=slices,
+        full_shape=full_shape,
+        hash=digest,
+    )
+
+
+def _slices(
+    raw: Any, shape: tuple[int, ...], full_shape: tuple[int, ...] | None, where: str
+) -> tuple[tuple[int, int, int], ...] | None:
+    if raw is None:
+        return None
+    if not isinstance(raw, list) or len(raw) > MAX_DIMS or full_shape is None or len(full_shape) != len(shape):
+        raise _Invalid(f"{where}: slices must be a list and come with a full_shape of as many dimensions as shape")
+    slices = []
+    for entry in raw:
+        numbers = _ints(entry, f"{where}: slices")
+        if len(numbers) != 3 or numbers[0] >= len(shape):
+            raise _Invalid(f"{where}: a slice is [dimension, start, length]")
+        dim, start, length = numbers
+        if length != shape[dim] or start + length > full_shape[dim]:
+            raise _Invalid(f"{where}: slice {list(numbers)} does not fit shape {list(full_shape)}")
+        slices.append((dim, start, length))
+    return tuple(slices)

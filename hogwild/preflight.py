@@ -1,0 +1,181 @@
+"""What keeps a model's weights from being shared, by name, with what to do about it.
+
+One list, used twice: `hogwild doctor` asks before anything starts, the plugin asks inside vLLM with what vLLM really
+decided. A check gets `Facts` and returns a `Problem` or None; a fact that is not known is left at its default and its check
+passes. Needs neither torch nor vLLM.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+SUPPORTED_VLLM = "0.26 to 0.33"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """Why sharing is refused: `check` is its short name, `message` says what is wrong and what to do."""
+
+    check: str
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """How vLLM is set up, as far as it is known."""
+
+    device: str = "cuda"  # cuda, cpu, or another of vLLM's platforms
+    quantization: str | None = None
+    sleep_mode: bool = False
+    load_format: str = "auto"
+    default_loader: bool = True  # vLLM's DefaultModelLoader reads the checkpoint
+    checkpoint_dtype: str | None = None
+    serving_dtype: str | None = None
+    checkpoint_files: tuple[str, ...] | None = None  # names in the model's directory
+    moe: bool = False
+    moe_backend: str | None = None
+    allocator_config: str = ""  # PYTORCH_CUDA_ALLOC_CONF or PYTORCH_ALLOC_CONF
+    freezing: bool = False
+    cpu_offload_gb: float = 0.0
+    pipeline_parallel_size: int = 1
+    data_parallel_size: int = 1
+    eplb: bool = False
+    expert_parallel: bool = False
+    remote_weights: str | None = None  # a model that vLLM streams from an object store
+
+
+def quantised(facts: Facts) -> str | None:
+    """Quantised weights are not the values that training moves."""
+    if facts.quantization in (None, "", "none"):
+        return None
+    return (
+        f"the weights are quantised ({facts.quantization}): serve the unquantised checkpoint; integer and 8-bit weights "
+        f"can't take gradient steps"
+    )
+
+
+def sleep_mode(facts: Facts) -> str | None:
+    """The cumem allocator's memory has no IPC handle, and sleeping takes the weights away."""
+    if not facts.sleep_mode:
+        return None
+    return "sleep mode is on: start vLLM without --enable-sleep-mode (its allocator's memory can't be shared)"
+
+
+def expandable_segments(facts: Facts) -> str | None:
+    """cudaIpcGetMemHandle refuses memory made of virtual address ranges."""
+    if facts.device != "cuda" or "expandable_segments:true" not in facts.allocator_config.lower().replace(" ", ""):
+        return None
+    return "expandable segments are on: take expandable_segments:True out of PYTORCH_CUDA_ALLOC_CONF for vLLM"
+
+
+def freezing(facts: Facts) -> str | None:
+    """Inductor's freezing turns weights into constants of the compiled graph."""
+    if not facts.freezing:
+        return None
+    return "inductor freezing copies the weights into the compiled code: unset TORCHINDUCTOR_FREEZING and max_autotune"
+
+
+def permuting_moe_backend(facts: Facts) -> str | None:
+    """FlashInfer and other packed layouts permute expert weights after loading."""
+    backend = (facts.moe_backend or "auto").lower()
+    if not facts.moe or facts.device != "cuda" or backend in ("auto", "triton"):
+        return None
+    return f"the MoE backend {backend} permutes expert weights after loading: start vLLM with --moe-backend triton"
+
+
+def moe_on_cpu(facts: Facts) -> str | None:
+    """vLLM's CPU kernels for experts only work on packed weights."""
+    if not facts.moe or facts.device != "cpu":
+        return None
+    return "the model has experts, and vLLM's CPU kernels keep a packed copy of those: serve it on a GPU to train it"
+
+
+def loader(facts: Facts) -> str | None:
+    """The map is learned by watching vLLM's default loader."""
+    if facts.remote_weights:
+        return f"the weights come from {facts.remote_weights}: serve a local checkpoint directory"
+    if facts.load_format == "dummy":
+        return "the weights are random (--load-format dummy): there is no checkpoint to train"
+    if not facts.default_loader:
+        return f"--load-format {facts.load_format} bypasses vLLM's default loader: use auto or safetensors"
+    return None
+
+
+def no_safetensors(facts: Facts) -> str | None:
+    """A checkpoint can only be kept in step in place when it is safetensors."""
+    files = facts.checkpoint_files
+    if files is None or any(name.endswith(".safetensors") for name in files):
+        return None
+    old = sorted(name for name in files if name.endswith((".bin", ".pt", ".pth")))
+    what = f"it has only {', '.join(old[:3])}" if old else "there are no weight files in it"
+    return (
+        f"the checkpoint has no safetensors files ({what}): convert it with "
+        f"AutoModelForCausalLM.from_pretrained(path).save_pretrained(new_path)"
+    )
+
+
+def cast(facts: Facts) -> str | None:
+    """Weights served in another dtype than the checkpoint's are a cast copy of it."""
+    a, b = facts.checkpoint_dtype, facts.serving_dtype
+    if not a or not b or a == b:
+        return None
+    return (
+        f"the checkpoint is {a} but vLLM serves {b}: start vLLM with --dtype {a}, or convert the checkpoint with "
+        f"from_pretrained(path, dtype={b!r}).save_pretrained(new_path)"
+    )
+
+
+def offload(facts: Facts) -> str | None:
+    """Offloaded weights are copied to the GPU again and again."""
+    if not facts.cpu_offload_gb:
+        return None
+    return "weights are offloaded to the CPU: start vLLM without --cpu-offload-gb and --offload-group-size"
+
+
+def parallel(facts: Facts) -> str | None:
+    """Only tensor parallelism is exported."""
+    if facts.pipeline_parallel_size > 1:
+        return "pipeline parallelism is not supported: use --pipeline-parallel-size 1"
+    if facts.data_parallel_size > 1:
+        return "every data-parallel engine has weights of its own: use --data-parallel-size 1 and one vLLM per replica"
+    if facts.eplb or facts.expert_parallel:
+        return "expert parallelism moves experts between GPUs: start vLLM without --enable-expert-parallel and --enable-eplb"
+    return None
+
+
+def platform(facts: Facts) -> str | None:
+    """Memory can be shared on CUDA and CPU."""
+    if facts.device in ("cuda", "cpu"):
+        return None
+    return f"weights can be shared on NVIDIA GPUs and on CPUs, not on {facts.device}"
+
+
+CHECKS: Mapping[str, Callable[[Facts], str | None]] = {
+    "platform": platform,
+    "quantised": quantised,
+    "sleep-mode": sleep_mode,
+    "expandable-segments": expandable_segments,
+    "freezing": freezing,
+    "moe-backend": permuting_moe_backend,
+    "moe-on-cpu": moe_on_cpu,
+    "loader": loader,
+    "no-safetensors": no_safetensors,
+    "dtype": cast,
+    "offload": offload,
+    "parallel": parallel,
+}
+
+
+def problems(facts: Facts) -> list[Problem]:
+    """Every reason against sharing; an empty list when there is none."""
+    return [
+        Problem(check=name, message=message) for name, check in CHECKS.items() if (message := check(facts)) is not None
+    ]
+
+
+def environment_facts(environ: Mapping[str, str] = os.environ) -> dict[str, object]:
+    """The facts that come from the environment of the process that will run (or runs) vLLM."""
+    return {
+        "allocator_config": environ.get("PYTORCH_CUDA_ALLOC_CONF") or environ.get("PYTORCH_ALLOC_CONF") or "",
+        "freezing": environ.get("TORCHINDUCTOR_FREEZING") == "1",
+    }

@@ -1,0 +1,97 @@
+"""Parameters of a CPU model in memory that another process can map.
+
+An anonymous file (`memfd_create`) holds them all. Nothing has a name in /dev/shm, so nothing can be left behind, whoever
+is killed: the memory goes when the last process that maps it goes. A worker of the same user opens it through
+`/proc/<pid>/fd/<n>`. It is not bound by the size of /dev/shm either (64 MB in a container by default).
+"""
+
+import mmap
+import os
+from dataclasses import dataclass
+
+import torch
+
+# One parameter per page group: pages are the unit in which memory is given and taken, and 4 KB blocks of the checkpoint
+# then never hold two parameters.
+ALIGNMENT = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arena:
+    """The shared memory of one model."""
+
+    fd: int
+    inode: int
+    size: int
+    mapping: mmap.mmap
+    base: int
+
+    def offset_of(self, address: int) -> int | None:
+        """Byte offset in the file of an address of this process, None when it is elsewhere."""
+        offset = address - self.base
+        return offset if 0 <= offset < self.size else None
+
+
+def rehome(model: torch.nn.Module, name: str) -> Arena:
+    """Move every CPU parameter and saved buffer of `model` into one new arena; each keeps its contents, shape, strides and identity.
+
+    Parameters that share a storage keep sharing it. Call it before anything keeps a pointer to a parameter.
+
+    Raises:
+        OSError: no memory, or the system refuses anonymous files.
+    """
+    storages = _storages(model)
+    starts: dict[int, int] = {}
+    size = 0
+    for key, tensors in storages.items():
+        starts[key] = size
+        size += -(-tensors[0].untyped_storage().nbytes() // ALIGNMENT) * ALIGNMENT
+    size = max(size, ALIGNMENT)
+
+    fd = os.memfd_create(f"hogwild-{name}"[:200], os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(fd, size)
+        mapping = mmap.mmap(fd, size)
+    except BaseException:
+        os.close(fd)
+        raise
+    _advise_huge_pages(mapping)
+    for key, tensors in storages.items():
+        count = tensors[0].untyped_storage().nbytes()
+        block = torch.frombuffer(mapping, dtype=torch.uint8, count=count, offset=starts[key])
+        block.copy_(torch.empty(0, dtype=torch.uint8).set_(tensors[0].untyped_storage(), 0, (count,)))
+        for tensor in tensors:
+            item = tensor.element_size()
+            flat = block[: count // item * item].view(tensor.dtype)
+            tensor.data = flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+    first = torch.frombuffer(mapping, dtype=torch.uint8, count=1)
+    return Arena(fd=fd, inode=os.fstat(fd).st_ino, size=size, mapping=mapping, base=first.data_ptr())
+
+
+def _storages(model: torch.nn.Module) -> dict[int, list[torch.Tensor]]:
+    """Every CPU storage that holds a parameter or a saved buffer, with all tensors of the model that lie on it.
+
+    A plain attribute that is a view of a parameter moves along: left behind, it would show memory nobody loads into.
+    """
+    saved = {id(t) for t in model.state_dict(keep_vars=True).values()}
+    tensors = {
+        id(t): t for t in (*model.parameters(), *model.buffers()) if isinstance(t, torch.nn.Parameter) or id(t) in saved
+    }
+    storages: dict[int, list[torch.Tensor]] = {}
+    for tensor in tensors.values():
+        if tensor.device.type == "cpu" and tensor.untyped_storage().nbytes():
+            storages.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)
+    for module in model.modules():
+        for value in (*vars(module).values(), *module._buffers.values()):
+            if isinstance(value, torch.Tensor) and value.device.type == "cpu" and id(value) not in tensors:
+                group = storages.get(value.untyped_storage()._cdata)
+                if group is not None and all(value is not t for t in group):
+                    group.append(value)
+    return storages
+
+
+def _advise_huge_pages(mapping: mmap.mmap) -> None:
+    try:
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:
+        return  # a kernel without huge pages for shared memory: a matter of speed only

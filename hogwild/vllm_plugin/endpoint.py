@@ -1,0 +1,114 @@
+"""Routes on vLLM's own port: Hogwild's API beside `/v1/completions`, and what the worker needs of vLLM.
+
+Shaped as vLLM's `EndpointPlugin` (`name`, `required_tasks`, `attach_router`, `init_state`). Everything here runs in vLLM's
+API server, so nothing may raise: a failure is logged and costs only these routes.
+"""
+
+import hmac
+import logging
+import os
+import secrets
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Header, HTTPException
+
+from hogwild.config import Settings
+from hogwild.frontend import Frontend
+from hogwild.manifest import private_dir, process_start_time
+from hogwild.vllm_plugin.version_header import VersionSource, WeightVersionHeader
+
+logger = logging.getLogger("vllm.hogwild")
+
+
+class LateVersion:
+    """The weight version, once vLLM has said which model it serves: middleware has to be added before that."""
+
+    def __init__(self) -> None:
+        self.source: VersionSource | None = None
+
+    def read(self) -> int | None:
+        """The present version, or None while nothing is exported."""
+        return None if self.source is None else self.source.read()
+
+
+def api_keys(args: Namespace) -> tuple[str, ...]:
+    """vLLM's own keys: `--api-key` or VLLM_API_KEY."""
+    keys = getattr(args, "api_key", None) or os.environ.get("VLLM_API_KEY") or ()
+    return tuple(key for key in ([keys] if isinstance(keys, str) else keys) if key)
+
+
+class HogwildEndpoint:
+    """One per vLLM API server process. `runtime_dir_of`: finds the model's runtime directory in a VllmConfig."""
+
+    name = "hogwild"
+    required_tasks = None
+
+    def __init__(self, runtime_dir_of: Any) -> None:
+        self._runtime_dir_of = runtime_dir_of
+        self._engine: Any = None
+        self._runtime_dir: Path | None = None
+        self._version = LateVersion()
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Add the routes and the version header; called by vLLM before it starts to listen."""
+        try:
+            app.post("/hogwild/prefix_cache/reset", include_in_schema=False)(self._reset_prefix_cache)
+            app.add_middleware(WeightVersionHeader, source=self._version)
+        except Exception:
+            logger.exception("hogwild: its routes are missing on vLLM's port; vLLM serves without them")
+        try:
+            self._mount_api(app)
+        except Exception:
+            logger.exception("hogwild: /train is missing on vLLM's port; vLLM serves without it")
+
+    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
+        """Publish this server for the worker; called by vLLM when the engine is ready. `engine_client` may be None."""
+        try:
+            if engine_client is not None:
+                self._publish(engine_client, args)
+        except Exception:
+            logger.exception("hogwild: vLLM's address was not published; the worker can't reset the prefix cache")
+
+    def _mount_api(self, app: FastAPI) -> None:
+        """The same routes as on the API's own port, for this model, guarded by vLLM's API keys as well as by ours."""
+        try:
+            from hogwild.api.app import create_router
+        except ImportError as error:
+            logger.info("hogwild: the API is not installed beside vLLM (%s): only the worker's routes are added", error)
+            return
+        args = app.state.args
+        names = getattr(args, "served_model_name", None) or [Path(args.model).name]
+        name = names if isinstance(names, str) else names[0]
+        settings = Settings().model_copy(update={"served_model_name": name})
+        app.include_router(create_router(settings, extra_keys=api_keys(args)))
+
+    def _publish(self, engine_client: Any, args: Namespace) -> None:
+        self._engine = engine_client
+        self._runtime_dir = private_dir(self._runtime_dir_of(engine_client.vllm_config))
+        self._version.source = VersionSource(self._runtime_dir)
+        host = getattr(args, "host", None) or "127.0.0.1"
+        if host in ("0.0.0.0", "::"):  # noqa: S104 - compared, not bound
+            host = "127.0.0.1" if host == "0.0.0.0" else "::1"  # noqa: S104
+        if ":" in host:
+            host = f"[{host}]"
+        scheme = "https" if getattr(args, "ssl_keyfile", None) else "http"
+        root = (getattr(args, "root_path", None) or "").rstrip("/")
+        uds = getattr(args, "uds", None)
+        pid = os.getpid()
+        Frontend(
+            url=f"{scheme}://{host}:{args.port}{root}" if not uds else f"http://localhost{root}",
+            pid=pid,
+            process_start_time=process_start_time(pid),
+            token=secrets.token_urlsafe(32),
+            api_key_required=bool(api_keys(args)),
+            uds=uds,
+        ).write(self._runtime_dir)
+
+    async def _reset_prefix_cache(self, x_hogwild_token: str = Header("")) -> dict[str, bool]:
+        # Several API servers can share one port: the file's token counts, whichever of them wrote it last.
+        frontend = Frontend.load(self._runtime_dir) if self._runtime_dir else None
+        if frontend is None or not hmac.compare_digest(frontend.token.encode(), x_hogwild_token.encode()):
+            raise HTTPException(403, "Forbidden")
+        return {"reset": bool(await self._engine.reset_prefix_cache())}

@@ -1,0 +1,516 @@
+"""Everything that touches vLLM's internals.
+
+    vLLM                                          here
+    ──────────────────────────────────────────    ────────────────────────────────────────────────────────────────
+    BaseModelLoader.load_model                    a Load begins: draft models and models that preflight refuses are
+      │                                           passed through
+      ├─ DefaultModelLoader.load_weights          CPU parameters move into shared memory; the trace starts
+      │    └─ DefaultModelLoader.get_all_weights  each checkpoint tensor is announced to the trace by name
+      ├─ dispatch_cpu_unquantized_gemm (CPU)      linear layers stay on F.linear instead of a private packed copy
+      └─ returns                                  every landing is resolved and compared; the manifest is written
+    load_endpoint_plugins (API server)            our routes are added to vLLM's own port
+
+These five are the same from vLLM 0.26 to 0.33. `install` first checks that each exists with the expected parameters; if
+one does not, nothing is patched, vLLM serves as always and a warning says so. Every exception of ours is caught where it
+would enter vLLM's code: sharing fails, serving goes on.
+"""
+
+import functools
+import importlib
+import inspect
+import logging
+import multiprocessing.util
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hogwild.config import Settings, slug
+from hogwild.preflight import SUPPORTED_VLLM, Facts, Problem, environment_facts, problems
+
+logger = logging.getLogger("vllm.hogwild")
+
+_LOADERS = "vllm.model_executor.model_loader"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hook:
+    """A function of vLLM that we wrap, and the first parameters that it must have."""
+
+    module: str
+    owner: str | None
+    name: str
+    parameters: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return ".".join(filter(None, (self.module, self.owner, self.name)))
+
+
+ALL_WEIGHTS = Hook(
+    module=f"{_LOADERS}.default_loader",
+    owner="DefaultModelLoader",
+    name="get_all_weights",
+    parameters=("self", "model_config", "model"),
+)
+LOAD_WEIGHTS = Hook(
+    module=f"{_LOADERS}.default_loader",
+    owner="DefaultModelLoader",
+    name="load_weights",
+    parameters=("self", "model", "model_config"),
+)
+LOAD_MODEL = Hook(
+    module=f"{_LOADERS}.base_loader",
+    owner="BaseModelLoader",
+    name="load_model",
+    parameters=("self", "vllm_config", "model_config"),
+)
+CPU_GEMM = Hook(
+    module="vllm.model_executor.layers.utils",
+    owner=None,
+    name="dispatch_cpu_unquantized_gemm",
+    parameters=("layer", "remove_weight"),
+)
+ENDPOINTS = Hook(module="vllm.plugins", owner=None, name="load_endpoint_plugins", parameters=("supported_tasks",))
+HOOKS = (ALL_WEIGHTS, LOAD_WEIGHTS, LOAD_MODEL, CPU_GEMM, ENDPOINTS)
+
+_MARK = "_hogwild_original"
+
+
+def missing_hooks() -> list[str]:
+    """What this vLLM lacks of what we wrap; empty when everything is as expected."""
+    missing = []
+    for hook in HOOKS:
+        try:
+            function = _owner(hook).__dict__[hook.name]
+        except (ImportError, AttributeError, KeyError) as error:
+            missing.append(f"{hook} is missing ({error})")
+            continue
+        function = getattr(function, _MARK, function)
+        try:
+            found = tuple(inspect.signature(function).parameters)
+        except (TypeError, ValueError) as error:
+            missing.append(f"{hook} can't be inspected ({error})")
+            continue
+        if found[: len(hook.parameters)] != hook.parameters:
+            missing.append(f"{hook}({', '.join(found)}) should begin with ({', '.join(hook.parameters)})")
+    return missing
+
+
+def install() -> bool:
+    """Wrap vLLM's functions in this process; does nothing when that was done. Returns whether training is possible."""
+    if Settings().disable:
+        logger.info("hogwild: switched off by HOGWILD_DISABLE")
+        return False
+    missing = missing_hooks()
+    if missing:
+        logger.warning(
+            "hogwild: training is off; vLLM %s serves as usual. This hogwild supports vLLM %s: %s",
+            vllm_version(),
+            SUPPORTED_VLLM,
+            "; ".join(missing),
+        )
+        return False
+    for hook, wrapper in (
+        (ALL_WEIGHTS, _get_all_weights),
+        (LOAD_WEIGHTS, _load_weights),
+        (LOAD_MODEL, _load_model),
+        (CPU_GEMM, _dispatch_cpu_gemm),
+        (ENDPOINTS, _load_endpoint_plugins),
+    ):
+        _wrap(hook, wrapper)
+    return True
+
+
+def uninstall() -> None:
+    """Put vLLM's own functions back (for tests)."""
+    for hook in HOOKS:
+        owner = _owner(hook)
+        original = getattr(owner.__dict__[hook.name], _MARK, None)
+        if original is not None:
+            setattr(owner, hook.name, original)
+
+
+def _owner(hook: Hook) -> Any:
+    module = importlib.import_module(hook.module)
+    return getattr(module, hook.owner) if hook.owner else module
+
+
+def _wrap(hook: Hook, wrapper: Callable[..., Any]) -> None:
+    owner = _owner(hook)
+    original = owner.__dict__[hook.name]
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, *args, **kwargs)
+
+    setattr(wrapped, _MARK, original)
+    setattr(owner, hook.name, wrapped)
+
+
+# --- the wrappers: nothing of ours may raise in here -----------------------------------------------------------------
+
+_current: "Load | None" = None
+_exported: list["Load"] = []
+
+
+def _load_model(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    global _current
+    outer, _current = _current, None
+    try:
+        _current = _begin(original, self, args, kwargs)
+    except Exception:
+        logger.exception("hogwild: sharing could not begin; vLLM serves, training is off")
+    load = _current
+    try:
+        model = original(self, *args, **kwargs)
+    finally:
+        _current = outer
+        if load is not None:
+            load.release()
+    if load is not None:
+        load.finish(model)
+    return model
+
+
+def _load_weights(original: Callable[..., Any], self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+    if _current is None:
+        for load in _exported:
+            load.overwritten(model)
+        return original(self, model, *args, **kwargs)
+    with _current.prepare(model):
+        return original(self, model, *args, **kwargs)
+
+
+def _get_all_weights(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
+    load = _current
+    for name, tensor in original(self, *args, **kwargs):
+        if load is not None:
+            load.seen(name, tensor)
+        yield name, tensor
+
+
+def _dispatch_cpu_gemm(original: Callable[..., Any], layer: Any, *args: Any, **kwargs: Any) -> Any:
+    # Packing (oneDNN, sgl-kernel, zentorch) keeps a private copy: writes to the weight would not be served.
+    if _current is not None and _current.keeps_plain_linear(layer):
+        return None
+    return original(layer, *args, **kwargs)
+
+
+def _load_endpoint_plugins(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    plugins = original(*args, **kwargs)
+    try:
+        from hogwild.vllm_plugin.endpoint import HogwildEndpoint
+
+        return [*plugins, HogwildEndpoint(model_runtime_dir)]
+    except Exception:
+        logger.exception("hogwild: no routes on vLLM's port")
+        return plugins
+
+
+# --- one load ----------------------------------------------------------------------------------------------------------
+
+
+class Load:
+    """The load of the served model, from before its weights arrive until they are exported. No method raises."""
+
+    def __init__(self, vllm_config: Any, model_config: Any, runtime_dir: Path) -> None:
+        self.vllm_config = vllm_config
+        self.model_config = model_config
+        self.runtime_dir = runtime_dir
+        self.rank, self.size = tensor_parallel()
+        self.export_id = secrets.token_hex(16)
+        self.seconds = 0.0  # what sharing added to vLLM's load
+        self._failed: BaseException | None = None
+        self._arena: Any = None
+        self._trace: Any = None
+        self._digests: Any = None
+        self._places: Any = None
+        self._layouts: Any = None
+        self._refusals: list[Problem] = []
+
+    def refuse(self, refusals: list[Problem]) -> None:
+        """Log why the weights are not shared and leave the report where the manifest would be."""
+        from hogwild.manifest import Refusal, boot_id, manifest_path, process_start_time, refusal_path
+
+        for problem in refusals:
+            logger.warning(
+                "hogwild: the weights of %s are not shared: %s [%s]",
+                served_name(self.model_config),
+                problem.message,
+                problem.check,
+            )
+        manifest_path(self.runtime_dir, self.rank).unlink(missing_ok=True)
+        path = refusal_path(self.runtime_dir, self.rank)
+        pid = os.getpid()
+        Refusal(
+            reasons=tuple((p.check, p.message) for p in refusals),
+            pid=pid,
+            boot_id=boot_id(),
+            served_model_name=served_name(self.model_config),
+            vllm_version=vllm_version(),
+            process_start_time=process_start_time(pid),
+        ).write(path)
+        remove_at_exit(path)
+
+    def prepare(self, model: Any) -> AbstractContextManager[Any]:
+        """Before the weights arrive: shared memory on CPU, then the trace to load under."""
+        started = time.monotonic()
+        try:
+            import torch
+
+            from hogwild import digests
+            from hogwild.vllm_plugin import arena, export, trace
+
+            with torch.no_grad():
+                if any(p.device.type == "cpu" for p in model.parameters()):
+                    self._arena = arena.rehome(model, slug(served_name(self.model_config)))
+                self._places = export.places_by_storage(model)
+                self._layouts = export.layouts_of(model)
+            self._digests = digests.BackgroundDigests()
+
+            def landed(landing: Any, source: Any) -> None:
+                landing.digest = self._digests.submit(source)
+
+            self._trace = trace.LoadTrace(landed)
+        except Exception as error:
+            self._fail(error)
+        self.seconds += time.monotonic() - started
+        return self._trace if self._trace is not None else nullcontext()
+
+    def seen(self, name: str, tensor: Any) -> None:
+        """A checkpoint tensor is about to be loaded."""
+        if self._trace is None:
+            return
+        try:
+            self._trace.seen(name, tensor)
+        except Exception as error:
+            self._fail(error)
+
+    def keeps_plain_linear(self, layer: Any) -> bool:
+        """Give a CPU layer with a two-dimensional weight plain F.linear; False to let vLLM decide."""
+        try:
+            if self._arena is None or self._failed is not None or layer.weight.ndim != 2 or layer.weight.is_meta:
+                return False
+            import torch
+
+            layer.cpu_linear = torch.nn.functional.linear
+        except Exception as error:
+            self._fail(error)
+            return False
+        return True
+
+    def release(self) -> None:
+        """The load is over, well or not: end the hashing thread."""
+        try:
+            if self._digests is not None:
+                self._digests.close()
+        except Exception as error:
+            self._fail(error)
+
+    def finish(self, model: Any) -> None:
+        """Resolve, compare, write the manifest."""
+        try:
+            import torch
+
+            if self._trace is not None and self._trace.failed is not None:
+                self._fail(self._trace.failed)
+            if self._failed is None and self._trace is None:
+                self.refuse([Problem(check="loader", message="vLLM's default loader was not used for these weights")])
+            elif self._failed is None:
+                with torch.no_grad():
+                    self._export(model)
+        except Exception as error:
+            self._fail(error)
+        finally:
+            self._trace = self._places = self._layouts = self._digests = None
+        if self._failed is not None:
+            try:
+                self.refuse(
+                    [Problem(check="internal", message=f"sharing failed: {self._failed!r}; the log has the details")]
+                )
+            except Exception:
+                logger.exception("hogwild: nor could the report of that be written")
+
+    def _export(self, model: Any) -> None:
+        from hogwild.manifest import Manifest, boot_id, manifest_path, private_dir, process_start_time, refusal_path
+        from hogwild.vllm_plugin import export
+        from hogwild.weight_state import FILE_NAME, WeightState
+
+        started = time.monotonic()
+        self._trace.forget_sources()
+        resolved = export.resolve(model, self._trace, self._places, self._layouts, logger)
+        device = next(model.parameters()).device
+        memory = export.place(resolved, device, self._arena)
+        self.seconds += time.monotonic() - started
+        private_dir(self.runtime_dir)
+        pid = os.getpid()
+        manifest = Manifest(
+            export_id=self.export_id,
+            model_path=checkpoint_path(self.model_config),
+            served_model_name=served_name(self.model_config),
+            vllm_version=vllm_version(),
+            pid=pid,
+            process_start_time=process_start_time(pid),
+            boot_id=boot_id(),
+            device=memory.device,
+            gpu_uuid=memory.gpu_uuid,
+            tensor_parallel_rank=self.rank,
+            tensor_parallel_size=self.size,
+            max_model_len=int(self.model_config.max_model_len),
+            vocab_size=int(self.model_config.get_vocab_size()),
+            dtype=dtype_name(self.model_config.dtype),
+            created_at=time.time(),
+            trust_remote_code=bool(self.model_config.trust_remote_code),
+            allocations=tuple(memory.allocations),
+            tensors=memory.records,
+        )
+        if self.rank == 0:
+            WeightState.create(self.runtime_dir / FILE_NAME, self.export_id).close()
+        path = manifest_path(self.runtime_dir, self.rank)
+        refusal_path(self.runtime_dir, self.rank).unlink(missing_ok=True)
+        manifest.write(path)
+        remove_at_exit(path)
+        _exported.append(self)
+        for name, record in memory.records.items():
+            if record.status != "shared":
+                logger.warning("hogwild: %s is %s: %s", name, record.status, record.reason)
+        logger.info(
+            "hogwild: %s can be trained while it is served: %s; found and compared in %.2f s; %s",
+            manifest.served_model_name,
+            export.summary(memory.records),
+            self.seconds,
+            path,
+        )
+
+    def overwritten(self, model: Any) -> None:
+        """vLLM loads other weights into a running model: the export does not hold any more."""
+        try:
+            from hogwild.manifest import manifest_path
+
+            manifest_path(self.runtime_dir, self.rank).unlink(missing_ok=True)
+            logger.warning("hogwild: vLLM is loading new weights; sharing ends until vLLM is restarted")
+        except Exception:
+            logger.exception("hogwild: the manifest of overwritten weights could not be removed")
+
+    def _fail(self, error: BaseException) -> None:
+        if self._failed is None:
+            self._failed = error
+            logger.error("hogwild: sharing failed; vLLM serves, training is off", exc_info=error)
+
+
+def _begin(original: Callable[..., Any], loader: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Load | None:
+    """The load to watch, or None for a model that is not ours to share."""
+    bound = inspect.signature(original).bind(loader, *args, **kwargs)
+    vllm_config, model_config = bound.arguments["vllm_config"], bound.arguments["model_config"]
+    if model_config is not vllm_config.model_config:
+        return None  # a draft model for speculative decoding
+    from hogwild.manifest import manifest_path, private_dir, refusal_path
+
+    load = Load(vllm_config, model_config, private_dir(model_runtime_dir(vllm_config)))
+    # Whatever an earlier vLLM of this name left is void from here on.
+    manifest_path(load.runtime_dir, load.rank).unlink(missing_ok=True)
+    refusal_path(load.runtime_dir, load.rank).unlink(missing_ok=True)
+    refusals = problems(facts_of(vllm_config, model_config, loader))
+    if refusals:
+        load.refuse(refusals)
+        return None
+    return load
+
+
+# --- what vLLM decided -------------------------------------------------------------------------------------------------
+
+
+def facts_of(vllm_config: Any, model_config: Any, loader: Any) -> Facts:
+    """Preflight's facts as this vLLM knows them."""
+    import torch
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+    from vllm.platforms import current_platform
+
+    parallel, offload = vllm_config.parallel_config, getattr(vllm_config, "offload_config", None)
+    uva, prefetch = getattr(offload, "uva", None), getattr(offload, "prefetch", None)
+    path = Path(model_config.model)
+    inductor = getattr(torch._inductor, "config", None) if hasattr(torch, "_inductor") else None
+    environment = environment_facts()
+    return Facts(
+        device="cpu"
+        if current_platform.is_cpu()
+        else "cuda"
+        if current_platform.is_cuda()
+        else current_platform.device_name,
+        quantization=model_config.quantization
+        or (type(vllm_config.quant_config).__name__ if vllm_config.quant_config else None),
+        sleep_mode=bool(getattr(model_config, "enable_sleep_mode", False)),
+        load_format=str(vllm_config.load_config.load_format),
+        default_loader=isinstance(loader, DefaultModelLoader),
+        checkpoint_files=tuple(p.name for p in path.iterdir()) if path.is_dir() else None,
+        moe=bool(getattr(model_config, "is_moe", False)),
+        moe_backend=getattr(getattr(vllm_config, "kernel_config", None), "moe_backend", None),
+        allocator_config=str(environment["allocator_config"]),
+        freezing=bool(environment["freezing"]) or bool(getattr(inductor, "freezing", False)),
+        cpu_offload_gb=float(getattr(uva, "cpu_offload_gb", 0) or getattr(prefetch, "offload_group_size", 0) or 0),
+        pipeline_parallel_size=parallel.pipeline_parallel_size,
+        data_parallel_size=parallel.data_parallel_size,
+        eplb=bool(parallel.enable_eplb),
+        expert_parallel=bool(parallel.enable_expert_parallel),
+        remote_weights=getattr(model_config, "model_weights", None) or None,
+    )
+
+
+def model_runtime_dir(vllm_config: Any) -> Path:
+    """Where the manifest of this vLLM's model belongs."""
+    return Settings().runtime_dir / slug(served_name(vllm_config.model_config))
+
+
+def served_name(model_config: Any) -> str:
+    """The first served model name; for a model without one, the last part of its path (as in `Settings.model_name`)."""
+    name = model_config.served_model_name
+    name = name if isinstance(name, str) or not name else name[0]
+    return Path(model_config.model).name if not name or name == model_config.model else str(name)
+
+
+def checkpoint_path(model_config: Any) -> str:
+    """The local directory that the weights came from."""
+    if Path(model_config.model).is_dir():
+        return str(Path(model_config.model).resolve())
+    from huggingface_hub import snapshot_download
+
+    return str(snapshot_download(model_config.model, revision=model_config.revision, local_files_only=True))
+
+
+def tensor_parallel() -> tuple[int, int]:
+    """Rank and size of this process in the tensor-parallel group."""
+    from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+
+    return int(get_tensor_model_parallel_rank()), int(get_tensor_model_parallel_world_size())
+
+
+def vllm_version() -> str:
+    """Version of the running vLLM, whatever its distribution is called."""
+    import vllm
+
+    return str(getattr(vllm, "__version__", "unknown"))
+
+
+def dtype_name(dtype: Any) -> str:
+    """`bfloat16` for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def remove_at_exit(path: Path) -> None:
+    """Delete our file when this process ends in good order; what a killed one leaves is swept by who finds it."""
+    owner, inode = os.getpid(), path.stat().st_ino
+
+    def remove() -> None:
+        try:
+            if os.getpid() == owner and path.stat().st_ino == inode:
+                path.unlink()
+        except OSError:
+            logger.debug("hogwild: %s was gone already", path)
+
+    multiprocessing.util.Finalize(None, remove, exitpriority=0)

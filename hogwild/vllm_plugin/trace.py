@@ -1,0 +1,242 @@
+"""Learning where each checkpoint tensor lands, by watching the copies of a load.
+
+While vLLM loads its checkpoint, `LoadTrace` (a `TorchDispatchMode`) sees every operation of this thread. A checkpoint
+tensor is announced with `seen`; from then on its storage is known. An operation that only re-arranges (view, narrow,
+transpose, …) stays on that storage; an exact copy (`clone`, `contiguous`, a move to the GPU) makes another known storage;
+anything else that reads a known storage makes its results *tainted*: values that come from the tensor but are not it.
+A `copy_` into a parameter from a known storage is a landing: which box of the tensor went where.
+
+Storages are told apart by the address of their StorageImpl, which a weak reference keeps from being used again. So
+nothing is kept alive here: the trace costs no memory beyond its records.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hogwild.strided import Layout, Piece, locate
+
+aten = torch.ops.aten
+
+# Copies that may change device and layout but no value, as long as the dtype stays.
+EXACT_COPIES = frozenset(
+    {
+        aten.clone.default,
+        aten._to_copy.default,
+        aten.contiguous.default,
+        aten.lift_fresh.default,
+        aten.lift_fresh_copy.default,
+        aten.alias_copy.default,
+        aten._reshape_copy.default,
+        aten._pin_memory.default,
+    }
+)
+
+
+def layout_of(tensor: torch.Tensor) -> Layout:
+    """Where a tensor lies in its storage, in elements."""
+    return Layout(tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()))
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """Identity of the tensor's storage."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What a known storage holds: the box `piece` of checkpoint tensor `name`, laid out as `base`.
+
+    `base` has the tensor's dimensions in order. `changed` names the operation after which the values are others;
+    `piece` is None when they are known to come from the tensor but not from which part.
+    """
+
+    name: str
+    base: Layout
+    piece: Piece | None
+    dtype: torch.dtype
+    changed: str | None = None
+
+
+@dataclass(slots=True)
+class Landing:
+    """One copy of (a box of) checkpoint tensor `name` into the storage `storage` at `layout`."""
+
+    name: str
+    storage: int
+    layout: Layout
+    dtype: torch.dtype
+    piece: Piece | None
+    changed: str | None
+    digest: Any = None  # a digest of the copied values, or a future of one; set by the caller's `on_landing`
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A checkpoint tensor that passed by."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class LoadTrace(TorchDispatchMode):
+    """Use as a context manager around the load; call `seen` for each checkpoint tensor.
+
+    `on_landing(landing, source)` is called with the copied values (a tensor of the landing's shape) for each landing that
+    may turn out to be a faithful one, before the copy: what it needs later it must take there.
+    """
+
+    def __init__(self, on_landing: Callable[[Landing, torch.Tensor], None] | None = None) -> None:
+        super().__init__()
+        self.tensors: dict[str, Seen] = {}
+        self.landings: list[Landing] = []
+        self.duplicates: set[str] = set()
+        self._origins: dict[int, list[Origin]] = {}
+        self._alive: dict[int, StorageWeakRef] = {}
+        self._on_landing = on_landing
+        self.failed: Exception | None = None  # an error of ours; the load itself goes on untraced
+
+    def seen(self, name: str, tensor: torch.Tensor) -> None:
+        """Announce a checkpoint tensor before vLLM gets it."""
+        if name in self.tensors:
+            self.duplicates.add(name)
+        self.tensors[name] = Seen(tuple(tensor.shape), tensor.dtype)
+        layout = layout_of(tensor)
+        whole = Piece((0,) * tensor.dim(), layout.shape, 0, layout.stride)
+        self._know(tensor, Origin(name, layout, whole, tensor.dtype))
+
+    def forget_sources(self) -> None:
+        """The load is over: drop everything but the results."""
+        self._origins.clear()
+        self._alive.clear()
+
+    def __torch_dispatch__(self, func: Any, types: Iterable[type], args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation and note what it did to known storages."""
+        if func is aten.copy_.default:
+            self._guarded(self._copied, args[0], args[1])
+            return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if self._origins:
+            self._guarded(self._ran, func, args, kwargs or {}, result)
+        return result
+
+    def _guarded(self, note: Callable[..., None], *args: Any) -> None:
+        """Whatever goes wrong in here is ours: it must not end vLLM's load."""
+        if self.failed is None:
+            try:
+                note(*args)
+            except Exception as error:
+                self.failed = error
+
+    def _know(self, tensor: torch.Tensor, origin: Origin) -> None:
+        key = storage_key(tensor)
+        if key not in self._alive:
+            self._alive[key] = StorageWeakRef(tensor.untyped_storage())
+        self._origins.setdefault(key, []).append(origin)
+
+    def _find(self, tensor: torch.Tensor) -> Origin | None:
+        """The origin of a tensor; several checkpoint tensors can share one storage (a whole file in memory)."""
+        origins = self._origins.get(storage_key(tensor))
+        if not origins:
+            return None
+        at = tensor.storage_offset()
+        for origin in reversed(origins):
+            if origin.base.offset <= at < origin.base.offset + max(origin.base.extent, 1):
+                return origin
+        return None
+
+    def _box(self, origin: Origin, source: torch.Tensor, target: Layout) -> Piece | None:
+        """Which box of the checkpoint tensor `source` is, addressed in `target`."""
+        if origin.piece is None or origin.changed or source.dtype != origin.dtype:
+            return None
+        inner = locate(origin.base, layout_of(source), target)
+        if inner is None:
+            return None
+        start = tuple(a + b for a, b in zip(origin.piece.start, inner.start, strict=True))
+        return Piece(start, inner.length, inner.offset, inner.stride)
+
+    def _copied(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        origin = self._find(source)
+        if origin is None:
+            return
+        layout = layout_of(target)
+        changed = origin.changed
+        if changed is None and source.dtype != target.dtype:
+            changed = f"cast from {_short(source.dtype)} to {_short(target.dtype)}"
+        if source.shape != target.shape:
+            piece = None
+            changed = changed or "broadcast"
+        else:
+            piece = None if changed else self._box(origin, source, layout)
+        landing = Landing(origin.name, storage_key(target), layout, target.dtype, piece, changed)
+        if piece is not None and self._on_landing is not None:
+            self._on_landing(landing, source)
+        self.landings.append(landing)
+        # From here on the target's values come from the checkpoint tensor as well: a later copy to yet another place
+        # (a parameter filled from a parameter) is found by that.
+        if piece is not None:
+            stride = tuple(s if s is not None else 1 for s in piece.stride)
+            self._know(target, Origin(origin.name, Layout(layout.offset, piece.length, stride), piece, target.dtype))
+        else:
+            self._know(target, Origin(origin.name, layout, None, target.dtype, changed or "rearranged"))
+
+    def _ran(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        read = [t for t in _tensors((args, kwargs))]
+        origins = [(t, o) for t in read if (o := self._find(t)) is not None]
+        if not origins:
+            return
+        keys = {storage_key(t) for t in read}
+        for out in _tensors((result,)):
+            if out.numel() == 0 or out.device.type == "meta" or storage_key(out) in keys:
+                if func._schema.is_mutable:
+                    self._mutated(func, out)
+                continue
+            source, origin = origins[0]
+            exact = func in EXACT_COPIES and out.dtype == source.dtype and out.shape == source.shape
+            piece = self._box(origin, source, layout_of(out)) if exact else None
+            if piece is not None:
+                stride = tuple(s if s is not None else 1 for s in piece.stride)
+                self._know(
+                    out, Origin(origin.name, Layout(out.storage_offset(), piece.length, stride), piece, out.dtype)
+                )
+            elif exact and not origin.changed:
+                self._know(out, Origin(origin.name, layout_of(out), None, out.dtype, "rearranged"))
+            else:
+                what = origin.changed or _describe(func, source, out)
+                for name in dict.fromkeys(o.name for _, o in origins):
+                    self._know(out, Origin(name, layout_of(out), None, out.dtype, what))
+
+    def _mutated(self, func: Any, out: torch.Tensor) -> None:
+        """A known storage was written in place by something that is no copy: what it holds is not the tensor any more."""
+        origin = self._find(out)
+        if origin is not None and func is not aten.copy_.default:
+            self._know(out, Origin(origin.name, layout_of(out), None, out.dtype, f"changed in place by {_name(func)}"))
+
+
+def _tensors(value: Any) -> Iterable[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+
+
+def _name(func: Any) -> str:
+    return str(func.overloadpacket.__name__)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _describe(func: Any, source: torch.Tensor, out: torch.Tensor) -> str:
+    if func in EXACT_COPIES and out.dtype != source.dtype:
+        return f"cast from {_short(source.dtype)} to {_short(out.dtype)}"
+    return f"computed by {_name(func)}"
