@@ -1,11 +1,12 @@
 """Blocks of the safetensors files: read, checked and written in place."""
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from hogwild.checkpoint.constants import BLOCK
+from hogwild.checkpoint.constants import BLOCK, FRAME_BLOCKS
 from hogwild.checkpoint.durable import FileIo, Handle
 from hogwild.checkpoint.fingerprints import Bytes, Indices, Table, differing, fingerprints
 from hogwild.checkpoint.layout import Layout, TensorSpec
@@ -19,7 +20,7 @@ def runs(blocks: Indices) -> Iterator[tuple[int, int, int]]:
     """Neighbouring blocks together: (first block, number of blocks, index of the first one in `blocks`)."""
     breaks = np.flatnonzero(np.diff(blocks) != 1) + 1
     starts = np.concatenate(([0], breaks, [len(blocks)])).tolist()
-    for start, stop in zip(starts[:-1], starts[1:], strict=True):
+    for start, stop in itertools.pairwise(starts):
         if stop > start:
             yield int(blocks[start]), stop - start, start
 
@@ -35,8 +36,13 @@ def read_blocks(handle: Handle, spec: TensorSpec, blocks: Indices) -> Bytes:
         window = np.empty(spec.block_bytes(first, last + 1), np.uint8)
         _fill(handle, spec, first, window)
         head = (len(blocks) - 1) * BLOCK
-        np.take(window[: (last - first) * BLOCK].reshape(-1, BLOCK), blocks[:-1] - first, axis=0,
-                out=out[:head].reshape(-1, BLOCK), mode="clip")
+        np.take(
+            window[: (last - first) * BLOCK].reshape(-1, BLOCK),
+            blocks[:-1] - first,
+            axis=0,
+            out=out[:head].reshape(-1, BLOCK),
+            mode="clip",
+        )
         out[head:] = window[(last - first) * BLOCK :]
     else:
         for block, count, index in runs(blocks):
@@ -63,9 +69,11 @@ def check_old(handle: Handle, spec: TensorSpec, blocks: Indices, data: Bytes, ta
     if len(wrong):
         raise CheckpointForeign(
             f"{handle.path} was changed by something else: {spec.name} differs from the last generation in "
-            f"{len(wrong)} of {len(blocks)} blocks looked at. Nothing was written. `hogwild checkpoint adopt` accepts the "
-            "files as they are (earlier generations are then gone); a rollback is not possible before.",
-            file=str(handle.path), tensor=spec.name)
+            f"{len(wrong)} of {len(blocks)} blocks looked at. Nothing was written. `hogwild checkpoint adopt` accepts "
+            "the files as they are; earlier generations are then gone.",
+            file=str(handle.path),
+            tensor=spec.name,
+        )
 
 
 def windows(spec: TensorSpec, size: int) -> Iterator[Indices]:
@@ -76,9 +84,23 @@ def windows(spec: TensorSpec, size: int) -> Iterator[Indices]:
 
 def file_table(io: FileIo, directory: Path, layout: Layout) -> Table:
     """Fingerprints of everything on disk."""
-    parts = []
+    parts: list[Table] = []
     for file in layout.files:
         with io.open(directory / file.name) as handle:
             for spec in layout.of_file(file.name):
-                parts.extend(fingerprints(read_blocks(handle, spec, window)) for window in windows(spec, 1024))
+                parts.extend(fingerprints(read_blocks(handle, spec, window)) for window in windows(spec, FRAME_BLOCKS))
     return np.concatenate(parts) if parts else np.empty((0, 2), np.uint64)
+
+
+def compare_files(io: FileIo, directory: Path, layout: Layout, table: Table) -> dict[str, int]:
+    """Tensor name → number of blocks on disk that differ from `table`; empty when all agree."""
+    found: dict[str, int] = {}
+    for file in layout.files:
+        with io.open(directory / file.name) as handle:
+            for spec in layout.of_file(file.name):
+                for window in windows(spec, FRAME_BLOCKS):
+                    data = read_blocks(handle, spec, window)
+                    wrong = len(differing(fingerprints(data), table[spec.first_block + window]))
+                    if wrong:
+                        found[spec.name] = found.get(spec.name, 0) + wrong
+    return found

@@ -39,8 +39,10 @@ def _copy(io: FileIo, source: Path, target: Path, temp: Path, need: int) -> None
         if not io.reflink(old, new):
             size = old.size()
             if os.statvfs(temp.parent).f_bavail * os.statvfs(temp.parent).f_frsize < size:
-                raise CheckpointError(f"{target.parent} has no room for a copy of the model ({need >> 20} MiB): free some "
-                                      "space, or point HOGWILD_CHECKPOINT_DIR at another disk or at the model itself.")
+                raise CheckpointError(
+                    f"{target.parent} has no room for a copy of the model ({need >> 20} MiB): free some space, or "
+                    "point HOGWILD_CHECKPOINT_DIR at another disk or at the model itself."
+                )
             io.copy_range(old, new, 0, size)
         new.fsync()
     io.rename(temp, target)
@@ -56,5 +58,7 @@ def refuse_links(directory: Path, layout: Layout) -> None:
     for file in layout.files:
         info = (directory / file.name).lstat()
         if stat.S_ISLNK(info.st_mode) or info.st_nlink > 1:
-            raise CheckpointLayout(f"{directory / file.name} is a link (a hub cache keeps its files so): syncing would write "
-                                   "through it. Point HOGWILD_CHECKPOINT_DIR at a directory of its own; it starts as a copy.")
+            raise CheckpointLayout(
+                f"{directory / file.name} is a link (a hub cache keeps its files so): syncing would change what it "
+                "points to. Point HOGWILD_CHECKPOINT_DIR at a directory of its own; it starts as a copy of the model."
+            )

@@ -176,8 +176,10 @@ def explained(doing: str, directory: Path, *, kept: str) -> Iterator[None]:
                 free = f" ({shutil.disk_usage(directory).free >> 20} MiB free)"
             advice = f"the disk is full{free}: free some space, or lower HOGWILD_KEEP_LAST"
         elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-            advice = (f"{error.filename or directory} can't be written: make it writable for this user, "
-                      "or point HOGWILD_CHECKPOINT_DIR at another directory")
+            advice = (
+                f"{error.filename or directory} can't be written: make it writable for this user, "
+                "or point HOGWILD_CHECKPOINT_DIR at another directory"
+            )
         else:
             advice = f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
         raise CheckpointError(f"{doing} failed: {advice}. {kept}", errno=error.errno) from error

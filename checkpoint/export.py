@@ -1,4 +1,4 @@
-"""A generation as a clean model directory or a tar: what `vllm serve` and `from_pretrained` load, without our folder."""
+"""A generation as a clean model directory or a tar: what `vllm serve` and `from_pretrained` load."""
 
 import io as pyio
 import os
@@ -20,12 +20,22 @@ from hogwild.checkpoint.snapshot import Snapshot
 from hogwild.errors import CheckpointCorrupt, CheckpointError
 
 
-def export(io: FileIo, directory: Path, layout: Layout, snapshot: Snapshot, table: Table, commit: Commit,
-           target: Path | str | BinaryIO) -> None:
+def export(
+    io: FileIo,
+    directory: Path,
+    layout: Layout,
+    snapshot: Snapshot,
+    table: Table,
+    commit: Commit,
+    target: Path | str | BinaryIO,
+) -> None:
     """Write generation `commit` to an empty directory, a path that ends in `.tar`, or a binary stream (as tar)."""
     weights = {file.name: file.size for file in layout.files}
-    others = sorted(path for path in directory.iterdir()
-                    if path.is_file() and not path.name.startswith(".") and path.name not in weights)
+    others = sorted(
+        path
+        for path in directory.iterdir()
+        if path.is_file() and not path.name.startswith(".") and path.name not in weights
+    )
     if not isinstance(target, str | os.PathLike):
         _tar(target, others, weights, layout, snapshot, table, commit)
         return
@@ -67,8 +77,11 @@ def _checked(name: str, layout: Layout, snapshot: Snapshot, table: Table) -> Ite
             part = next(parts)
             stop = min(start + FRAME_BLOCKS, spec.blocks)
             if len(differing(fingerprints(part), table[spec.first_block + start : spec.first_block + stop])):
-                raise CheckpointCorrupt(f"{spec.name} does not match its fingerprints: the export was stopped. Run "
-                                        "`hogwild checkpoint verify`.", tensor=spec.name)
+                raise CheckpointCorrupt(
+                    f"{spec.name} does not match its fingerprints: the export was stopped. Run "
+                    "`hogwild checkpoint verify`.",
+                    tensor=spec.name,
+                )
             yield part
 
 
@@ -91,8 +104,15 @@ class _Parts(pyio.RawIOBase):
         return count
 
 
-def _tar(stream: BinaryIO, others: list[Path], weights: dict[str, int], layout: Layout, snapshot: Snapshot, table: Table,
-         commit: Commit) -> None:
+def _tar(
+    stream: BinaryIO,
+    others: list[Path],
+    weights: dict[str, int],
+    layout: Layout,
+    snapshot: Snapshot,
+    table: Table,
+    commit: Commit,
+) -> None:
     with tarfile.open(fileobj=stream, mode="w|") as tar:
         for other in others:
             tar.add(other, arcname=other.name, recursive=False)

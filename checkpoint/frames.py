@@ -68,7 +68,9 @@ class FrameWriter:
         self.bytes += len(self._buffer)
         self._buffer = bytearray()
 
-    def add(self, tensor: int, blocks: Indices, encoding: int, width: int, raw: int, payload: bytes | memoryview) -> None:
+    def add(
+        self, tensor: int, blocks: Indices, encoding: int, width: int, raw: int, payload: bytes | memoryview
+    ) -> None:
         """Append a frame."""
         head = _FRAME.pack(FRAME_MAGIC, tensor, len(blocks), encoding, width, 0, raw, len(payload))
         numbers = blocks.astype("<u4").tobytes()
@@ -111,8 +113,10 @@ class FrameFile:
             raise CheckpointCorrupt(f"{self.path} has no valid header.")
         found, version, block, number, _, layout, _ = _HEADER.unpack(head[:56])
         if version != FORMAT_VERSION or block != BLOCK:
-            raise CheckpointCorrupt(f"{self.path} has format version {version} with blocks of {block} bytes; "
-                                    f"this Hogwild reads version {FORMAT_VERSION} with {BLOCK}.")
+            raise CheckpointCorrupt(
+                f"{self.path} has format version {version} with blocks of {block} bytes; "
+                f"this Hogwild reads version {FORMAT_VERSION} with {BLOCK}."
+            )
         if found != magic or number != generation or layout.hex() != layout_id:
             raise CheckpointCorrupt(f"{self.path} does not belong to generation {generation} of this checkpoint.")
         frames: list[FrameInfo] = []

@@ -4,7 +4,6 @@ import contextlib
 import re
 from pathlib import Path
 
-
 from hogwild.checkpoint.durable import FileIo
 from hogwild.checkpoint.fingerprints import Indices, Table, empty_table, table_digest
 from hogwild.checkpoint.records import Commit, Record, read_record, write_record
@@ -28,8 +27,15 @@ class History:
 
     @classmethod
     def read(cls, io: FileIo, generations: Path) -> "History":
-        """Read all records; raises CheckpointCorrupt."""
-        return cls(io, generations, [read_record(path).commit for path in sorted(generations.glob("????????.commit"))])
+        """Read all records; raises CheckpointCorrupt.
+
+        Records before the first full table are left out: a prune that was cut short has left them behind.
+        """
+        records = [read_record(path) for path in sorted(generations.glob("????????.commit"))]
+        full = [index for index, record in enumerate(records) if record.blocks is None]
+        if not full:
+            raise CheckpointCorrupt(f"{generations} has no full table of fingerprints.")
+        return cls(io, generations, [record.commit for record in records[full[0] :]])
 
     def path(self, generation: int, kind: str) -> Path:
         """`<generation>.<kind>`."""
@@ -45,7 +51,8 @@ class History:
         kept = [self.head]
         for commit in reversed(self._commits[:-1]):
             newer = kept[-1]
-            if len(kept) > keep_last or newer.parent != commit.generation or not self.path(newer.generation, "undo").exists():
+            undo = self.path(newer.generation, "undo")
+            if len(kept) > keep_last or newer.parent != commit.generation or not undo.exists():
                 break
             kept.append(commit)
         return kept[::-1]
@@ -81,8 +88,9 @@ class History:
 
     def unapplied(self, commit: Commit) -> bool:
         """Whether a generation's contents are not all in the files yet."""
-        return ((commit.redo and self.path(commit.generation, "redo").exists())
-                or any((self._generations / temp).exists() for temp in commit.replaced.values()))
+        return (commit.redo and self.path(commit.generation, "redo").exists()) or any(
+            (self._generations / temp).exists() for temp in commit.replaced.values()
+        )
 
     def remove_uncommitted(self) -> None:
         """Remove files of generations that never came to be, old redo files, and temporary ones."""
@@ -107,7 +115,7 @@ class History:
     def _consolidate(self, oldest: Commit) -> None:
         """Give the oldest kept generation a full table once the older records take half as much, and remove those."""
         older = [commit for commit in self._commits if commit.generation <= oldest.generation]
-        tables = [commit for commit in older[1:]]
+        tables = older[1:]
         if read_record(self.path(oldest.generation, "commit")).blocks is not None:
             if sum(20 * commit.blocks_changed for commit in tables) < 8 * oldest.blocks_total and len(tables) < 64:
                 return
@@ -116,5 +124,3 @@ class History:
         for commit in older[:-1]:
             self._io.unlink(self.path(commit.generation, "commit"))
         self._commits = self._commits[len(older) - 1 :]
-
-

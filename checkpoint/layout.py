@@ -4,8 +4,8 @@ The format is https://github.com/huggingface/safetensors#format: 8 bytes little-
 (`name → {dtype, shape, data_offsets}`), then the data, without holes. Shards are listed in an `*.index.json`.
 Headers are validated strictly, because what is read here is later written to.
 
-Blocks are counted per tensor: block b of a tensor is its contiguous checkpoint bytes [4096 b, 4096 (b + 1)), the last one
-may be short. Tensors are numbered by file name and then by place in the file; `first_block` numbers all blocks.
+Blocks are counted per tensor: block b of a tensor is its contiguous checkpoint bytes [4096 b, 4096 (b + 1)), the last
+one may be short. Tensors are numbered by file name and then by place in the file; `first_block` numbers all blocks.
 """
 
 import json
@@ -97,7 +97,7 @@ class Layout:
     @cached_property
     def id(self) -> str:
         """XXH3-128 (hex) over names, types, shapes and places: equal ids mean that block numbers mean the same."""
-        parts = [[spec.file, spec.name, spec.dtype, list(spec.shape), spec.offset, spec.nbytes] for spec in self.tensors]
+        parts = [[spec.file, spec.name, spec.dtype, spec.shape, spec.offset, spec.nbytes] for spec in self.tensors]
         return xxhash.xxh3_128_hexdigest(json.dumps(parts, separators=(",", ":")).encode())
 
     def file(self, name: str) -> FileSpec:
@@ -122,15 +122,25 @@ class Layout:
             spec, entries = read_header(directory / name)
             files.append(spec)
             for tensor, dtype, shape, start, stop in entries:
-                tensors.append(TensorSpec(
-                    name=tensor, number=len(tensors), file=name, offset=spec.data_start + start, nbytes=stop - start,
-                    dtype=dtype, shape=shape, first_block=block))
+                tensors.append(
+                    TensorSpec(
+                        name=tensor,
+                        number=len(tensors),
+                        file=name,
+                        offset=spec.data_start + start,
+                        nbytes=stop - start,
+                        dtype=dtype,
+                        shape=shape,
+                        first_block=block,
+                    )
+                )
                 block += tensors[-1].blocks
         by_name: dict[str, TensorSpec] = {}
         for tensor_spec in tensors:
             if tensor_spec.name in by_name:
-                raise CheckpointLayout(f"{tensor_spec.name} is both in {by_name[tensor_spec.name].file} and in "
-                                       f"{tensor_spec.file}.")
+                raise CheckpointLayout(
+                    f"{tensor_spec.name} is both in {by_name[tensor_spec.name].file} and in {tensor_spec.file}."
+                )
             by_name[tensor_spec.name] = tensor_spec
         for tensor, file in weight_map.items():
             if tensor not in by_name or by_name[tensor].file != file:
@@ -154,7 +164,7 @@ def _weight_files(directory: Path) -> tuple[list[str], dict[str, str]]:
         if "model.safetensors" in singles:
             return ["model.safetensors"], {}
         found = f"has {len(singles)} safetensors files and no index" if singles else "has no safetensors file"
-        raise CheckpointLayout(f"{directory} {found}: a Hugging Face model directory with safetensors weights is needed.")
+        raise CheckpointLayout(f"{directory} {found}: a Hugging Face model directory with safetensors is needed.")
     try:
         weight_map = json.loads(indexes[0].read_text())["weight_map"]
         shards = sorted(set(weight_map.values()))
@@ -164,8 +174,10 @@ def _weight_files(directory: Path) -> tuple[list[str], dict[str, str]]:
         if not isinstance(shard, str) or Path(shard).name != shard or shard not in singles:
             raise CheckpointLayout(f"{indexes[0]} names the shard {shard!r}, which is not in {directory}.")
     if "model.safetensors" in singles and "model.safetensors" not in shards:
-        raise CheckpointLayout(f"{directory} has both model.safetensors and {indexes[0].name}, and loaders disagree on "
-                               "which one counts: remove one of them.")
+        raise CheckpointLayout(
+            f"{directory} has both model.safetensors and {indexes[0].name}, and loaders disagree on "
+            "which one counts: remove one of them."
+        )
     return shards, dict(weight_map)
 
 
@@ -190,7 +202,7 @@ def read_header(path: Path) -> tuple[FileSpec, list[tuple[str, str, tuple[int, .
     if not isinstance(header, dict):
         raise CheckpointLayout(f"{path}: the header is not an object.")
     header.pop("__metadata__", None)
-    entries = sorted((_entry(path, name, value) for name, value in header.items()), key=lambda entry: (entry[3], entry[4]))
+    entries = sorted((_entry(path, name, value) for name, value in header.items()), key=lambda entry: entry[3:])
     position = 0
     for name, _, _, start, stop in entries:
         if start != position:
@@ -222,6 +234,8 @@ def _entry(path: Path, name: str, value: Any) -> tuple[str, str, tuple[int, ...]
     if any(type(count) is not int or count < 0 for count in counts):
         raise CheckpointLayout(f"{path}: {name} has a shape or offset that is not a natural number.")
     if stop - start != math.prod(shape) * DTYPE_BYTES[dtype]:
-        raise CheckpointLayout(f"{path}: {name} takes {stop - start} bytes, but its shape {shape} needs "
-                               f"{math.prod(shape) * DTYPE_BYTES[dtype]}.")
+        raise CheckpointLayout(
+            f"{path}: {name} takes {stop - start} bytes, but its shape {shape} needs "
+            f"{math.prod(shape) * DTYPE_BYTES[dtype]}."
+        )
     return name, dtype, tuple(shape), start, stop

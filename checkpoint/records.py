@@ -8,8 +8,8 @@
           n × 16 bytes: fingerprints (low, high), little-endian
           16 bytes: XXH3-128 of everything before
 
-The table of generation g is that of the last full record at or before g, with the later ones applied in turn; its digest
-(`fingerprints` in the JSON) proves the result.
+The table of generation g is that of the last full record at or before g, with the later ones applied in turn; its
+digest (`fingerprints` in the JSON) proves the result.
 """
 
 import json

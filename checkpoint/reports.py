@@ -69,5 +69,7 @@ class VerifyReport:
         for where, found in (("on disk", self.disk), ("in the live weights", self.live)):
             if found:
                 names = ", ".join(list(found)[:5]) + ("" if len(found) <= 5 else f" and {len(found) - 5} more")
-                raise CheckpointCorrupt(f"{sum(found.values())} blocks {where} differ from generation {self.generation}: "
-                                        f"{names}.", tensors=found)
+                raise CheckpointCorrupt(
+                    f"{sum(found.values())} blocks {where} differ from generation {self.generation}: {names}.",
+                    tensors=found,
+                )

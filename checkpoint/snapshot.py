@@ -1,4 +1,4 @@
-"""The contents of an earlier generation, read without changing anything: the files of today and the undo files since."""
+"""The contents of an earlier generation: the files of today, less what the undo files say has changed since."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +20,9 @@ class Snapshot:
     Memory: one frame per generation in between; reading in ascending order decodes each frame once.
     """
 
-    def __init__(self, io: FileIo, directory: Path, generations: Path, layout: Layout, generation: int, head: int) -> None:
+    def __init__(
+        self, io: FileIo, directory: Path, generations: Path, layout: Layout, generation: int, head: int
+    ) -> None:
         self.layout = layout
         self._io, self._directory = io, directory
         self._undos: list[FrameFile] = []
@@ -58,12 +60,11 @@ class Snapshot:
     def _undo(self, index: int, frame: FrameInfo, spec: TensorSpec, blocks: Indices, data: Bytes) -> None:
         """Take one generation's changes in one frame back, in `data`.
 
-        A difference is per element, so decoding needs the new contents only of blocks that are asked for; the others are
-        decoded against zeros and dropped.
+        A difference is per element, so a frame is decoded once, against zeros, and subtracted where it is asked for.
         """
         cached = self._cache[index]
         if cached is None or cached[0] != frame.offset:
-            numbers, payload = self._undos[index].load(frame)
+            _, payload = self._undos[index].load(frame)
             zeros = np.zeros(frame.raw_bytes, np.uint8)
             cached = (frame.offset, decode_delta(payload, zeros, frame.width).tobytes())
             self._cache[index] = cached
@@ -78,7 +79,8 @@ class Snapshot:
             here, there = here[:-1], there[:-1]
         elements = BLOCK // frame.width
         data[: whole[0] * BLOCK].view(unsigned).reshape(whole[0], elements)[here] += (
-            minus[: whole[1] * BLOCK].view(unsigned).reshape(whole[1], elements)[there])
+            minus[: whole[1] * BLOCK].view(unsigned).reshape(whole[1], elements)[there]
+        )
 
     def _file(self, name: str) -> Handle:
         if name not in self._handles:

@@ -1,12 +1,13 @@
 """Where changed blocks wait between the pause and the disk.
 
-Staged bytes go to host memory up to a budget, and beyond it to a spill file next to the generations. The memory is kept
-from one sync to the next: touching fresh pages costs far more than the copy itself. The spill file is written during the
-pause, at the speed of the page cache, so a larger budget means a shorter pause.
+Staged bytes go to host memory up to a budget, and beyond it to a spill file next to the generations. The memory is
+kept from one sync to the next: touching fresh pages costs far more than the copy itself. The spill file is written
+during the pause, at the speed of the page cache, so a larger budget means a shorter pause.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,11 @@ class Arena:
         """Take every buffer back."""
         self._chunk = self._used = 0
 
+    @cached_property
+    def bounce(self) -> Bytes:
+        """One frame's worth on its way to the spill file."""
+        return self.allocate(FRAME_BLOCKS * BLOCK)
+
     @property
     def allocated(self) -> int:
         """Bytes held."""
@@ -93,7 +99,7 @@ class Stage:
             buffer = self._arena.take(nbytes)
             frame = StagedFrame(spec, part, table[start : start + FRAME_BLOCKS], nbytes, buffer)
             if buffer is None:
-                buffer = np.empty(nbytes, np.uint8)
+                buffer = self._arena.bounce[:nbytes]
                 yield frame, buffer
                 self._write_spill(frame, buffer)
             else:

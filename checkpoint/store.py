@@ -5,9 +5,8 @@
     report = pending.commit()                                 # ... and goes on beside this
     store.rollback(3, views, weight_version=8)
 
-One writer at a time (a lock on the directory). Methods may be called from several threads; a sync that was begun must be
-committed or abandoned before the next one. The files are those of DESIGN.md section 6; docs/checkpoint-format.md has every
-byte.
+One writer at a time (a lock on the directory). Methods may be called from several threads; a sync that was begun must
+be committed or abandoned before the next one. docs/checkpoint-format.md has every byte of what is on disk.
 """
 
 import contextlib
@@ -18,27 +17,32 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Literal
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
 from hogwild.checkpoint import export as exporting
-from hogwild.checkpoint.blockfile import file_table, read_blocks, windows
+from hogwild.checkpoint.blockfile import compare_files, file_table
 from hogwild.checkpoint.clone import clone, is_empty, refuse_links
 from hogwild.checkpoint.constants import (
-    CLONING_MARK, FRAME_BLOCKS, GENERATIONS_DIR, READERS_LOCK, REDO_MAGIC, STORE_DIR, WRITER_LOCK,
+    CLONING_MARK,
+    GENERATIONS_DIR,
+    READERS_LOCK,
+    REDO_MAGIC,
+    STORE_DIR,
+    WRITER_LOCK,
 )
 from hogwild.checkpoint.durable import OS_IO, FileIo, FileLock, explained
-from hogwild.checkpoint.fingerprints import Bytes, Indices, Table, differing, fingerprints, table_digest
+from hogwild.checkpoint.fingerprints import Table, differing, fingerprints, table_digest
 from hogwild.checkpoint.frames import FrameFile
 from hogwild.checkpoint.history import History
-from hogwild.checkpoint.layout import Layout, TensorSpec
-from hogwild.checkpoint.records import Commit, Record
+from hogwild.checkpoint.layout import Layout
+from hogwild.checkpoint.records import Commit, Kind
 from hogwild.checkpoint.reports import RestoreReport, RollbackReport, SyncReport, VerifyReport
 from hogwild.checkpoint.snapshot import Snapshot
 from hogwild.checkpoint.stage import Arena, Stage
 from hogwild.checkpoint.transaction import Deadline, apply, write_logs
-from hogwild.errors import CheckpointError, CheckpointForeign, CheckpointLayout, Conflict, NotFound
+from hogwild.errors import CheckpointError, CheckpointForeign, Conflict, NotFound
 
 if TYPE_CHECKING:
     from hogwild.checkpoint.views import Views
@@ -53,8 +57,9 @@ READER_PATIENCE = 60.0
 class CheckpointStore:
     """A Hugging Face model directory that follows live weights, generation by generation. Use `open`."""
 
-    def __init__(self, directory: Path, *, keep_last: int, io: FileIo, host_budget: int, reader_patience: float,
-                 read_only: bool) -> None:
+    def __init__(
+        self, directory: Path, *, keep_last: int, io: FileIo, host_budget: int, reader_patience: float, read_only: bool
+    ) -> None:
         self.directory = directory
         self.keep_last = keep_last
         self.read_only = read_only
@@ -76,8 +81,15 @@ class CheckpointStore:
 
     @classmethod
     def open(
-        cls, directory: Path | str, *, source: Path | str | None = None, keep_last: int = 8, read_only: bool = False,
-        host_budget: int = HOST_BUDGET, reader_patience: float = READER_PATIENCE, io: FileIo = OS_IO,
+        cls,
+        directory: Path | str,
+        *,
+        source: Path | str | None = None,
+        keep_last: int = 8,
+        read_only: bool = False,
+        host_budget: int = HOST_BUDGET,
+        reader_patience: float = READER_PATIENCE,
+        io: FileIo = OS_IO,
     ) -> "CheckpointStore":
         """Open the checkpoint in `directory`; a sync that was cut short is finished or taken back first.
 
@@ -94,8 +106,14 @@ class CheckpointStore:
         if keep_last < 1:
             raise CheckpointError(f"keep_last is {keep_last}: at least one earlier generation has to be kept.")
         directory = Path(directory)
-        store = cls(directory, keep_last=keep_last, io=io, host_budget=host_budget, reader_patience=reader_patience,
-                    read_only=read_only)
+        store = cls(
+            directory,
+            keep_last=keep_last,
+            io=io,
+            host_budget=host_budget,
+            reader_patience=reader_patience,
+            read_only=read_only,
+        )
         if read_only:
             store._load_read_only()
             return store
@@ -118,22 +136,29 @@ class CheckpointStore:
             self._io.fsync_dir(self.directory.parent)
         self._io.mkdir(self._store)
         self._io.mkdir(self._generations)
+        if not (self._store / READERS_LOCK).exists():
+            self._io.create(self._store / READERS_LOCK).close()
         self._io.fsync_dir(self._store)
         self._io.fsync_dir(self.directory)
         if not self._writer.acquire():
-            raise CheckpointError(f"{self.directory} is kept by another process ({self._writer.read_note()}): stop it, or use "
-                                  "its API.")
+            raise CheckpointError(
+                f"{self.directory} is kept by another process ({self._writer.read_note()}): stop it, or use its API."
+            )
         self._writer.note(f"pid {os.getpid()}")
 
     def _first_generation(self, source: Path | None) -> None:
         mark = self._store / CLONING_MARK
         if source is not None and source.resolve() != self.directory.resolve():
             if not mark.exists() and not is_empty(self.directory):
-                raise CheckpointError(f"{self.directory} holds files already, but no checkpoint of Hogwild's: choose an empty "
-                                      "directory, or pass the same directory as model and checkpoint to work in place.")
+                raise CheckpointError(
+                    f"{self.directory} holds files already, but no checkpoint of Hogwild's: choose an empty directory, "
+                    "or pass the same directory as model and checkpoint to work in place."
+                )
             clone(self._io, source, self.directory)
         elif mark.exists():
-            raise CheckpointError(f"{self.directory} is an unfinished copy of a model: open it with that model as source.")
+            raise CheckpointError(
+                f"{self.directory} is an unfinished copy of a model: open it with that model as source."
+            )
         self.layout = Layout.read(self.directory)
         refuse_links(self.directory, self.layout)
         table = file_table(self._io, self.directory, self.layout)
@@ -141,16 +166,26 @@ class CheckpointStore:
         self._history.add(self._commit_of(0, 0, "clone", table, weight_version=0), None, table)
         self._io.unlink(mark)
 
-    def _commit_of(self, generation: int, parent: int, kind: Literal["clone", "sync", "rollback", "adopt"], table: Table, *,
-                   weight_version: int) -> Commit:
+    def _commit_of(self, generation: int, parent: int, kind: Kind, table: Table, *, weight_version: int) -> Commit:
         return Commit(
-            generation=generation, parent=parent, kind=kind, time=datetime.now(UTC).isoformat(timespec="milliseconds"),
-            weight_version=weight_version, jobs=(), blocks_changed=0, blocks_total=self.layout.blocks, bytes_changed=0,
-            undo_bytes=0, layout=self.layout.id, files={file.name: file.header for file in self.layout.files},
-            fingerprints=table_digest(table), base_model=table_digest(table))
+            generation=generation,
+            parent=parent,
+            kind=kind,
+            time=datetime.now(UTC).isoformat(timespec="milliseconds"),
+            weight_version=weight_version,
+            jobs=(),
+            blocks_changed=0,
+            blocks_total=self.layout.blocks,
+            bytes_changed=0,
+            undo_bytes=0,
+            layout=self.layout.id,
+            files={file.name: file.header for file in self.layout.files},
+            fingerprints=table_digest(table),
+            base_model=table_digest(table),
+        )
 
     def _recover(self) -> None:
-        """Read the generations; finish the last one if its contents are not in place; remove what was never committed."""
+        """Read the generations; put the last one's contents in place if they are not; remove what was not committed."""
         self._history = History.read(self._io, self._generations)
         head = self._history.head
         self._history.remove_uncommitted()
@@ -171,13 +206,17 @@ class CheckpointStore:
             return
         with self._readers_excluded() as alone:
             if not alone:
-                raise CheckpointError(f"{self.directory} is being read (an export?), and the last sync has to be finished "
-                                      "first: try again when the reader is done.")
+                raise CheckpointError(
+                    f"{self.directory} is being read (an export?), and the last sync has to be "
+                    "finished first: try again when the reader is done."
+                )
             redo_path = self._history.path(head.generation, "redo")
             if redo_path.exists():
                 with FrameFile(self._io, redo_path, REDO_MAGIC, head.generation, head.layout) as redo:
-                    frames = ((self.layout.tensors[info.tensor], blocks, np.frombuffer(payload, np.uint8))
-                              for info, blocks, payload in redo)
+                    frames = (
+                        (self.layout.tensors[info.tensor], blocks, np.frombuffer(payload, np.uint8))
+                        for info, blocks, payload in redo
+                    )
                     apply(self._io, self.directory, self._generations, head.replaced, frames)
             else:
                 apply(self._io, self.directory, self._generations, head.replaced, ())
@@ -218,8 +257,11 @@ class CheckpointStore:
         for commit in self.generations():
             if commit.generation == generation:
                 return commit
-        raise NotFound(f"there is no generation {generation}: kept are {self.generations()[0].generation} to "
-                       f"{self.head.generation}.", generation=generation)
+        raise NotFound(
+            f"there is no generation {generation}: kept are {self.generations()[0].generation} to "
+            f"{self.head.generation}.",
+            generation=generation,
+        )
 
     # --- live weights → disk ------------------------------------------------------------------------------------------
 
@@ -252,21 +294,29 @@ class CheckpointStore:
                 self._arena.allocate = device.pinned
             stage = self._new_stage()
             try:
-                with explained("the sync", self.directory, kept=f"The checkpoint is still generation {self.head.generation}."):
+                with explained("the sync", self.directory, kept=self._still()):
                     live.stage_changed(self.layout, views, self._table, stage)
             except BaseException:
                 stage.close()
                 raise
-            commit = self._commit_of(self.head.generation + 1, self.head.generation, "sync", self._table,
-                                     weight_version=weight_version)
-            pending = PendingSync(self, stage, replace(commit, jobs=tuple(jobs)), started)
+            pending = PendingSync(self, stage, replace(self._next("sync", weight_version), jobs=tuple(jobs)), started)
             self._pending = pending
             return pending
 
-    def sync(self, views: "Views", *, weight_version: int, jobs: Iterable[str] = (),
-             time_limit: float | None = None) -> SyncReport:
+    def sync(
+        self, views: "Views", *, weight_version: int, jobs: Iterable[str] = (), time_limit: float | None = None
+    ) -> SyncReport:
         """`begin_sync` and `commit` in one."""
         return self.begin_sync(views, weight_version=weight_version, jobs=jobs).commit(time_limit=time_limit)
+
+    def _next(self, kind: Kind, weight_version: int) -> Commit:
+        """The record of the generation after the head, before its contents are known."""
+        head = self.head.generation
+        return self._commit_of(head + 1, head, kind, self._table, weight_version=weight_version)
+
+    def _still(self) -> str:
+        """What is said when something fails before it is committed."""
+        return f"The checkpoint is still generation {self.head.generation}, whole."
 
     def _new_stage(self) -> Stage:
         return Stage(self._arena, self._io, self._generations / "stage.spill")
@@ -296,16 +346,32 @@ class CheckpointStore:
         self._stale = True  # until the end: whatever fails in between, the disk is asked what happened
         try:
             logs = write_logs(
-                self._io, self.directory, self._generations, self.layout, self._table, stage, generation=generation,
-                parent=commit.parent, deadline=deadline, can_reflink=self._can_reflink())
+                self._io,
+                self.directory,
+                self._generations,
+                self.layout,
+                self._table,
+                stage,
+                generation=generation,
+                parent=commit.parent,
+                deadline=deadline,
+                can_reflink=self._can_reflink(),
+            )
         except BaseException:
             with contextlib.suppress(OSError):
                 self._history.remove_uncommitted()
                 self._stale = False
             raise
         commit = replace(
-            commit, blocks_changed=stage.blocks, bytes_changed=stage.nbytes, undo_bytes=logs.undo_bytes, redo=logs.redo,
-            replaced=logs.replaced, fingerprints=table_digest(table), base_model=self.head.base_model)
+            commit,
+            blocks_changed=stage.blocks,
+            bytes_changed=stage.nbytes,
+            undo_bytes=logs.undo_bytes,
+            redo=logs.redo,
+            replaced=logs.replaced,
+            fingerprints=table_digest(table),
+            base_model=self.head.base_model,
+        )
         try:
             written = logs.bytes_written + self._history.add(commit, blocks, rows)
         except OSError:
@@ -318,8 +384,11 @@ class CheckpointStore:
         self._table = table
         with self._readers_excluded() as alone:
             if alone:
-                frames = ((frame.spec, frame.blocks, stage.read(frame)) for frame in stage.frames
-                          if frame.spec.file not in logs.replaced)
+                frames = (
+                    (frame.spec, frame.blocks, stage.read(frame))
+                    for frame in stage.frames
+                    if frame.spec.file not in logs.replaced
+                )
                 written += apply(self._io, self.directory, self._generations, logs.replaced, frames)
                 self._io.unlink(self._history.path(generation, "redo"))
         self._history.prune(self.keep_last)
@@ -370,41 +439,27 @@ class CheckpointStore:
 
     def restore(self, views: "Views") -> RestoreReport:
         """Make the live weights equal to the last generation, in place; nobody may write to them meanwhile."""
-        from hogwild.checkpoint import views as live
+        from hogwild.checkpoint.compare import restore_live
 
         started = time.perf_counter()
         with self._mutex:
-            live.check_views(self.layout, views)
-            blocks, tensors = 0, []
-            for file in self.layout.files:
-                with self._io.open(self.directory / file.name) as handle:
-                    for spec in self.layout.of_file(file.name):
-                        view = views.get(spec.name)
-                        if view is None:
-                            continue
-                        wrong = differing(live.view_fingerprints(spec, view),
-                                          self._table[spec.first_block : spec.first_block + spec.blocks])
-                        if not len(wrong):
-                            continue
+            blocks, names = restore_live(self._io, self.directory, self.layout, self._table, views)
+            return RestoreReport(
+                generation=self.head.generation,
+                blocks_changed=blocks,
+                tensors=tuple(names),
+                seconds=time.perf_counter() - started,
+            )
 
-                        def read(numbers: Indices, spec: TensorSpec = spec) -> Bytes:
-                            return self._checked(read_blocks(handle, spec, numbers), spec, numbers)  # noqa: B023 in this loop
-
-                        live.write_blocks(spec, view, wrong, read)
-                        blocks += len(wrong)
-                        tensors.append(spec.name)
-            return RestoreReport(generation=self.head.generation, blocks_changed=blocks, tensors=tuple(tensors),
-                                 seconds=time.perf_counter() - started)
-
-    def _checked(self, data: Bytes, spec: TensorSpec, blocks: Indices) -> Bytes:
-        """Nothing is written into live weights that is not what the generation says."""
-        if len(differing(fingerprints(data), self._table[spec.first_block + blocks])):
-            raise CheckpointForeign(f"{spec.name} on disk is not what generation {self.head.generation} says: it was not "
-                                    "loaded. Run `hogwild checkpoint verify`.", tensor=spec.name)
-        return data
-
-    def rollback(self, generation: int, views: "Views | None" = None, *, weight_version: int | None = None,
-                 jobs: Iterable[str] = (), time_limit: float | None = None) -> RollbackReport:
+    def rollback(
+        self,
+        generation: int,
+        views: "Views | None" = None,
+        *,
+        weight_version: int | None = None,
+        jobs: Iterable[str] = (),
+        time_limit: float | None = None,
+    ) -> RollbackReport:
         """Make a new generation with the contents of an earlier one, and bring it into the live weights.
 
         Nothing is lost by it: the generations in between stay, so a rollback can be rolled back. Training that is not
@@ -422,13 +477,10 @@ class CheckpointStore:
                 live.check_views(self.layout, views)
             stage = self._new_stage()
             try:
-                with explained("the rollback", self.directory, kept=f"The checkpoint is still generation "
-                               f"{self.head.generation}."):
+                version = self.head.weight_version if weight_version is None else weight_version
+                commit = replace(self._next("rollback", version), restores=generation, jobs=tuple(jobs))
+                with explained("the rollback", self.directory, kept=self._still()):
                     changed = self._stage_generation(generation, stage)
-                    commit = replace(
-                        self._commit_of(self.head.generation + 1, self.head.generation, "rollback", self._table,
-                                        weight_version=self.head.weight_version if weight_version is None else weight_version),
-                        restores=generation, jobs=tuple(jobs))
                     written, blocks = 0, stage.blocks
                     if stage.frames:
                         commit, written, _, _ = self._write(stage, commit, Deadline(time_limit))
@@ -438,16 +490,22 @@ class CheckpointStore:
             restored = self.restore(views) if views is not None else None
             ended = time.perf_counter()
             return RollbackReport(
-                generation=self.head.generation, restored=generation, weight_version=commit.weight_version,
-                blocks_changed=blocks, live_blocks_changed=restored.blocks_changed if restored else 0,
-                tensors=tuple(dict.fromkeys((*changed, *(restored.tensors if restored else ())))), bytes_written=written,
-                seconds=ended - started, pause_seconds=ended - paused)
+                generation=self.head.generation,
+                restored=generation,
+                weight_version=commit.weight_version,
+                blocks_changed=blocks,
+                live_blocks_changed=restored.blocks_changed if restored else 0,
+                tensors=tuple(dict.fromkeys((*changed, *(restored.tensors if restored else ())))),
+                bytes_written=written,
+                seconds=ended - started,
+                pause_seconds=ended - paused,
+            )
 
     def _stage_generation(self, generation: int, stage: Stage) -> list[str]:
         """Stage what differs between the head and an earlier generation; the tensors' names."""
         target = self._history.table(generation)
         changed = []
-        with Snapshot(self._io, self.directory, self._generations, self.layout, generation, self.head.generation) as old:
+        with self._snapshot(generation) as old:
             for spec in self.layout.tensors:
                 rows = slice(spec.first_block, spec.first_block + spec.blocks)
                 blocks = differing(target[rows], self._table[rows])
@@ -459,7 +517,9 @@ class CheckpointStore:
                     if len(differing(fingerprints(buffer), frame.table)):
                         raise CheckpointForeign(
                             f"{spec.name} can't be brought back to generation {generation}: the files were changed by "
-                            "something else. Nothing was written. Run `hogwild checkpoint verify`.", tensor=spec.name)
+                            "something else. Nothing was written. Run `hogwild checkpoint verify`.",
+                            tensor=spec.name,
+                        )
         return changed
 
     # --- checking, exporting, adopting --------------------------------------------------------------------------------
@@ -467,32 +527,22 @@ class CheckpointStore:
     def verify(self, views: "Views | None" = None) -> VerifyReport:
         """Compare disk, and live weights if given, with the fingerprints of the last generation."""
         started = time.perf_counter()
-        with self._mutex, self.reading():
-            disk: dict[str, int] = {}
-            live_wrong: dict[str, int] = {}
-            for file in self.layout.files:
-                with self._io.open(self.directory / file.name) as handle:
-                    for spec in self.layout.of_file(file.name):
-                        wrong = sum(len(differing(fingerprints(read_blocks(handle, spec, window)),
-                                                  self._table[spec.first_block + window]))
-                                    for window in windows(spec, FRAME_BLOCKS))
-                        if wrong:
-                            disk[spec.name] = wrong
-            live_checked = 0
+        with self._mutex, self.reading() as head:
+            disk = compare_files(self._io, self.directory, self.layout, self._table)
+            checked = 0
+            wrong: dict[str, int] = {}
             if views is not None:
-                from hogwild.checkpoint import views as live
+                from hogwild.checkpoint.compare import compare_live
 
-                live.check_views(self.layout, views)
-                for name, view in views.items():
-                    spec = self.layout.by_name[name]
-                    live_checked += spec.blocks
-                    wrong = len(differing(live.view_fingerprints(spec, view),
-                                          self._table[spec.first_block : spec.first_block + spec.blocks]))
-                    if wrong:
-                        live_wrong[name] = wrong
-            return VerifyReport(generation=self.head.generation, blocks_checked=self.layout.blocks,
-                                live_blocks_checked=live_checked, disk=disk, live=live_wrong,
-                                seconds=time.perf_counter() - started)
+                checked, wrong = compare_live(self.layout, views, self._table)
+            return VerifyReport(
+                generation=head.generation,
+                blocks_checked=self.layout.blocks,
+                disk=disk,
+                live_blocks_checked=checked,
+                live=wrong,
+                seconds=time.perf_counter() - started,
+            )
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[Commit]:
@@ -507,13 +557,20 @@ class CheckpointStore:
                     break
                 lock.release()
             if time.monotonic() > end:
-                raise CheckpointError(f"generation {self.head.generation} of {self.directory} is not completely in its files: "
-                                      "a sync was interrupted. Start the worker, or open the checkpoint for writing, once.")
+                raise CheckpointError(
+                    f"generation {self.head.generation} of {self.directory} is not completely in its files yet: a sync "
+                    "was interrupted. Start the worker, or run `hogwild checkpoint repair`, once."
+                )
             time.sleep(0.05)
         try:
             yield self.head
         finally:
             lock.release()
+
+    def _snapshot(self, generation: int) -> Snapshot:
+        """An earlier generation, for reading."""
+        head = self.head.generation
+        return Snapshot(self._io, self.directory, self._generations, self.layout, generation, head)
 
     def export(self, target: Path | str | BinaryIO, generation: int | None = None) -> Commit:
         """Write a generation (default: the last) as a clean model directory, a `.tar` file, or a tar stream.
@@ -522,15 +579,16 @@ class CheckpointStore:
         """
         with self._mutex, self.reading() as head:
             commit = self._known(head.generation if generation is None else generation)
-            with Snapshot(self._io, self.directory, self._generations, self.layout, commit.generation,
-                          head.generation) as snapshot:
-                exporting.export(self._io, self.directory, self.layout, snapshot, self._history.table(commit.generation),
-                                 commit, target)
+            table = self._history.table(commit.generation)
+            with self._snapshot(commit.generation) as snapshot:
+                exporting.export(self._io, self.directory, self.layout, snapshot, table, commit, target)
             return commit
 
     def adopt(self, *, weight_version: int | None = None) -> Commit:
-        """Accept the files as they are, as a new generation. Earlier ones are forgotten: their undo data leads back from
-        contents that are not there any more. When nothing differs, nothing is done."""
+        """Accept the files as they are, as a new generation; when nothing differs, nothing is done.
+
+        Earlier generations are forgotten: their undo data leads back from contents that are not there any more.
+        """
         with self._mutex:
             if self._pending is not None:
                 raise Conflict("a sync of this checkpoint is under way.")
@@ -545,8 +603,8 @@ class CheckpointStore:
                 if same and not len(differing(table, self._table)):
                     return head
                 generation = head.generation + 1
-                commit = self._commit_of(generation, generation, "adopt", table,
-                                         weight_version=head.weight_version if weight_version is None else weight_version)
+                version = head.weight_version if weight_version is None else weight_version
+                commit = self._commit_of(generation, generation, "adopt", table, weight_version=version)
                 self._stale = True
                 self._history.add(replace(commit, base_model=head.base_model), None, table)
                 self._recover()
@@ -577,16 +635,23 @@ class PendingSync:
             try:
                 commit, written, durable, applied = store.head, 0, time.perf_counter(), True
                 if stage.frames:
-                    kept = (f"The checkpoint is still generation {store.head.generation}, nothing is lost, and the next sync "
-                            "writes what this one could not.")
+                    kept = f"{store._still()} The next sync writes what this one could not."
                     with explained("the sync", store.directory, kept=kept):
                         commit, written, durable, applied = store._write(stage, self._commit, Deadline(time_limit))
                 return SyncReport(
-                    generation=commit.generation, weight_version=self._commit.weight_version, jobs=self._commit.jobs,
-                    blocks_changed=self.blocks_changed, blocks_total=store.layout.blocks, bytes_changed=self.bytes_changed,
-                    bytes_written=written, undo_bytes=commit.undo_bytes if stage.frames else 0,
-                    seconds=time.perf_counter() - self._started, pause_seconds=self.pause_seconds,
-                    durable_seconds=durable - self._started, applied=applied)
+                    generation=commit.generation,
+                    weight_version=self._commit.weight_version,
+                    jobs=self._commit.jobs,
+                    blocks_changed=self.blocks_changed,
+                    blocks_total=store.layout.blocks,
+                    bytes_changed=self.bytes_changed,
+                    bytes_written=written,
+                    undo_bytes=commit.undo_bytes if stage.frames else 0,
+                    seconds=time.perf_counter() - self._started,
+                    pause_seconds=self.pause_seconds,
+                    durable_seconds=durable - self._started,
+                    applied=applied,
+                )
             finally:
                 self._close()
 
@@ -600,6 +665,3 @@ class PendingSync:
         self._store._pending = None
         with contextlib.suppress(OSError):
             self._stage.close()
-
-
-__all__ = ["CheckpointStore", "Commit", "PendingSync", "Record", "RestoreReport", "RollbackReport", "SyncReport", "VerifyReport"]

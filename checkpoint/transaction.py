@@ -7,9 +7,10 @@
         └─ crash: generation n−1,   └─ crash: the next open applies again (idempotent), generation n
            leftovers are removed
 
-A 4 KB block that was half written when the power went can't be repaired from a difference, because neither its old nor
-its new contents are known. Hence nothing is overwritten before the new contents are safe elsewhere: in the redo file, or,
-where at least half of a file changes or the file system can reflink, in a new file that is renamed over the old one.
+A 4 KB block that was half written when the power went can't be repaired from a difference, because neither its old
+nor its new contents are known. Hence nothing is overwritten before the new contents are safe elsewhere: in the redo
+file, or, where at least half of a file changes or the file system can reflink, in a new file that is renamed over the
+old one.
 """
 
 import os
@@ -47,12 +48,14 @@ class Deadline:
     def check(self) -> None:
         """Raise CheckpointError when the time is over."""
         if self._end is not None and time.monotonic() > self._end:
-            raise CheckpointError(f"the sync did not finish within {self._seconds} s and was given up. Nothing was written; "
-                                  "the changes are still in the live weights and go to disk with the next sync.")
+            raise CheckpointError(
+                f"the sync did not finish within {self._seconds} s and was given up. The checkpoint was not touched; "
+                "the changes are still in the live weights and go to disk with the next sync."
+            )
 
 
 class NewFile:
-    """A file that is written anew next to the old one: unchanged bytes are copied (or shared), changed ones replaced."""
+    """A file written anew beside the old one: unchanged bytes are copied (or shared), changed ones replaced."""
 
     def __init__(self, io: FileIo, old: Handle, path: Path) -> None:
         self._io, self._old = io, old
@@ -104,8 +107,17 @@ class Logs:
 
 
 def write_logs(
-    io: FileIo, directory: Path, generations: Path, layout: Layout, table: Table, stage: Stage, *,
-    generation: int, parent: int, deadline: Deadline, can_reflink: bool,
+    io: FileIo,
+    directory: Path,
+    generations: Path,
+    layout: Layout,
+    table: Table,
+    stage: Stage,
+    *,
+    generation: int,
+    parent: int,
+    deadline: Deadline,
+    can_reflink: bool,
 ) -> Logs:
     """Write and fsync undo file, redo file and new files of a generation; the checkpoint itself is not touched.
 
@@ -118,7 +130,10 @@ def write_logs(
     opened: list[Handle] = []
     try:
         for number, file in enumerate(layout.files):
-            frames = [frame for frame in stage.frames if frame.spec.file == file.name]
+            frames = sorted(
+                (frame for frame in stage.frames if frame.spec.file == file.name),
+                key=lambda frame: (frame.spec.number, frame.blocks[0]),
+            )
             if not frames:
                 continue
             old = io.open(directory / file.name)
@@ -132,7 +147,8 @@ def write_logs(
                 if can_reflink:
                     new.share()
             elif redo is None:
-                redo = FrameWriter(io, generations / f"{generation:08d}.redo", REDO_MAGIC, generation, parent, layout.id)
+                path = generations / f"{generation:08d}.redo"
+                redo = FrameWriter(io, path, REDO_MAGIC, generation, parent, layout.id)
                 to_sync.append(redo.handle)
             for frame, data, payload in _encoded(old, frames, table, stage):
                 deadline.check()
@@ -165,8 +181,11 @@ def check_header(handle: Handle, size: int, header: str) -> None:
     prefix = handle.pread(8, 0)
     length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
     if handle.size() != size or xxhash.xxh3_128_hexdigest(handle.pread(8 + min(length, size), 0)) != header:
-        raise CheckpointForeign(f"{handle.path} was replaced by another file since the last generation. Nothing was "
-                                "written. `hogwild checkpoint adopt` accepts the files as they are.", file=str(handle.path))
+        raise CheckpointForeign(
+            f"{handle.path} was replaced by another file since the last generation. Nothing was written. `hogwild "
+            "checkpoint adopt` accepts the files as they are.",
+            file=str(handle.path),
+        )
 
 
 def fsync_all(handles: list[Handle]) -> None:
@@ -217,12 +236,15 @@ def _encoded(
 
 
 def apply(
-    io: FileIo, directory: Path, generations: Path, replaced: dict[str, str],
+    io: FileIo,
+    directory: Path,
+    generations: Path,
+    replaced: dict[str, str],
     frames: Iterable[tuple[TensorSpec, Indices, Bytes]],
 ) -> int:
-    """Bring a committed generation into the checkpoint's files and fsync them; bytes written. Doing it again is harmless.
+    """Bring a committed generation into the checkpoint's files and fsync them; the number of bytes written.
 
-    `frames`: tensor, block numbers and new contents of everything that is written in place.
+    `frames`: tensor, block numbers and new contents of everything that is written in place. Doing it again is harmless.
     """
     handles: dict[str, Handle] = {}
     written = 0

@@ -31,7 +31,7 @@ DEVICE_PIECE = 64 << 20
 
 
 def check_views(layout: Layout, views: Views) -> None:
-    """Raise CheckpointLayout, naming every tensor, unless each view has the name, dtype and shape of a file's tensor."""
+    """Raise CheckpointLayout, with every name, unless each view has the name, dtype and shape of a file's tensor."""
     wrong = []
     for name, view in views.items():
         spec = layout.by_name.get(name)
@@ -42,8 +42,12 @@ def check_views(layout: Layout, views: Views) -> None:
         elif tuple(view.shape) != spec.shape:
             wrong.append(f"{name} is {tuple(view.shape)} live and {spec.shape} in {spec.file}")
     if wrong:
-        raise CheckpointLayout("the live weights do not fit the checkpoint: " + "; ".join(wrong)
-                               + ". Use a checkpoint directory made from the served model.", tensors=wrong)
+        raise CheckpointLayout(
+            "the live weights do not fit the checkpoint: "
+            + "; ".join(wrong)
+            + ". Use a checkpoint directory made from the served model.",
+            tensors=wrong,
+        )
 
 
 def pieces(view: Tensor, limit: int) -> Iterator[tuple[int, Tensor]]:
@@ -166,4 +170,3 @@ def _put(whole: Tensor, blocks: Indices, source: Tensor) -> None:
         whole[: full * BLOCK].view(-1, BLOCK).index_copy_(0, numbers, source[: count * BLOCK].view(-1, BLOCK))
     if count < len(blocks):
         whole[full * BLOCK :] = source[count * BLOCK :]
-
