@@ -17,7 +17,7 @@ from hogwild.tasks.ledger import Lease
 from hogwild.tasks.progress import send_progress
 
 if TYPE_CHECKING:
-    from hogwild.tasks.runtime import Runtime
+    from hogwild.tasks.runtime import Live, Runtime
 
 
 class WorkerStopping(HogwildError):
@@ -31,8 +31,9 @@ class JobParked(HogwildError):
 class JobControl:
     """Implements the engine's `Control` for one claimed job."""
 
-    def __init__(self, runtime: "Runtime", task: Any, lease: Lease, n_steps: int) -> None:
+    def __init__(self, runtime: "Runtime", live: "Live", task: Any, lease: Lease, n_steps: int) -> None:
         self._runtime = runtime
+        self._live = live
         self._task = task
         self._lease = lease
         self._n_steps = n_steps
@@ -48,7 +49,7 @@ class JobControl:
         if wanted == "pause" and runtime.ledger.park(self._lease):
             send_progress(self._task, step, self._n_steps, phase="paused")
             raise JobParked
-        weights = runtime.attached.weights
+        weights = self._live.attachment.weights
         runtime.ledger.begin_step(self._lease, step, weight_version=weights.version)
         self.next_step = step + 1
         weights.begin()
@@ -57,7 +58,7 @@ class JobControl:
     def after_step(self, report: StepReport) -> None:
         """The step is in the weights (or was dropped as not finite: then the version stays)."""
         runtime = self._runtime
-        weights = runtime.attached.weights
+        weights = self._live.attachment.weights
         if report.applied:
             version = weights.applied()
         else:
@@ -82,8 +83,8 @@ class JobControl:
             weight_version=version,
             loss=report.loss if math.isfinite(report.loss) else None,
         )
-        runtime.step_done(self._lease.job_id, report, version)
+        runtime.step_done(report, version)
 
     def between_micro_steps(self) -> None:
         """The pacing governor's turn."""
-        self._runtime.yield_to_serving()
+        self._live.governor.between_micro_steps()

@@ -1,0 +1,283 @@
+"""Syncs and rollbacks: what the worker does with the checkpoint store, and when.
+
+A sync pauses training only for `begin_sync` (fingerprints and the copy of changed blocks) and a small optimizer state;
+the commit runs on a thread of its own beside the next steps. The caller of every public method holds the runtime's
+`weights_lock`.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hogwild.checkpoint.store import CheckpointStore
+from hogwild.config import Settings
+from hogwild.errors import AttachRefused, HogwildError
+from hogwild.gpu_worker.config import TrainConfig
+from hogwild.gpu_worker.engine import Trainer
+from hogwild.tasks.dirty import Dirty
+from hogwild.tasks.operations import Operation, Operations
+from hogwild.tasks.registry import Registry
+
+if TYPE_CHECKING:
+    from hogwild.gpu_worker.attach import Attachment
+
+logger = logging.getLogger(__name__)
+
+BACKOFF_S = (5.0, 600.0)  # first and longest pause after a sync that failed
+# Optimizer state up to this size is saved within the pause of a sync beside training (a tenth of a second); a larger one
+# waits for a sync that no job runs beside.
+SMALL_STATE = 256 << 20
+
+
+class Saver:
+    """The checkpoint of one served model, and the optimizer's state beside it.
+
+    `last` and `error` are the newest report and the newest failure, for the status.
+    """
+
+    def __init__(
+        self, settings: Settings, *, store: CheckpointStore, dirty: Dirty, operations: Operations, registry: Registry
+    ) -> None:
+        self.store = store
+        self.last: dict[str, Any] | None = None
+        self.error: dict[str, Any] | None = None
+        self._settings = settings
+        self._dirty = dirty
+        self._operations = operations
+        self._registry = registry
+        self._committer = ThreadPoolExecutor(1, thread_name_prefix="hogwild-commit")
+        self._commit: Future[Any] | None = None
+        self._failures = 0
+        self._not_before = 0.0
+        self._jobs: list[str] = []  # whose steps no generation holds yet
+
+    @classmethod
+    def open(
+        cls, settings: Settings, model_path: Path, *, dirty: Dirty, operations: Operations, registry: Registry
+    ) -> "Saver":
+        """Open the checkpoint directory, cloning the served model into it the first time. Raises CheckpointError."""
+        store = CheckpointStore.open(settings.model_checkpoint_dir, source=model_path, keep_last=settings.keep_last)
+        return cls(settings, store=store, dirty=dirty, operations=operations, registry=registry)
+
+    def close(self) -> None:
+        """Wait for a commit that is under way and give the directory up."""
+        self._join()
+        self._committer.shutdown()
+        self.store.close()
+
+    def note_job(self, job_id: str) -> None:
+        """Steps of this job are in the weights; the next generation names it."""
+        if job_id not in self._jobs:
+            self._jobs.append(job_id)
+
+    # --- attaching ----------------------------------------------------------------------------------------------------
+
+    def bring_together(self, attachment: "Attachment") -> None:
+        """Make live weights and checkpoint agree on the version that is served.
+
+        Weights that were trained since vLLM exported them are newer than any generation: they stay. Fresh ones are what
+        vLLM loaded. If that is the checkpoint directory itself, or the model it was cloned from, the head generation is
+        put into them where they differ (vLLM read while a sync was being written, or was restarted on the original), so
+        that a restart forgets nothing that was saved. Anything else is another model: nothing is overwritten.
+
+        Raises AttachRefused.
+        """
+        weights, head = attachment.weights, self.store.head
+        if not weights.untouched:
+            if weights.torn:
+                logger.warning(
+                    "the last worker died while writing step %d: that step is partly in the weights", weights.begun
+                )
+                weights.set_version(weights.version)
+            return
+        own = Path(attachment.manifest.model_path).resolve() == self.store.directory.resolve()
+        if not own and self.store.live_digest(attachment.views) not in (head.fingerprints, head.base_model):
+            raise AttachRefused(
+                f"vLLM serves weights that are neither generation {head.generation} of {self.store.directory} nor the "
+                "model that it was cloned from. To train these weights choose another directory "
+                f"(HOGWILD_CHECKPOINT_DIR); to go on with the checkpoint, serve it: vllm serve {self.store.directory}"
+            )
+        if head.weight_version:
+            weights.touch()
+        report = self.store.restore(attachment.views)
+        if report.blocks_changed:
+            logger.warning(
+                "vLLM had loaded older weights than generation %d: %d blocks brought up to it",
+                head.generation,
+                report.blocks_changed,
+            )
+        weights.set_version(head.weight_version)
+
+    # --- syncs --------------------------------------------------------------------------------------------------------
+
+    def sync_if_due(self, attachment: "Attachment", trainer: Trainer, *, wait: bool) -> None:
+        """A sync when the debounce says so; one that fails is logged and tried again after a pause."""
+        if time.monotonic() < self._not_before or (self._commit is not None and not self._commit.done()):
+            return
+        if not self._dirty.due(self._settings.sync_quiet_s, self._settings.sync_max_age_s):
+            return
+        try:
+            self.sync(attachment, trainer, "due", wait=wait)
+        except (HogwildError, OSError):
+            logger.exception("sync failed; it is tried again in %.0f s", self._not_before - time.monotonic())
+
+    def sync(
+        self,
+        attachment: "Attachment",
+        trainer: Trainer | None,
+        reason: str,
+        *,
+        wait: bool = True,
+        operation: Operation | None = None,
+    ) -> None:
+        """Write a generation if anything changed.
+
+        `wait`: until it is on disk; otherwise the caller goes on after the pause, and `operation` is finished later. A
+        failure is noted (status, operation) and raised: CheckpointError, OSError.
+        """
+        self._join()
+        version = attachment.weights.version
+        if self.store.head.weight_version == version and operation is None:
+            self._dirty.clear(self.store.head.generation, version)
+            return
+        jobs, self._jobs = self._jobs, []
+        try:
+            pending = self.store.begin_sync(attachment.views, weight_version=version, jobs=jobs)
+            outdated = self._save_optimizer(trainer, version, all_sizes=wait)
+        except BaseException as error:
+            self._failed(error, jobs, operation)
+            raise
+
+        def commit() -> None:
+            try:
+                report = pending.commit()
+                for path in outdated:
+                    path.unlink(missing_ok=True)
+            except BaseException as error:
+                self._failed(error, jobs, operation)
+                raise
+            self._failures, self._not_before, self.error = 0, 0.0, None
+            self.last = {**asdict(report), "reason": reason, "at": time.time()}
+            self._dirty.clear(report.generation, version)
+            self.publish()
+            if operation is not None:
+                self._operations.finish(operation, self.last)
+            logger.info(
+                "generation %d (%s): %d of %d blocks, %.1f MB in %.2f s, training paused for %.2f s",
+                report.generation,
+                reason,
+                report.blocks_changed,
+                report.blocks_total,
+                report.bytes_written / 1e6,
+                report.seconds,
+                report.pause_seconds,
+            )
+
+        if wait:
+            commit()
+        else:
+            self._commit = self._committer.submit(commit)
+
+    def _failed(self, error: BaseException, jobs: list[str], operation: Operation | None) -> None:
+        """Nothing is lost: the steps stay marked as unsaved, and the next try comes after a growing pause."""
+        first, longest = BACKOFF_S
+        pause = min(longest, first * 2**self._failures)
+        self._failures += 1
+        self._not_before = time.monotonic() + pause
+        self._jobs = jobs + self._jobs
+        message = getattr(error, "message", str(error))
+        self.error = {"message": message, "failures": self._failures, "retry_in_s": pause, "at": time.time()}
+        if operation is not None:
+            self._operations.finish(operation, error=error)
+
+    def _join(self) -> None:
+        """Wait for a commit that runs beside training; its failure was reported where it happened."""
+        if self._commit is not None:
+            self._commit.exception()
+            self._commit = None
+
+    # --- rollback -----------------------------------------------------------------------------------------------------
+
+    def rollback(
+        self, attachment: "Attachment", trainer: Trainer, generation: int, *, after: Callable[[], None]
+    ) -> dict[str, Any]:
+        """A former generation's contents, on disk and live, as a new generation with the next weight version.
+
+        What was not saved becomes a generation first, so that a rollback can be taken back too. The optimizer starts
+        anew: its moments were gathered on the way that is undone. `after` is called when the live weights are changed.
+
+        Raises NotFound, CheckpointError.
+        """
+        self.sync(attachment, trainer, "before a rollback")
+        weights = attachment.weights
+        version = weights.version + 1
+        weights.touch()
+        report = self.store.rollback(generation, attachment.views, weight_version=version)
+        weights.set_version(version)
+        after()
+        trainer.reset_optimizer()
+        for _, path in self._optimizer_files():
+            path.unlink(missing_ok=True)
+        self._dirty.clear(self.store.head.generation, version)
+        self.publish()
+        return asdict(report)
+
+    # --- what others see ----------------------------------------------------------------------------------------------
+
+    def publish(self) -> None:
+        """For `GET /checkpoint`: the generations one can roll back to, newest first."""
+        shown = (
+            "generation", "kind", "weight_version", "jobs", "blocks_changed", "blocks_total", "bytes_changed",
+            "undo_bytes", "restores",
+        )  # fmt: skip
+        generations = [
+            {"created_at": g.time, **{name: getattr(g, name) for name in shown}}
+            for g in reversed(self.store.generations())
+        ]
+        self._registry.publish_checkpoint(
+            {
+                "directory": str(self.store.directory),
+                "head": self.store.head.generation,
+                "generations": generations,
+                "last_sync": self.last,
+            }
+        )
+
+    # --- optimizer state ----------------------------------------------------------------------------------------------
+
+    def _optimizer_files(self) -> list[tuple[int, Path]]:
+        """Saved optimizer states: (weight version, file), newest first."""
+        found = []
+        for path in (self._settings.data_dir / "optimizer").glob(f"{self._settings.model_slug}@*.safetensors"):
+            version = path.stem.rpartition("@")[2]
+            if version.isdigit():
+                found.append((int(version), path))
+        return sorted(found, reverse=True)
+
+    def _save_optimizer(self, trainer: Trainer | None, version: int, *, all_sizes: bool) -> list[Path]:
+        """Beside each generation, so that a restarted worker goes on with the moments it had then. Returns the files
+        that it replaces, to be removed when the generation is there."""
+        if trainer is None or trainer.optimizer is None:
+            return []
+        if not all_sizes and trainer.optimizer.allocated_bytes() > SMALL_STATE:
+            return []
+        path = self._settings.data_dir / "optimizer" / f"{self._settings.model_slug}@{version}.safetensors"
+        trainer.save_optimizer(path)
+        return [old for _, old in self._optimizer_files() if old != path]
+
+    def load_optimizer(self, trainer: Trainer, config: TrainConfig, weight_version: int) -> None:
+        """Before the first job after attaching. A few steps too old is better than none: moments move slowly. A state
+        from a later version than the weights' belongs to other weights."""
+        for version, path in self._optimizer_files():
+            if version <= weight_version:
+                try:
+                    trainer.load_optimizer(path, config)
+                except HogwildError as error:
+                    logger.info("optimizer state starts empty: %s", error)
+                else:
+                    logger.info("optimizer state of weight version %d restored", version)
+                return
