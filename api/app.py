@@ -18,6 +18,8 @@ import hogwild
 from hogwild.api.auth import authenticator
 from hogwild.api.problems import REQUEST_ID, Guard, problem_of, responses, route_class
 from hogwild.api.routes_checkpoint import checkpoint_router
+from hogwild.api.routes_files import files_router
+from hogwild.api.routes_finetune import finetune_router
 from hogwild.api.routes_train import train_router
 from hogwild.api.service import Service
 from hogwild.config import Settings
@@ -49,6 +51,8 @@ def create_router(settings: Settings, *, prefix_guard: Guard | None = None, extr
     router = APIRouter(route_class=route_class(settings.max_body_bytes, caller), dependencies=[_BEARER])
     train_router(service, router)
     checkpoint_router(service, router)
+    files_router(service, router)
+    finetune_router(service, router)
     return router
 
 

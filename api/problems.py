@@ -6,6 +6,7 @@ body while it is read, and gives each request an id.
 """
 
 import asyncio
+import json
 import logging
 import re
 import secrets
@@ -14,6 +15,7 @@ from http import HTTPStatus
 from typing import Any
 
 import redis
+from fastapi import params
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
@@ -82,6 +84,15 @@ def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return found
 
 
+class ProblemResponse(JSONResponse):
+    """A problem document. ASCII only: an error can quote half a surrogate pair, which has no UTF-8."""
+
+    media_type = MEDIA_TYPE
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content).encode()
+
+
 def problem(status: int, slug: str, title: str, detail: str, *, request_id: str, path: str = "",
             headers: dict[str, str] | None = None, **details: Any) -> JSONResponse:
     """A problem document. Below /v1 it also has the `error` member that OpenAI's clients read."""
@@ -96,7 +107,7 @@ def problem(status: int, slug: str, title: str, detail: str, *, request_id: str,
         errors = details.get("errors") or [{}]
         document["error"] = {"message": detail, "type": "server_error" if status >= 500 else "invalid_request_error",
                              "param": details.get("field") or errors[0].get("field"), "code": slug}
-    return JSONResponse(document, status, headers, MEDIA_TYPE)
+    return ProblemResponse(document, status, headers)
 
 
 def request_id_of(request: Request) -> str:
@@ -196,7 +207,7 @@ def route_class(max_body_bytes: int, guard: Guard) -> type[APIRoute]:
 
         def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
             handler = super().get_route_handler()
-            reads_json = self.body_field is not None and not (self.openapi_extra or {}).get("x-form")
+            reads_json = self.body_field is not None and not isinstance(self.body_field.field_info, params.Form)
 
             async def handle(request: Request) -> Response:
                 try:

@@ -12,6 +12,7 @@ from hogwild.errors import ServiceUnavailable, TooManyRequests
 from hogwild.tasks.app import make_app
 from hogwild.tasks.connections import AsyncClient, api_client, async_client, redis_url
 from hogwild.tasks.dirty import Dirty
+from hogwild.tasks.files import Files
 from hogwild.tasks.ledger import Ledger
 from hogwild.tasks.messages import Messages
 from hogwild.tasks.operations import Operations
@@ -44,6 +45,7 @@ class Service:
         self.ledger = Ledger(self.client, settings, messages)
         self.registry = Registry(self.client, settings.model_name)
         self.operations = Operations(self.client, messages, settings.model_name)
+        self.files = Files(self.client, settings.model_name)
         self.dirty = Dirty(self.client, settings.model_name)
         self._rate = self.client.register_script(_RATE)
         self._model: tuple[float, ModelInfo] | None = None

@@ -3,6 +3,7 @@
 Errors name the field, the place and the limit, as in RFC 9457's `errors` extension.
 """
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -75,6 +76,21 @@ def check_samples(request: TrainRequest, model: ModelInfo, settings: Settings) -
     return pack(Sample(s.context_ids, s.continuation_ids, s.weights) for s in samples)
 
 
+def check_lines(samples: Sequence[tuple[int, Sample]], model: ModelInfo, settings: Settings) -> Payload:
+    """The packed samples of a training file; errors name its lines. Raises InvalidRequest."""
+    found = Findings()
+    longest = sample_limit(model, settings)
+    for line, s in samples:
+        one = Findings()
+        _check_sample(one, SampleIn.model_construct(
+            context_ids=list(s.context_ids), continuation_ids=list(s.continuation_ids),
+            weights=None if s.weights is None else list(s.weights)), "", model, longest)
+        for error in one.errors:
+            found.add("", f"line {line}: {error['message']}", error.get("limit"))
+    found.raise_any()
+    return pack(sample for _, sample in samples)
+
+
 def _check_sample(found: Findings, sample: SampleIn, at: str, model: ModelInfo, longest: int) -> None:
     context, continuation = sample.context_ids, sample.continuation_ids
     total = len(context) + len(continuation)
@@ -117,6 +133,9 @@ def complete_config(given: dict[str, Any], settings: Settings) -> dict[str, Any]
         config.setdefault("learning_rate", settings.learning_rate)
     try:
         TrainConfig.from_dict(config)
+        json.dumps(config, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError:
+        raise InvalidRequest("The options hold half of a surrogate pair, which is no character.") from None
     except InvalidRequest as error:
         field = str(error.details.get("field", "body"))
         raise InvalidRequest(error.message, errors=[

@@ -40,6 +40,7 @@ class Job:
     api_key: str
     config: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)  # what the API that made it wants to remember
 
     @property
     def final(self) -> bool:
@@ -61,7 +62,7 @@ class Job:
             attempts=int(h["attempts"]), paused=h["paused"] == "1", requested=h["requested"],
             worker=h.get("worker", ""), error=json.loads(h["error"]) if h.get("error") else None,
             payload=h["payload"], api_key=h["api_key"], config=json.loads(h["config"]),
-            metadata=json.loads(h["metadata"]))
+            metadata=json.loads(h["metadata"]), extra=json.loads(h["extra"]) if h.get("extra") else {})
 
 
 def _float(h: dict[str, str], name: str) -> float | None:

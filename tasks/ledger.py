@@ -87,7 +87,7 @@ class Ledger:
         self.messages = messages or Messages(make_app(settings), settings.queue)
         self._scripts = {name: client.register_script(getattr(scripts, name))
                          for name in ("SUBMIT", "CLAIM", "PLANNED", "BEGIN_STEP", "APPLIED", "FINISH", "SET_PAUSED",
-                                      "PARK", "REQUEST", "REPUBLISH", "PURGE")}
+                                      "PARK", "RELEASE", "INTERRUPTED", "REQUEST", "REPUBLISH", "PURGE")}
 
     def _call(self, script: str, *args: Any) -> Any:
         return self._scripts[script](keys=[self.keys.prefix], args=args)
@@ -96,7 +96,8 @@ class Ledger:
 
     def submit(self, payload: Payload, config: Mapping[str, Any], *, metadata: Mapping[str, str] | None = None,
                priority: int = DEFAULT_PRIORITY, idempotency_key: str | None = None, api_key: str = "",
-               kind: Literal["train", "fine_tuning"] = "train") -> tuple[str, bool]:
+               kind: Literal["train", "fine_tuning"] = "train",
+               extra: Mapping[str, Any] | None = None) -> tuple[str, bool]:
         """Accept a job: ledger row, samples and message in one durable write. Returns (job id, True if new).
 
         `idempotency_key`: already scoped to its owner. Raises IdempotencyConflict when it came with another body,
@@ -113,7 +114,7 @@ class Ledger:
         answer, detail = self._call(
             "SUBMIT", job_id, message.key, message.id, message.body, payload.digest, payload.data, config_json,
             metadata_json, priority, payload.samples, payload.tokens, idem, body, IDEMPOTENCY_S,
-            self.settings.queue_limit, api_key, kind)
+            self.settings.queue_limit, api_key, kind, json.dumps(dict(extra)) if extra else "")
         if answer == b"idempotency":
             raise IdempotencyConflict(job_id=detail.decode())
         if answer == b"full":
@@ -261,6 +262,15 @@ class Ledger:
             return False
         self._held(answer, lease)
         return True
+
+    def release(self, lease: Lease) -> None:
+        """Put the job back into the queue between two steps, because this worker stops. Raises Conflict."""
+        message = self._message(lease.job_id)
+        self._held(self._call("RELEASE", lease.job_id, lease.fence, message.key, message.id, message.body), lease)
+
+    def interrupted(self, lease: Lease, step: int) -> None:
+        """Close step `step`, which began and will not be applied (vLLM vanished in it). Raises Conflict."""
+        self._held(self._call("INTERRUPTED", lease.job_id, lease.fence, step), lease)
 
     # --- the reconciler ---------------------------------------------------------------------------------------------
 

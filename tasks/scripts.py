@@ -39,7 +39,7 @@ local function held(id, fence) return get(id, 'state') == 'running' and get(id, 
 """
 
 # ARGV: id, queue key, message id, message, payload hash, payload, config, metadata, priority, samples, tokens,
-#       idempotency hash, body hash, idempotency seconds, queue limit, api key name, kind
+#       idempotency hash, body hash, idempotency seconds, queue limit, api key name, kind, extra
 SUBMIT = PRELUDE + """
 local id = ARGV[1]
 if redis.call('EXISTS', job_key(id)) == 1 then return {'created', id} end
@@ -61,6 +61,7 @@ redis.call('HSET', job_key(id), 'id', id, 'seq', seq, 'state', 'queued', 'create
   'published_at', t, 'message', ARGV[3], 'payload', ARGV[5], 'config', ARGV[7], 'metadata', ARGV[8],
   'priority', ARGV[9], 'samples', ARGV[10], 'tokens', ARGV[11], 'api_key', ARGV[16], 'kind', ARGV[17],
   'begun', 0, 'applied', 0, 'interrupted', 0, 'attempts', 0, 'fence', 0, 'requested', 'run', 'paused', '0')
+if ARGV[18] ~= '' then redis.call('HSET', job_key(id), 'extra', ARGV[18]) end
 redis.call('ZADD', P .. 'jobs', seq, id)
 redis.call('ZADD', P .. 'state:queued', seq, id)
 count('jobs_accepted', 1)
@@ -175,6 +176,31 @@ for _, bound in ipairs({'0.1', '0.25', '0.5', '1', '2.5', '5', '10', '30', '60'}
 end
 redis.call('HSET', P .. 'counters', 'loss_last', ARGV[5], 'weight_version', ARGV[4])
 event(id, 'step', ARGV[9])
+return 'ok'
+"""
+
+# ARGV: id, fence, step. Closes a step whose writer gave up in it; nothing to close is no error.
+INTERRUPTED = PRELUDE + """
+local id = ARGV[1]
+if not held(id, ARGV[2]) then return 'stale' end
+local f = redis.call('HMGET', job_key(id), 'begun', 'applied', 'interrupted')
+if tonumber(f[1]) == tonumber(f[2]) + tonumber(f[3]) or tonumber(f[1]) ~= tonumber(ARGV[3]) + 1 then return 'ok' end
+redis.call('HINCRBY', job_key(id), 'interrupted', 1)
+count('steps_interrupted', 1)
+event(id, 'interrupted', '{"step":' .. ARGV[3] .. '}')
+return 'ok'
+"""
+
+# ARGV: id, fence, queue key, message id, message. Puts a job back between two steps because its worker stops.
+RELEASE = PRELUDE + """
+local id = ARGV[1]
+if get(id, 'fence') == ARGV[2] and get(id, 'state') == 'queued' then return 'ok' end
+if not held(id, ARGV[2]) then return 'stale' end
+local t = now()
+move(id, 'running', 'queued')
+redis.call('HSET', job_key(id), 'worker', '', 'queued_at', t, 'published_at', t, 'message', ARGV[4], 'paused', '0')
+event(id, 'queued', '{}')
+redis.call('LPUSH', ARGV[3], ARGV[5])
 return 'ok'
 """
 
