@@ -5,6 +5,7 @@ A plan is a pure function of (lengths, config, pack size): a worker that restart
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -103,7 +104,7 @@ def collate(samples: Sequence[Sample], device: torch.device) -> Batch:
         lengths.append(n)
         start += n
 
-    def tensor(parts: list[np.ndarray], dtype: torch.dtype) -> Tensor:  # type: ignore[type-arg]
+    def tensor(parts: list["np.ndarray[Any, Any]"], dtype: torch.dtype) -> Tensor:
         # non_blocking from pageable memory is a plain copy, but does not wait for the kernels already queued.
         return torch.from_numpy(np.concatenate(parts)).to(dtype).to(device, non_blocking=True)
 

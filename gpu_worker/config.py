@@ -88,8 +88,8 @@ class TrainConfig:
         if self.rank is not None and self.optimizer != "apollo":
             raise InvalidRequest(f"rank belongs to the optimizer 'apollo', not to {self.optimizer!r}.", field="rank")
         if self.trainable is not None:
-            patterns = self.trainable
-            if isinstance(patterns, str) or not all(isinstance(p, str) and p for p in patterns) or not patterns:
+            patterns: Any = self.trainable
+            if not isinstance(patterns, tuple | list) or not all(isinstance(p, str) and p for p in patterns) or not patterns:
                 raise InvalidRequest("trainable must be a list of patterns such as '*.mlp.*'.", field="trainable")
             object.__setattr__(self, "trainable", tuple(patterns))
         if self.max_tokens_per_step is not None and self.max_tokens_per_step < self.gradient_accumulation:
@@ -109,7 +109,7 @@ class TrainConfig:
         for name in values:
             if name not in known:
                 raise InvalidRequest(f"Unknown training option {name!r}. Options: {', '.join(known)}.", field=name)
-        given = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if v is not None}
+        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if v is not None}
         return cls(**given)
 
     @classmethod

@@ -11,9 +11,10 @@ The weights are those that vLLM is serving. A step whose loss is not finite neve
 not finite leaves its tensor as it was.
 """
 
+import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,11 @@ from hogwild.gpu_worker.config import TrainConfig
 from hogwild.gpu_worker.control import Control, StepReport, TrainResult, Unattended
 from hogwild.gpu_worker.forward import Forward
 from hogwild.gpu_worker.inplace import SUPPORTED_DTYPES
+from hogwild.gpu_worker.memory import Budget, Load, Profile, budget, free_bytes, measure
 from hogwild.gpu_worker.optim import Optimizer, StepStats, build_optimizer
+from hogwild.gpu_worker.recompute import Recompute
+from hogwild.gpu_worker.updates import Updates
+from hogwild.gpu_worker.yield_points import layers_of
 
 __all__ = ["Control", "Plan", "StepReport", "TrainResult", "Trainer", "Unattended"]
 
@@ -42,6 +47,7 @@ class Plan:
     pack_tokens: int
     """Most tokens in a pack. Smaller than asked when memory is short: keep it with the job, so that a restart on a
     machine with another amount of free memory lays out the same steps."""
+    budget: Budget
 
     @property
     def n_steps(self) -> int:
@@ -60,12 +66,22 @@ class Trainer:
         model: a transformers causal language model, float32 or bf16, whose parameters are the live weights. Parameters
             that do not require gradients are never trained.
         aliases: other names of parameters (checkpoint names), for the `trainable` patterns.
+        memory_limit: most bytes that training may take beside the weights; None: what is free.
+        compile_layers: run the decoder layers through torch.compile. Costs a minute at the first step, and pays on a
+            GPU, where it fuses what lies between the matrix products.
 
     Raises:
         ConfigError: a parameter's dtype can't be trained in place.
     """
 
-    def __init__(self, model: Any, *, aliases: Mapping[str, Sequence[str]] | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        aliases: Mapping[str, Sequence[str]] | None = None,
+        memory_limit: int | None = None,
+        compile_layers: bool = False,
+    ) -> None:
         self.model = model
         # named_parameters() gives a tied weight once, under its first name.
         self.params: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -74,7 +90,17 @@ class Trainer:
                 raise ConfigError(f"{name} is {p.dtype}: only float32 and bfloat16 weights can be trained in place.")
         self.aliases = {n: tuple((aliases or {}).get(n, ())) for n in self.params}
         self.forward = Forward(model)
+        tokens = {id(m.weight) for m in (model.get_input_embeddings(), self.forward.head) if m is not None}
+        self.token_params = frozenset(n for n, p in self.params.items() if id(p) in tokens)
         self.optimizer: Optimizer | None = None
+        self.memory_limit = memory_limit
+        layers = layers_of(model)
+        self.recompute = Recompute(layers, compile_layers=compile_layers, preserve_rng=_draws_random_numbers(model))
+        self._profile: Profile | None = None
+
+    def close(self) -> None:
+        """Take the wrappers off the model."""
+        self.recompute.close()
 
     @property
     def device(self) -> torch.device:
@@ -96,11 +122,44 @@ class Trainer:
             raise InvalidRequest("There are no samples to train on.", field="samples")
         check_tokens(samples, self.forward.vocab_size, self.forward.max_tokens)
         self.trainable(config)
+        lengths = [s.input_tokens for s in samples]
         size = config.pack_tokens if pack_tokens is None else pack_tokens
         if not self.forward.abilities.packs:
             size = 0
-        steps = plan_steps([s.input_tokens for s in samples], config, size)
-        return Plan(config, tuple(samples), steps, size)
+        while True:
+            steps = plan_steps(lengths, config, size)
+            need = self._budget(samples, steps, config)
+            if need.fits:
+                return Plan(config, tuple(samples), steps, size, need)
+            if pack_tokens is not None or size <= max(lengths):
+                raise need.refuse(f"A pack of {max(size, max(lengths))} tokens")
+            size = max(size // 2, max(lengths))
+
+    def _budget(self, samples: Sequence[Sample], steps: Sequence[Step], config: TrainConfig) -> Budget:
+        loads = [_load([samples[i] for i in pack], config.context_grad) for pack in {p for step in steps for p in step}]
+        heaviest = Load(*(max(sizes) for sizes in zip(*(astuple(load) for load in loads), strict=True)))
+        trained = self.trainable(config)
+        wanted, current = build_optimizer(config, self.token_params), self.optimizer
+        free = free_bytes(self.device, self.memory_limit)
+        state = wanted.state_bytes(trained)
+        if current is not None and current.is_like(wanted):
+            state -= sum(current.param_state_bytes(n, p) for n, p in trained.items() if n in current.state)
+        elif current is not None:
+            free += current.allocated_bytes()  # goes before the first step
+        whole = self.forward.abilities.head == "whole"
+        return budget(
+            self.profile(), heaviest, params=trained, head=self.forward.head_weight, optimizer_bytes=state,
+            whole_logits=whole, accumulates=config.gradient_accumulation > 1, free=free,
+        )  # fmt: skip
+
+    def profile(self) -> Profile:
+        """Activation sizes of the model, measured at the first call."""
+        if self._profile is None:
+            self.recompute.kept = len(self.recompute.layers)
+            self._profile = measure(
+                self.model, self.recompute.layers, self.forward.row, self.forward.cache_bytes_per_token()
+            )
+        return self._profile
 
     def trainable(self, config: TrainConfig) -> dict[str, Tensor]:
         """The parameters that a job trains, by name.
@@ -134,9 +193,12 @@ class Trainer:
         optimizer = self._optimizer_for(config)
         if first_step == 0:
             optimizer.begin_job()
+        self.recompute.kept = plan.budget.kept_layers
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         result = TrainResult(first_step=first_step, n_steps=plan.n_steps)
         bad_in_a_row = 0
-        with _Updates(self.trainable(config), self.params, optimizer) as updates:
+        with Updates(self.trainable(config), self.params, optimizer) as updates:
             for step in range(first_step, plan.n_steps):
                 control.before_step(step)
                 report = self._step(plan, step, updates, control)
@@ -155,39 +217,29 @@ class Trainer:
                         tensors=list(report.nonfinite[:8]),
                     )
         result.optimizer_bytes = optimizer.allocated_bytes()
+        if self.device.type == "cuda":
+            result.peak_bytes = torch.cuda.max_memory_allocated(self.device)
         return result
 
-    def _step(self, plan: Plan, step: int, updates: "_Updates", control: Control) -> StepReport:
+    def _step(self, plan: Plan, step: int, updates: Updates, control: Control) -> StepReport:
         started = time.perf_counter()
         config, packs = plan.config, plan.steps[step]
         samples = [plan.samples[i] for pack in packs for i in pack]
         total_weight = sum(s.total_weight for s in samples)
         rate = config.rate_at(step, plan.n_steps)
-        loss_value, stats, finite = 0.0, StepStats(0.0, (), 0), True
+        loss, stats = math.nan, StepStats(0.0, (), 0)
         out_of_memory = None
         try:
-            for n, pack in enumerate(packs):
-                control.between_micro_steps()
-                loss: Tensor | None = self._loss(plan, pack, total_weight)
-                value = loss.item()  # waits for the forward pass: backward must not start on a loss that isn't finite
-                loss_value += value
-                finite = value - value == 0.0
-                if not finite:
-                    break
-                if n == len(packs) - 1:
-                    updates.begin(rate, config.seed)
-                loss.backward()  # type: ignore[no-untyped-call]
-                del loss
-            if finite:
+            loss = self._passes(plan, step, total_weight, rate, updates, control)
+            if math.isfinite(loss):
                 stats = updates.end()
         except torch.OutOfMemoryError as e:
             out_of_memory = str(e).splitlines()[0]
-            loss = None
         finally:
             touched = updates.touched
             updates.abort()
         if out_of_memory is not None:
-            # Outside the except block: its traceback would hold the tensors that have to go.
+            # Outside the except block, whose traceback holds the tensors that have to go.
             self._free_cached()
             raise DoesNotFit(
                 f"Step {step} ran out of memory and was given up: {out_of_memory}",
@@ -198,15 +250,34 @@ class Trainer:
         return StepReport(
             step=step,
             n_steps=plan.n_steps,
-            loss=loss_value,
+            loss=loss,
             tokens=sum(s.input_tokens for s in samples),
             loss_tokens=sum(s.loss_tokens for s in samples),
             seconds=time.perf_counter() - started,
             learning_rate=rate,
             grad_norm=stats.grad_norm,
-            nonfinite=stats.nonfinite if finite else ("loss",),
+            nonfinite=stats.nonfinite if math.isfinite(loss) else ("loss",),
             applied=stats.updated > 0,
         )
+
+    def _passes(
+        self, plan: Plan, step: int, total_weight: float, rate: float, updates: Updates, control: Control
+    ) -> float:
+        """Forward and backward of every pack; returns the step's loss. Stops before the backward of one that isn't
+        finite: nothing has been written then."""
+        packs = plan.steps[step]
+        total = 0.0
+        for n, pack in enumerate(packs):
+            control.between_micro_steps()
+            loss = self._loss(plan, pack, total_weight)
+            total += loss.item()  # waits for the forward pass
+            if not math.isfinite(total):
+                return total
+            if n == len(packs) - 1:
+                updates.begin(rate, plan.config.seed)
+            torch.autograd.backward(loss)
+            del loss  # before the next forward pass: it holds the graph
+        return total
 
     def _loss(self, plan: Plan, pack: Pack, total_weight: float) -> Tensor:
         samples = [plan.samples[i] for i in pack]
@@ -222,9 +293,9 @@ class Trainer:
 
     def _optimizer_for(self, config: TrainConfig) -> Optimizer:
         """The live optimizer when it is of the right kind, otherwise a fresh one: state of two kinds is never held."""
-        wanted = build_optimizer(config)
+        wanted = build_optimizer(config, self.token_params)
         current = self.optimizer
-        if current is None or (current.kind, current.settings()) != (wanted.kind, wanted.settings()):
+        if current is None or not current.is_like(wanted):
             self.optimizer = current = wanted
         current.weight_decay = config.weight_decay
         return current
@@ -245,71 +316,20 @@ class Trainer:
         Raises:
             TrainingError: the file is of another optimizer or another model.
         """
-        optimizer = build_optimizer(config)
+        optimizer = build_optimizer(config, self.token_params)
         optimizer.load(path, self.params)
         self.optimizer = optimizer
 
 
-class _Updates:
-    """The hooks of one run: gradients pass through here on their way from autograd to the optimizer.
+def _load(samples: Sequence[Sample], context_grad: bool) -> Load:
+    """What one pack puts through the model."""
+    predictors = sum(s.loss_tokens for s in samples)
+    tokens = sum(s.input_tokens for s in samples)
+    frozen = 0 if context_grad else sum(max(0, len(s.context_ids) - 1) for s in samples)
+    return Load(tokens - frozen, predictors, frozen)
 
-    While gradients are only being accumulated nothing happens; between `begin` and `end` each gradient is applied as
-    it appears, and freed.
-    """
 
-    def __init__(self, trained: Mapping[str, Tensor], known: Mapping[str, Tensor], optimizer: Optimizer) -> None:
-        self.trained = trained
-        self.known = known
-        self.optimizer = optimizer
-        self.touched = 0
-        self._applying = False
-        self._handles: list[Any] = []
-
-    def __enter__(self) -> "_Updates":
-        for name, p in self.known.items():
-            p.requires_grad_(name in self.trained)
-            p.grad = None
-        for name, p in self.trained.items():
-            self._handles.append(p.register_post_accumulate_grad_hook(self._hook(name)))
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.abort()
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        for p in self.known.values():
-            p.requires_grad_(True)
-
-    def begin(self, rate: float, seed: int) -> None:
-        self.touched = 0
-        self.optimizer.begin_step(rate, seed=seed)
-        self._applying = True
-
-    def end(self) -> StepStats:
-        # A parameter that took part in earlier packs but not in the last one still has its gradient here.
-        for name, p in self.trained.items():
-            if p.grad is not None:
-                self._apply(name, p)
-        self._applying = False
-        return self.optimizer.end_step()
-
-    def abort(self) -> None:
-        """Back to rest, with no gradient left; harmless after `end`."""
-        self._applying = False
-        self.optimizer.abort_step()
-        for p in self.trained.values():
-            p.grad = None
-
-    def _hook(self, name: str) -> Any:
-        def apply(p: Tensor) -> None:
-            if self._applying:
-                self._apply(name, p)
-
-        return apply
-
-    def _apply(self, name: str, p: Tensor) -> None:
-        grad, p.grad = p.grad, None
-        if grad is not None:
-            self.touched += 1
-            self.optimizer.step_param(name, p, grad)
+def _draws_random_numbers(model: torch.nn.Module) -> bool:
+    return any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.modules()) or bool(
+        getattr(model.config, "attention_dropout", 0.0)
+    )

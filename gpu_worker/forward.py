@@ -59,7 +59,31 @@ class Forward:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        device: torch.device = next(self.model.parameters()).device
+        return device
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output embedding, (V, H)."""
+        weight: Tensor = self.head.weight
+        return weight
+
+    # --- measuring -------------------------------------------------------------------------------------------------
+
+    def row(self, tokens: int) -> Tensor:
+        """Hidden states (1, tokens, H) of a row of one sample."""
+        ids = [i % self.vocab_size for i in range(tokens)]
+        return self.hidden(collate([Sample(ids, [0])], self.device))
+
+    def cache_bytes_per_token(self) -> float:
+        """Keys and values that one token leaves in all layers; 0.0 when the model has no such cache."""
+        if self.abilities.head == "whole":
+            return 0.0
+        try:
+            layers = self._frozen_cache(torch.zeros(1, 4, dtype=torch.int64, device=self.device)).layers
+        except InvalidRequest:
+            return 0.0
+        return float(sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)) / 4
 
     # --- losses ----------------------------------------------------------------------------------------------------
 

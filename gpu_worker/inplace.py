@@ -30,8 +30,9 @@ SUPPORTED_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def rounding_key(seed: int, step: int, name: str) -> int:
-    """64-bit key of one parameter's random bits in one optimizer step."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{step}/{name}".encode(), digest_size=8).digest(), "little")
+    """Key of one parameter's random bits in one optimizer step: two halves of 31 bits, each a positive int32."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") & 0x7FFFFFFF_7FFFFFFF
 
 
 def random_bits(index: Tensor, key: int) -> Tensor:
@@ -136,13 +137,13 @@ def sum_of_squares(g: Tensor) -> Tensor:
 
     A finite gradient whose squares overflow float32 (a norm above 1.8e19) counts as not finite: nothing good is in it.
     """
-    norm = torch.linalg.vector_norm(g, dtype=torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(g, dtype=torch.float32)
     return norm * norm
 
 
 def use_kernels(p: Tensor) -> bool:
     """Whether the Triton kernels handle this tensor."""
-    return p.is_cuda
+    return bool(p.is_cuda)
 
 
 def _chunks(p: Tensor) -> Iterator[tuple[tuple[int, slice], Tensor]]:

@@ -1,5 +1,8 @@
 """Optimizers that update a live model one parameter at a time, inside backward."""
 
+from collections.abc import Collection
+from typing import Any
+
 from hogwild.gpu_worker.config import TrainConfig
 from hogwild.gpu_worker.optim.adamw import AdamW
 from hogwild.gpu_worker.optim.apollo import Apollo, ApolloMini
@@ -9,14 +12,15 @@ from hogwild.gpu_worker.optim.sgd import SGD
 __all__ = ["SGD", "AdamW", "Apollo", "ApolloMini", "Optimizer", "StepStats", "build_optimizer"]
 
 
-def build_optimizer(config: TrainConfig) -> Optimizer:
-    """A fresh optimizer of the kind that the job asks for."""
+def build_optimizer(config: TrainConfig, token_params: Collection[str] = ()) -> Optimizer:
+    """A fresh optimizer of the kind that the job asks for; `token_params` names the embeddings and heads."""
+    options: dict[str, Any] = {"weight_decay": config.weight_decay, "token_params": token_params}
     match config.optimizer:
         case "sgd":
-            return SGD(weight_decay=config.weight_decay)
+            return SGD(**options)
         case "adamw":
-            return AdamW(weight_decay=config.weight_decay)
+            return AdamW(**options)
         case "apollo":
-            return Apollo(rank=config.projection_rank, weight_decay=config.weight_decay)
+            return Apollo(rank=config.projection_rank, **options)
         case _:
-            return ApolloMini(weight_decay=config.weight_decay)
+            return ApolloMini(**options)

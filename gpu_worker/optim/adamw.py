@@ -16,7 +16,7 @@ class AdamW(Optimizer):
 
     kind = "adamw"
 
-    def state_shapes(self, shape: torch.Size) -> dict[str, tuple[int, ...]]:
+    def state_shapes(self, name: str, shape: torch.Size) -> dict[str, tuple[int, ...]]:
         return {"m": tuple(shape), "v": tuple(shape), "step": ()}
 
     def update(self, name: str, p: Tensor, g: Tensor, state: State, key: int, weight_decay: float) -> Tensor:

@@ -12,9 +12,13 @@ with the norm-growth limiter: ‖G diag(s)‖ may grow by at most a factor γ fr
 
 What the paper leaves open, and what is done here:
 - Vectors (norms, biases) are treated with AdamW: their state is negligible.
-- Embeddings and heads are matrices like the others. Plain AdamW on them, as in the authors' experiments, would cost
-  8 bytes for each of their weights: 10 GB for a vocabulary of 150,000 at width 4,096. Their channels are the vocabulary
-  rows, which suits them: each token has its own rate.
+- α is √(m / r) for each matrix. By the paper's theorem the factors found in r dimensions are √(r / m) of AdamW's: this
+  gives every matrix the update norm that AdamW would, at any width, and rates carry over from AdamW. The constants of
+  the paper's experiments (1 for APOLLO, 128 for Mini) are within a few times of it at their widths; `scale` sets one.
+- Embeddings and heads: plain AdamW, as in the authors' experiments, would cost 8 bytes for each of their weights, 10 GB
+  for two matrices of 150,000 tokens at width 4,096. They are projected like the rest, with the tokens as channels. In
+  Mini they are channel-wise too, with rank 16: the gradient of a head is spread over all tokens but large in few rows,
+  and one common factor, made by the many, moves those few far too much. Memory: 128 bytes for each token.
 - A stack of experts (B, m, n) is B matrices: each has its own moments and factors; they share one projection.
 - A side that is not larger than the rank is not projected at all: R = G is exact and not dearer.
 - The limiter starts afresh with each job. Another job's last gradients say nothing about this one's first.
@@ -22,6 +26,8 @@ What the paper leaves open, and what is done here:
 """
 
 import hashlib
+import math
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -30,11 +36,11 @@ from hogwild.gpu_worker.inplace import scaled_update_, use_kernels
 from hogwild.gpu_worker.optim.adamw import BETAS, EPS, adamw_step
 from hogwild.gpu_worker.optim.base import Optimizer, State, measured
 
-# Section 5 and appendix of the paper: projection re-drawn every 200 steps, growth limit 1.01, α 1 and 128.
+# Section 5 and appendix of the paper: projection re-drawn every 200 steps, growth limit 1.01.
 UPDATE_PROJECTION_EVERY = 200
 NORM_GROWTH = 1.01
-SCALE_CHANNEL = 1.0
-SCALE_TENSOR = 128.0
+# Rank of Mini's embeddings and heads: a factor from 16 random directions is right within about a quarter.
+TOKEN_RANK = 16
 
 
 class Apollo(Optimizer):
@@ -43,7 +49,7 @@ class Apollo(Optimizer):
     Args:
         rank: rows of the projection.
         tensor_wise: one factor per matrix instead of one per channel.
-        scale: α.
+        scale: α; None: √(m / r).
         projection_seed: of the projections; fixed for the life of the state, whatever the jobs' seeds.
     """
 
@@ -57,11 +63,12 @@ class Apollo(Optimizer):
         scale: float | None = None,
         projection_seed: int = 0,
         weight_decay: float = 0.0,
+        token_params: Collection[str] = (),
     ) -> None:
-        super().__init__(weight_decay=weight_decay)
+        super().__init__(weight_decay=weight_decay, token_params=token_params)
         self.rank = rank
         self.tensor_wise = tensor_wise
-        self.scale = scale if scale is not None else SCALE_TENSOR if tensor_wise else SCALE_CHANNEL
+        self.scale = scale
         self.projection_seed = projection_seed
 
     def settings(self) -> dict[str, str]:
@@ -76,11 +83,19 @@ class Apollo(Optimizer):
             if "norm" in state:
                 state["norm"].zero_()
 
-    def state_shapes(self, shape: torch.Size) -> dict[str, tuple[int, ...]]:
+    def rank_of(self, name: str) -> int:
+        """Rank of a matrix' projection."""
+        return max(self.rank, TOKEN_RANK) if name in self.token_params else self.rank
+
+    def is_tensor_wise(self, name: str) -> bool:
+        """Whether a matrix has one factor, rather than one for each channel."""
+        return self.tensor_wise and name not in self.token_params
+
+    def state_shapes(self, name: str, shape: torch.Size) -> dict[str, tuple[int, ...]]:
         if self.is_vector(shape):
             return {"m": tuple(shape), "v": tuple(shape), "step": ()}
         stacked, small, large = shape[0], min(shape[1:]), max(shape[1:])
-        low_rank = (stacked, min(self.rank, small), large)
+        low_rank = (stacked, min(self.rank_of(name), small), large)
         return {"m": low_rank, "v": low_rank, "norm": (stacked,), "step": ()}
 
     def update(self, name: str, p: Tensor, g: Tensor, state: State, key: int, weight_decay: float) -> Tensor:
@@ -89,14 +104,17 @@ class Apollo(Optimizer):
         # Columns are the channels: the larger side. A wide-enough transpose is only another view.
         transposed = p.shape[1] > p.shape[2]
         columns = g.mT if transposed else g
-        if use_kernels(p) and self.tensor_wise:
+        if use_kernels(p) and self.is_tensor_wise(name):
             coefficient, squares, ok = self._kernel_coefficient(name, columns, state)
         else:
             squares, ok = measured(g)
             if not use_kernels(p) and not bool(ok):
                 return squares
-            coefficient = self._coefficient(self._project(name, columns), columns, state, ok)
-        coefficient = coefficient.mul_(self.lr * self.scale)
+            r = self._project(name, columns)
+            coefficient = self._coefficient(r, columns, state, ok, self.is_tensor_wise(name))
+        small = columns.shape[1]
+        scale = self.scale if self.scale is not None else math.sqrt(small / min(self.rank_of(name), small))
+        coefficient = coefficient.mul_(self.lr * scale)
         scaled_update_(p, g, coefficient.mT if transposed else coefficient, self.lr * weight_decay, key, ok)
         return squares
 
@@ -105,17 +123,17 @@ class Apollo(Optimizer):
         epoch = (self.steps - 1) // UPDATE_PROJECTION_EVERY
         seed = hashlib.blake2b(f"{self.projection_seed}/{epoch}/{name}".encode(), digest_size=8).digest()
         generator = torch.Generator(like.device).manual_seed(int.from_bytes(seed, "little") >> 1)
-        p = torch.randn(self.rank, small, generator=generator, device=like.device)
-        return p.mul_(self.rank**-0.5)
+        rank = self.rank_of(name)
+        return torch.randn(rank, small, generator=generator, device=like.device).mul_(rank**-0.5)
 
     def _project(self, name: str, g: Tensor) -> Tensor:
         """R = P G for (B, m, n) → (B, r, n), float32. The matrix product runs in the gradient's own precision."""
-        if self.rank >= g.shape[1]:
+        if self.rank_of(name) >= g.shape[1]:
             return g.float()
         projection = self.projection(name, g.shape[1], g).to(g.dtype)
         return torch.matmul(projection, g).float()
 
-    def _coefficient(self, r: Tensor, g: Tensor, state: State, ok: Tensor) -> Tensor:
+    def _coefficient(self, r: Tensor, g: Tensor, state: State, ok: Tensor, tensor_wise: bool) -> Tensor:
         """Update the moments with R (B, r, n); returns limited factors, (B, 1, n) or (B, 1, 1). All guarded by `ok`."""
         m, v, step = state["m"], state["v"], state["step"]
         step.add_(ok)
@@ -124,10 +142,10 @@ class Apollo(Optimizer):
         v.lerp_(torch.where(ok, r * r, v), 1.0 - BETAS[1])
         beta1, beta2 = (torch.full_like(step, b) for b in BETAS)
         adapted = (m / (1.0 - beta1**step)) / ((v / (1.0 - beta2**step)).sqrt_().add_(EPS))
-        dims = (1, 2) if self.tensor_wise else (1,)
+        dims = (1, 2) if tensor_wise else (1,)
         before, after = r.square().sum(dims, keepdim=True).sqrt_(), adapted.square().sum(dims, keepdim=True).sqrt_()
         factor = torch.where(before > 0, after / before, 0.0)
-        if self.tensor_wise:
+        if tensor_wise:
             squares = torch.linalg.vector_norm(g, dim=(1, 2), dtype=torch.float32).square_()[:, None, None]
         else:
             squares = torch.linalg.vector_norm(g, dim=1, keepdim=True, dtype=torch.float32).square_()
@@ -154,7 +172,19 @@ class ApolloMini(Apollo):
 
     kind = "apollo-mini"
 
-    def __init__(self, *, scale: float | None = None, projection_seed: int = 0, weight_decay: float = 0.0) -> None:
+    def __init__(
+        self,
+        *,
+        scale: float | None = None,
+        projection_seed: int = 0,
+        weight_decay: float = 0.0,
+        token_params: Collection[str] = (),
+    ) -> None:
         super().__init__(
-            rank=1, tensor_wise=True, scale=scale, projection_seed=projection_seed, weight_decay=weight_decay
+            rank=1,
+            tensor_wise=True,
+            scale=scale,
+            projection_seed=projection_seed,
+            weight_decay=weight_decay,
+            token_params=token_params,
         )

@@ -10,7 +10,7 @@ host until `end_step` fetches one small array.
 import os
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -46,12 +46,14 @@ class Optimizer(ABC):
 
     Args:
         weight_decay: decoupled; set anew by each job.
+        token_params: names of embeddings and heads, whose rows belong to single tokens.
     """
 
     kind: ClassVar[str]
 
-    def __init__(self, *, weight_decay: float = 0.0) -> None:
+    def __init__(self, *, weight_decay: float = 0.0, token_params: Collection[str] = ()) -> None:
         self.weight_decay = weight_decay
+        self.token_params = frozenset(token_params)
         self.steps = 0
         """Optimizer steps begun since the state was created; seeds rounding and projections."""
         self.state: dict[str, State] = {}
@@ -83,7 +85,7 @@ class Optimizer(ABC):
         key = rounding_key(self._seed, self.steps, name)
         state = self.state.get(name)
         if state is None:
-            state = self.state[name] = self.new_state(weight)
+            state = self.state[name] = self.new_state(name, weight)
         self._squares[name] = self.update(name, weight, g, state, key, self.weight_decay if p.ndim > 1 else 0.0)
 
     def end_step(self) -> StepStats:
@@ -107,16 +109,22 @@ class Optimizer(ABC):
         """Apply one update to `p` (B, m, n); returns Σ g² (scalar, not finite when nothing was applied)."""
 
     @abstractmethod
-    def state_shapes(self, shape: torch.Size) -> dict[str, tuple[int, ...]]:
+    def state_shapes(self, name: str, shape: torch.Size) -> dict[str, tuple[int, ...]]:
         """Shapes of the state tensors (all float32) of a parameter of this (B, m, n) shape."""
 
     def settings(self) -> dict[str, str]:
         """What must agree for a saved state to be used again."""
         return {}
 
-    def new_state(self, p: Tensor) -> State:
+    def is_like(self, other: "Optimizer") -> bool:
+        """Whether the other could go on with this one's state."""
+        return (self.kind, self.settings()) == (other.kind, other.settings())
+
+    def new_state(self, name: str, p: Tensor) -> State:
         """Zeroed state for a parameter (B, m, n)."""
-        return {k: torch.zeros(s, dtype=torch.float32, device=p.device) for k, s in self.state_shapes(p.shape).items()}
+        return {
+            k: torch.zeros(s, dtype=torch.float32, device=p.device) for k, s in self.state_shapes(name, p.shape).items()
+        }
 
     def is_vector(self, shape: torch.Size) -> bool:
         """Whether (B, m, n) is a norm, a bias or something else too thin to be treated as a matrix."""
@@ -124,10 +132,11 @@ class Optimizer(ABC):
 
     def state_bytes(self, params: Mapping[str, Tensor]) -> int:
         """Bytes of state that these parameters need in all, known before any of it exists."""
-        return sum(self.param_state_bytes(p) for p in params.values())
+        return sum(self.param_state_bytes(n, p) for n, p in params.items())
 
-    def param_state_bytes(self, p: Tensor) -> int:
-        shapes = self.state_shapes(as_matrices(p).shape)
+    def param_state_bytes(self, name: str, p: Tensor) -> int:
+        """The same for one parameter."""
+        shapes = self.state_shapes(name, as_matrices(p).shape)
         return sum(4 * torch.Size(s).numel() for s in shapes.values())
 
     def allocated_bytes(self) -> int:
@@ -180,7 +189,7 @@ class Optimizer(ABC):
         except Exception as e:
             raise TrainingError(f"The optimizer state in {path} can't be read: delete it to start afresh.") from e
         for name, state in loaded.items():
-            shapes = self.state_shapes(as_matrices(params[name]).shape)
+            shapes = self.state_shapes(name, as_matrices(params[name]).shape)
             if {k: tuple(t.shape) for k, t in state.items()} != shapes:
                 raise TrainingError(
                     f"The optimizer state in {path} was made for another shape of {name}: delete it to start afresh."

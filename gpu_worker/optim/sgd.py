@@ -12,7 +12,7 @@ class SGD(Optimizer):
 
     kind = "sgd"
 
-    def state_shapes(self, shape: torch.Size) -> dict[str, tuple[int, ...]]:
+    def state_shapes(self, name: str, shape: torch.Size) -> dict[str, tuple[int, ...]]:
         return {}
 
     def update(self, name: str, p: Tensor, g: Tensor, state: State, key: int, weight_decay: float) -> Tensor:

@@ -1,0 +1,170 @@
+"""What a job will need, before it starts: a refusal with numbers instead of an out-of-memory in somebody's server.
+
+Needed on top of the weights, which vLLM holds:
+
+    optimizer state not yet there
+    + gradients held between packs            (accumulation only)
+    + the larger of two moments of the step:
+        backward begins   activations of all layers + logits of one chunk + the head's gradient
+        in the layers     activations of all layers + one layer recomputed and differentiated + its largest gradients
+
+Bytes per token are measured on the model by `measure`, not derived from a table of architectures; they were linear in
+the row's length wherever attention is fused. The rest is arithmetic on shapes.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from hogwild.errors import DoesNotFit
+from hogwild.gpu_worker.loss import CHUNK_BYTES
+from hogwild.gpu_worker.recompute import ActivationMeter
+
+# The allocator's fragments, cuBLAS workspaces and what the estimate does not know.
+SLACK = 1.1
+FIXED_BYTES = 64 << 20
+# Never plan the last of the device's memory: vLLM shares it.
+RESERVE = 0.05
+
+# Row lengths of the measurement: their difference cancels what does not grow with the row.
+SHORT, LONG = 16, 80
+
+# Backward of one layer holds its saved activations and about as much again in gradients of them.
+BACKWARD_OF_ACTIVATIONS = 2.0
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Activation bytes of a model, for each token of a row."""
+
+    layer: float
+    """Kept by one layer (the largest), when it is not checkpointed."""
+    elsewhere: float
+    """Kept outside the layers: embedding, last norm."""
+    boundary: float
+    """One hidden state: what a checkpointed layer keeps."""
+    cache: float
+    """Keys and values of one token in all layers, for a frozen context."""
+    layers: int
+
+
+@dataclass(frozen=True)
+class Load:
+    """The heaviest pack of a job."""
+
+    tokens: int
+    """Differentiated input tokens."""
+    predictors: int
+    """Positions with loss."""
+    frozen: int = 0
+    """Context tokens that run without gradient."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Needed bytes, by what they are for, and what there is."""
+
+    optimizer: int
+    gradients: int
+    activations: int
+    working: int
+    head: int
+    cache: int
+    total: int
+    free: int
+    kept_layers: int
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= self.free
+
+    def refuse(self, what: str) -> DoesNotFit:
+        """The error to raise when it doesn't."""
+        parts = ", ".join(
+            f"{name} {value / 1e6:,.0f} MB" for name, value in asdict(self).items()
+            if value and name in ("optimizer", "gradients", "activations", "working", "head", "cache")
+        )  # fmt: skip
+        return DoesNotFit(
+            f"{what} needs {self.total / 1e6:,.0f} MB on top of the weights ({parts}); "
+            f"{self.free / 1e6:,.0f} MB are free. Send shorter samples, train fewer parameters, choose apollo-mini, "
+            "or give vLLM less (--gpu-memory-utilization).",
+            **asdict(self),
+        )
+
+
+def free_bytes(device: torch.device, limit: int | None) -> int:
+    """Memory that training may still take on a device, at most `limit`."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        allocated = torch.cuda.memory_allocated(device)
+        cached = torch.cuda.memory_reserved(device) - allocated
+        available = free + cached - int(RESERVE * min(free, total // 4))
+        return available if limit is None else min(available, limit - allocated)
+    available = int(psutil.virtual_memory().available * (1 - RESERVE))
+    return available if limit is None else min(available, limit)
+
+
+def measure(model: nn.Module, layers: list[nn.Module], forward: Callable[[int], Tensor], cache_bytes: float) -> Profile:
+    """Profile a model with two short rows; nothing must be checkpointed meanwhile.
+
+    Args:
+        forward: runs a row of so many tokens and returns the hidden states (1, T, H).
+        cache_bytes: keys and values of one token in all layers.
+    """
+    seen = []
+    for tokens in (SHORT, LONG):
+        with torch.enable_grad(), ActivationMeter(model, layers) as meter:
+            hidden = forward(tokens)
+        seen.append((max(meter.by_layer, default=0), meter.elsewhere))
+        boundary = hidden.shape[-1] * hidden.element_size()
+        del hidden
+    span = LONG - SHORT
+    return Profile(
+        layer=max(0.0, (seen[1][0] - seen[0][0]) / span),
+        elsewhere=max(0.0, (seen[1][1] - seen[0][1]) / span),
+        boundary=float(boundary),
+        cache=cache_bytes,
+        layers=len(layers),
+    )
+
+
+def budget(
+    profile: Profile, load: Load, *, params: Mapping[str, Tensor], head: Tensor, whole_logits: bool,
+    optimizer_bytes: int, accumulates: bool, free: int,
+) -> Budget:  # fmt: skip
+    """What `load` needs, keeping the activations of as many layers as the free memory allows.
+
+    Args:
+        params: the trained parameters.
+        head: the output embedding's weight, (V, H).
+        whole_logits: logits are made for all predictors at once.
+        optimizer_bytes: state that does not exist yet.
+        accumulates: gradients are held from pack to pack.
+    """
+    vocabulary = head.shape[0]
+    sizes = sorted((p.numel() * p.element_size() for p in params.values()), reverse=True)
+    trains_head = any(p is head for p in params.values())
+    row = profile.boundary
+    # float32 logits, the same in the model's precision, and one temporary.
+    logits = 3 * min(4 * vocabulary * load.predictors, 2**63 if whole_logits else CHUNK_BYTES)
+    head_bytes = logits + 2 * int(load.predictors * row) + (head.numel() * head.element_size() if trains_head else 0)
+    # A frozen context runs layer by layer without gradient: one layer's activations at a time.
+    working = int(BACKWARD_OF_ACTIVATIONS * profile.layer * load.tokens + profile.layer * load.frozen) + sum(sizes[:2])
+    gradients = sum(sizes) if accumulates else 0
+    cache = int(profile.cache * load.frozen)
+    least = int(load.tokens * (row * profile.layers + profile.elsewhere))
+
+    def total(activations: int) -> int:
+        peak = activations + max(head_bytes, working) + gradients + cache + optimizer_bytes
+        return int(peak * SLACK) + FIXED_BYTES
+
+    extra = max(1.0, (profile.layer - row) * load.tokens)
+    kept = min(profile.layers, max(0, int((free - total(least)) / (extra * SLACK))))
+    activations = least + int(kept * extra)
+    return Budget(
+        optimizer=optimizer_bytes, gradients=gradients, activations=activations, working=working, head=head_bytes,
+        cache=cache, total=total(activations), free=free, kept_layers=kept,
+    )  # fmt: skip

@@ -1,0 +1,95 @@
+"""Activation checkpointing, layer by layer: recompute what does not fit, keep what does.
+
+A layer under checkpointing keeps only its input and runs a second time inside backward: a third more arithmetic for
+roughly a tenth of the memory. So the number of layers that keep their activations follows the memory budget.
+
+Our own wrapper instead of transformers' switch: that one drops the cache of a frozen context, and is all or nothing.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+class Recompute:
+    """Wraps the decoder layers of a model; `close` puts them back.
+
+    Args:
+        layers: in forward order.
+        compile_layers: run each layer through torch.compile (fuses norms, rotary embedding and activations).
+        preserve_rng: the layers draw random numbers (dropout), which recomputing must repeat.
+    """
+
+    def __init__(
+        self, layers: Iterable[nn.Module], *, compile_layers: bool = False, preserve_rng: bool = False
+    ) -> None:
+        self.layers = list(layers)
+        self.kept = len(self.layers)
+        """Layers, counted from the last, that keep their activations."""
+        self.preserve_rng = preserve_rng
+        for i, layer in enumerate(self.layers):
+            forward = layer.forward
+            if compile_layers:
+                # Rows have any length: symbolic shapes, or every new length would compile again.
+                forward = torch.compile(forward, dynamic=True)
+            layer.forward = self._wrap(i, forward)
+
+    def _wrap(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if index >= len(self.layers) - self.kept or not torch.is_grad_enabled():
+                return forward(*args, **kwargs)
+            return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=self.preserve_rng, **kwargs)
+
+        return run
+
+    def close(self) -> None:
+        """Give the layers their own forward back."""
+        for layer in self.layers:
+            layer.__dict__.pop("forward", None)
+
+
+class ActivationMeter:
+    """Counts the bytes that autograd keeps while it is entered, by layer: what checkpointing could save.
+
+    Weights are not counted: they are there anyway.
+    """
+
+    def __init__(self, model: nn.Module, layers: list[nn.Module]) -> None:
+        self.layers = layers
+        self.by_layer = [0] * len(layers)
+        self.elsewhere = 0
+        self._at: int | None = None
+        self._seen = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        self._alive: list[Tensor] = []
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda t: t)
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> "ActivationMeter":
+        for i, layer in enumerate(self.layers):
+            self._handles.append(layer.register_forward_pre_hook(lambda *_, i=i: self._move(i)))
+            self._handles.append(layer.register_forward_hook(lambda *_: self._move(None)))
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._hooks.__exit__(*exc)
+        for handle in self._handles:
+            handle.remove()
+        self._alive.clear()
+
+    def _move(self, to: int | None) -> None:
+        self._at = to
+
+    def _pack(self, t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in self._seen:
+            self._seen.add(storage.data_ptr())
+            self._alive.append(t)  # so that its address can't be given to another tensor
+            if self._at is None:
+                self.elsewhere += storage.nbytes()
+            else:
+                self.by_layer[self._at] += storage.nbytes()
+        return t
