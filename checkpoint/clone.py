@@ -30,6 +30,7 @@ def clone(io: FileIo, source: Path, directory: Path) -> None:
         if path.name.startswith(".") or not path.is_file() or (other and path.name not in wanted):
             continue
         _copy(io, path, directory / path.name, store / "clone.tmp", need)
+    io.fsync_dir(store)
     io.fsync_dir(directory)
 
 

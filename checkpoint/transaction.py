@@ -167,6 +167,8 @@ def write_logs(
             logs.bytes_written += redo.bytes
         deadline.check()
         fsync_all(to_sync)
+        # The names too: nothing says that the commit record's name, made later, becomes durable later.
+        io.fsync_dir(generations)
         deadline.check()
     finally:
         for handle in (*to_sync, *opened):
