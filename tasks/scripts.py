@@ -76,56 +76,58 @@ return {'created', id}
 
 # ARGV: id, worker id, call, weight version or '', barren attempts allowed, error for the poison job
 CLAIM = PRELUDE + """
-local id, worker = ARGV[1], ARGV[2]
+local id, worker, weights = ARGV[1], ARGV[2], ARGV[4]
 local key = job_key(id)
-local f = redis.call('HMGET', key, 'state', 'worker', 'claim_call', 'begun', 'applied', 'interrupted', 'requested',
-  'begun_version', 'attempts', 'applied_at_claim', 'barren')
-local state = f[1]
-if not state or final(state) then return nil end
-if state == 'running' then
-  if f[3] == ARGV[3] then return redis.call('HGETALL', key) end
-  if f[2] ~= worker and redis.call('EXISTS', P .. 'alive:' .. f[2]) == 1 then return nil end
-elseif f[7] == 'pause' then
-  return nil
-end
-local t = now()
-local begun, applied, interrupted = tonumber(f[4]), tonumber(f[5]), tonumber(f[6])
-if begun > applied + interrupted then
-  -- A step was begun and its end never recorded. The weights know: their version moved on iff it was applied.
-  if ARGV[4] ~= '' and f[8] and tonumber(ARGV[4]) > tonumber(f[8]) then
-    applied = applied + 1
-    local version = tostring(tonumber(f[8]) + 1)
-    redis.call('HSET', key, 'applied', applied, 'weight_version_last', version)
-    redis.call('HSETNX', key, 'weight_version_first', version)
+local f = redis.call('HMGET', key, 'state', 'worker', 'claim_call')
+if not f[1] or final(f[1]) then return nil end
+if f[1] == 'running' and f[3] == ARGV[3] then return redis.call('HGETALL', key) end
+local function orphan(owner) return owner == worker or redis.call('EXISTS', P .. 'alive:' .. owner) == 0 end
+-- A step was begun and its end never recorded: the weights know, their version moved on iff it was applied. Asked of
+-- every orphaned job before this worker's first step, because that step moves the version too.
+local function settle(orphaned)
+  local k = job_key(orphaned)
+  local s = redis.call('HMGET', k, 'begun', 'applied', 'interrupted', 'begun_version')
+  local begun, applied, interrupted = tonumber(s[1]), tonumber(s[2]), tonumber(s[3])
+  if begun <= applied + interrupted then return end
+  local before = tonumber(s[4] or '')
+  if weights ~= '' and before and tonumber(weights) > before then
+    redis.call('HSET', k, 'applied', applied + 1, 'weight_version_last', before + 1, 'last_step', begun - 1)
+    redis.call('HSETNX', k, 'weight_version_first', before + 1)
     count('steps_applied', 1)
-    event(id, 'step', '{"step":' .. (begun - 1) .. ',"weight_version":' .. version .. ',"recovered":true}')
+    event(orphaned, 'step', string.format('{"step":%d,"weight_version":%d,"recovered":true}', begun - 1, before + 1))
   else
-    interrupted = interrupted + 1
-    redis.call('HSET', key, 'interrupted', interrupted)
+    redis.call('HSET', k, 'interrupted', interrupted + 1)
     count('steps_interrupted', 1)
-    event(id, 'interrupted', '{"step":' .. (begun - 1) .. '}')
+    event(orphaned, 'interrupted', string.format('{"step":%d}', begun - 1))
   end
 end
-if f[7] == 'cancel' then close(id, state, 'cancelled', '', t); return nil end
-if f[7] == 'pause' then
+for _, other in ipairs(redis.call('ZRANGE', P .. 'state:running', 0, -1)) do
+  if orphan(get(other, 'worker')) then settle(other) end
+end
+f = redis.call('HMGET', key, 'state', 'worker', 'begun', 'applied', 'requested', 'attempts', 'applied_at_claim',
+  'barren')
+local state = f[1]
+if state == 'running' and not orphan(f[2]) then return nil end
+if state == 'queued' and f[5] == 'pause' then return nil end
+local t = now()
+if f[5] == 'cancel' then close(id, state, 'cancelled', '', t); return nil end
+if f[5] == 'pause' then
   -- Its worker died while the job was running or paused: it waits, without a worker, until it is resumed.
   move(id, state, 'queued')
   redis.call('HSET', key, 'paused', '1', 'worker', '', 'queued_at', t)
   event(id, 'paused', '{}')
   return nil
 end
-local barren = tonumber(f[11] or '0')
-if state == 'running' or tonumber(f[9]) > 0 then
-  if tonumber(f[10] or '-1') == applied then barren = barren + 1 else barren = 0 end
-end
+local barren = 0
+if tonumber(f[6]) > 0 and f[7] == f[4] then barren = tonumber(f[8]) + 1 end
 if state ~= 'running' then move(id, state, 'running') end
 if barren >= tonumber(ARGV[5]) then close(id, 'running', 'failed', ARGV[6], t); return nil end
 redis.call('HINCRBY', key, 'fence', 1)
 redis.call('HINCRBY', key, 'attempts', 1)
 redis.call('HSETNX', key, 'started_at', t)
 redis.call('HSET', key, 'worker', worker, 'claim_call', ARGV[3], 'claimed_at', t, 'paused', '0',
-  'applied_at_claim', applied, 'barren', barren)
-event(id, 'running', '{"first_step":' .. begun .. ',"attempt":' .. get(id, 'attempts') .. '}')
+  'applied_at_claim', f[4], 'barren', barren)
+event(id, 'running', '{"first_step":' .. f[3] .. ',"attempt":' .. get(id, 'attempts') .. '}')
 return redis.call('HGETALL', key)
 """
 

@@ -172,6 +172,22 @@ def test_step_that_reached_the_weights_is_counted_as_applied(ledger, submit):
     assert job.weight_version_last == 42
 
 
+def test_orphaned_step_is_settled_before_another_job_moves_the_version(ledger, submit):
+    orphan, other = submit(), submit()
+    lease = ledger.claim(orphan, "w1")
+    # Given a worker that died after the ledger knew of the step and before a weight was written (version still 41)
+    ledger.begin_step(lease, 0, weight_version=41)
+    # When the next worker first runs another job, which makes version 42
+    second = ledger.claim(other, "w2", weights_version=41)
+    ledger.begin_step(second, 0, weight_version=41)
+    ledger.applied(second, 0, 42)
+    ledger.finish(second, "succeeded")
+    # Then version 42 is not taken for the orphan's step
+    assert ledger.claim(orphan, "w2", weights_version=42).first_step == 1
+    job = ledger.get(orphan)
+    assert (job.steps_applied, job.steps_interrupted) == (0, 1)
+
+
 def test_living_worker_is_not_robbed(redis_client, ledger, submit):
     job_id = submit()
     Registry(redis_client, "tiny").register_worker("w1", "host-a")
