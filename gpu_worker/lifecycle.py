@@ -8,9 +8,9 @@
     └───────────────────────────────────────────────────────────────────────────────── LOST
                                                            what the mapping holds was saved, then let go
 
-WAITING: vLLM has exported its weights but does not serve yet; it measures its memory then, and a process that takes some
-of the card would make it fail. REFUSED is left when the manifest changes, and tried again every RETRY_S: another worker
-may have gone. Knows nothing of Celery; whoever polls also owns the weights while it does.
+WAITING: vLLM has exported its weights but does not serve yet; it measures its memory then, and a process that takes
+some of the card would make it fail. REFUSED is left when the manifest changes, and tried again every RETRY_S: another
+worker may have gone. Knows nothing of Celery; whoever polls also owns the weights while it does.
 """
 
 import logging

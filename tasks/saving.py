@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BACKOFF_S = (5.0, 600.0)  # first and longest pause after a sync that failed
-# Optimizer state up to this size is saved within the pause of a sync beside training (a tenth of a second), larger state
-# by a sync that no job runs beside.
+# Optimizer state up to this size is saved within the pause of a sync beside training (a tenth of a second); more of it
+# waits for a sync that no job runs beside.
 SMALL_STATE = 256 << 20
 
 

@@ -9,13 +9,15 @@ Ctrl-C / SIGTERM → flower, beat, api, worker (last sync), vllm, redis → mani
 import fcntl
 import hashlib
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import xmlrpc.client
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -271,7 +273,14 @@ class Stack:
     # --- down -----------------------------------------------------------------------------------------------------
 
     def stop(self) -> None:
-        """Stop every service in order and remove what only made sense while they ran. Safe to call twice."""
+        """Stop every service in order and remove what only made sense while they ran. Safe to call twice.
+
+        A second Ctrl-C or SIGTERM does not cut this short: the last checkpoint would be lost with it.
+        """
+        with _signals_ignored():
+            self._stop()
+
+    def _stop(self) -> None:
         supervisor = getattr(self, "supervisor", None)
         if supervisor is not None:
             self._report_pids()
@@ -320,6 +329,19 @@ class Stack:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+
+@contextmanager
+def _signals_ignored() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def check_ports(plan: list[services.Service]) -> None:
