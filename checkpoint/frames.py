@@ -9,13 +9,14 @@ All integers are little-endian. docs/checkpoint-format.md has the same tables.
     16  8  generation                         12  1  encoding, 13 1 element width, 14 2 zero
     24  8  parent generation                  16  8  bytes of the blocks (end: sum over all frames)
     32 16  layout id                          24  8  bytes of the payload (end: 0)
-    48  8  zero                               32 16  XXH3-128 of bytes 0–31, the block numbers and the payload
-    56  8  XXH3-64 of bytes 0–55              then n × 4 bytes: block numbers within the tensor, ascending; the payload
+    48  8  zero                               32  8  XXH3-64 of bytes 0–31 and the block numbers
+    56  8  XXH3-64 of bytes 0–55              40  8  XXH3-64 of the payload (end: of nothing)
+                                              then n × 4 bytes: block numbers within the tensor, ascending; the payload
 """
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +28,13 @@ from hogwild.checkpoint.fingerprints import Indices
 from hogwild.errors import CheckpointCorrupt
 
 _HEADER = struct.Struct("<8sIIQQ16sQ")
+_HEADER_BYTES = 64
 _FRAME = struct.Struct("<IIIBBHQQ")
-_DIGEST = 16
+_SUMS = struct.Struct("<QQ")
 _FLUSH = 4 << 20  # bytes gathered before a write: one system call for many small frames
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FrameInfo:
     """Where a frame lies and what it holds."""
 
@@ -42,7 +44,9 @@ class FrameInfo:
     width: int
     raw_bytes: int
     payload_bytes: int
-    offset: int  # of the frame header in the file
+    payload_sum: int  # XXH3-64
+    offset: int  # of the payload in the file
+    numbers: Indices = field(repr=False, compare=False)  # (blocks,) within the tensor, ascending
 
 
 class FrameWriter:
@@ -74,22 +78,19 @@ class FrameWriter:
         """Append a frame."""
         head = _FRAME.pack(FRAME_MAGIC, tensor, len(blocks), encoding, width, 0, raw, len(payload))
         numbers = blocks.astype("<u4").tobytes()
-        self._put(head, _digest(head, numbers, payload), numbers, payload)
+        self._put(head, _sums(head, numbers, payload), numbers, payload)
         self._frames += 1
         self._raw += raw
 
     def finish(self) -> None:
         """Write the end frame."""
         head = _FRAME.pack(FRAME_MAGIC, END_OF_FRAMES, self._frames, 0, 0, 0, self._raw, 0)
-        self._put(head, _digest(head))
+        self._put(head, _sums(head, b"", b""))
         self._flush()
 
 
-def _digest(*parts: bytes | memoryview) -> bytes:
-    state = xxhash.xxh3_128()
-    for part in parts:
-        state.update(part)
-    return bytes(state.digest())
+def _sums(head: bytes, numbers: bytes, payload: bytes | memoryview) -> bytes:
+    return _SUMS.pack(xxhash.xxh3_64_intdigest(head + numbers), xxhash.xxh3_64_intdigest(payload))
 
 
 class FrameFile:
@@ -108,8 +109,8 @@ class FrameFile:
             raise
 
     def _scan(self, magic: bytes, generation: int, layout_id: str) -> list[FrameInfo]:
-        head = self._handle.pread(64, 0)
-        if len(head) < 64 or struct.unpack("<Q", head[56:])[0] != xxhash.xxh3_64_intdigest(head[:56]):
+        head = self._handle.pread(_HEADER_BYTES, 0)
+        if len(head) < _HEADER_BYTES or struct.unpack("<Q", head[56:])[0] != xxhash.xxh3_64_intdigest(head[:56]):
             raise CheckpointCorrupt(f"{self.path} has no valid header.")
         found, version, block, number, _, layout, _ = _HEADER.unpack(head[:56])
         if version != FORMAT_VERSION or block != BLOCK:
@@ -120,39 +121,50 @@ class FrameFile:
         if found != magic or number != generation or layout.hex() != layout_id:
             raise CheckpointCorrupt(f"{self.path} does not belong to generation {generation} of this checkpoint.")
         frames: list[FrameInfo] = []
-        offset, raw = 64, 0
+        offset, raw = _HEADER_BYTES, 0
         while True:
-            head = self._handle.pread(_FRAME.size + _DIGEST, offset)
-            if len(head) < _FRAME.size + _DIGEST:
+            head = self._handle.pread(_FRAME.size + _SUMS.size, offset)
+            if len(head) < _FRAME.size + _SUMS.size:
                 raise CheckpointCorrupt(f"{self.path} was never finished.")
             mark, tensor, blocks, encoding, width, _, raw_bytes, payload = _FRAME.unpack(head[: _FRAME.size])
             if mark != FRAME_MAGIC:
                 raise CheckpointCorrupt(f"{self.path}: no frame at byte {offset}.")
-            if tensor == END_OF_FRAMES:
-                if head[_FRAME.size :] != _digest(head[: _FRAME.size]) or blocks != len(frames) or raw_bytes != raw:
-                    raise CheckpointCorrupt(f"{self.path}: the end frame does not match.")
+            end = tensor == END_OF_FRAMES
+            numbers = b"" if end else self._handle.pread(4 * blocks, offset + len(head))
+            head_sum, payload_sum = _SUMS.unpack(head[_FRAME.size :])
+            if head_sum != xxhash.xxh3_64_intdigest(head[: _FRAME.size] + numbers):
+                raise CheckpointCorrupt(f"{self.path}: the frame at byte {offset} does not match its checksum.")
+            if end:
+                if blocks != len(frames) or raw_bytes != raw:
+                    raise CheckpointCorrupt(f"{self.path}: frames are missing.")
                 return frames
-            frames.append(FrameInfo(tensor, blocks, encoding, width, raw_bytes, payload, offset))
+            offset += len(head) + len(numbers)
+            frames.append(
+                FrameInfo(
+                    tensor=tensor,
+                    blocks=blocks,
+                    encoding=encoding,
+                    width=width,
+                    raw_bytes=raw_bytes,
+                    payload_bytes=payload,
+                    payload_sum=payload_sum,
+                    offset=offset,
+                    numbers=np.frombuffer(numbers, "<u4").astype(np.int64),
+                )
+            )
             raw += raw_bytes
-            offset += _FRAME.size + _DIGEST + 4 * blocks + payload
+            offset += payload
 
-    def load(self, frame: FrameInfo) -> tuple[Indices, bytes]:
-        """Block numbers within the tensor, and payload, of a frame; checked against its digest."""
-        start = _FRAME.size + _DIGEST
-        data = self._handle.pread(start + 4 * frame.blocks + frame.payload_bytes, frame.offset)
-        numbers, payload = data[start : start + 4 * frame.blocks], data[start + 4 * frame.blocks :]
-        if data[_FRAME.size : start] != _digest(data[: _FRAME.size], numbers, payload):
-            raise CheckpointCorrupt(f"{self.path}: the frame at byte {frame.offset} does not match its checksum.")
-        return np.frombuffer(numbers, "<u4").astype(np.int64), payload
+    def load(self, frame: FrameInfo) -> bytes:
+        """The payload of a frame, checked."""
+        payload = self._handle.pread(frame.payload_bytes, frame.offset)
+        if xxhash.xxh3_64_intdigest(payload) != frame.payload_sum:
+            raise CheckpointCorrupt(f"{self.path}: the payload at byte {frame.offset} does not match its checksum.")
+        return payload
 
-    def numbers(self, frame: FrameInfo) -> Indices:
-        """Block numbers alone, without the payload and therefore unchecked."""
-        data = self._handle.pread(4 * frame.blocks, frame.offset + _FRAME.size + _DIGEST)
-        return np.frombuffer(data, "<u4").astype(np.int64)
-
-    def __iter__(self) -> Iterator[tuple[FrameInfo, Indices, bytes]]:
+    def __iter__(self) -> Iterator[tuple[FrameInfo, bytes]]:
         for frame in self.frames:
-            yield frame, *self.load(frame)
+            yield frame, self.load(frame)
 
     def close(self) -> None:
         """Close the file."""

@@ -106,6 +106,7 @@ class History:
     def prune(self, keep_last: int) -> None:
         """Forget what `keep_last` does not keep. Disk space only: a failure is no reason to fail a sync."""
         with contextlib.suppress(OSError):
+            self.remove_uncommitted()
             oldest = self.kept(keep_last)[0]
             for path in self._generations.glob("????????.undo"):
                 if int(path.name[:8]) <= oldest.generation:

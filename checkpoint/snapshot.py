@@ -26,60 +26,51 @@ class Snapshot:
         self.layout = layout
         self._io, self._directory = io, directory
         self._undos: list[FrameFile] = []
-        self._frames: list[dict[int, list[tuple[FrameInfo, Indices]]]] = []  # newest first: tensor → frames
-        self._cache: list[tuple[int, bytes] | None] = []  # one payload per undo file, by frame offset
+        self._frames: list[dict[int, list[FrameInfo]]] = []  # newest first: tensor → frames
+        self._cache: list[tuple[FrameInfo, Bytes] | None] = []  # the last decoded frame of each undo file
         self._handles: dict[str, Handle] = {}
         try:
             for number in range(head, generation, -1):
                 undo = FrameFile(io, generations / f"{number:08d}.undo", UNDO_MAGIC, number, layout.id)
                 self._undos.append(undo)
-                by_tensor: dict[int, list[tuple[FrameInfo, Indices]]] = {}
+                by_tensor: dict[int, list[FrameInfo]] = {}
                 for frame in undo.frames:
-                    by_tensor.setdefault(frame.tensor, []).append((frame, undo.numbers(frame)))
+                    by_tensor.setdefault(frame.tensor, []).append(frame)
                 self._frames.append(by_tensor)
                 self._cache.append(None)
         except BaseException:
             self.close()
             raise
 
-    def changed(self, spec: TensorSpec) -> Indices:
-        """Blocks of a tensor that some generation in between wrote, ascending."""
-        numbers = [blocks for frames in self._frames for _, blocks in frames.get(spec.number, [])]
-        return np.unique(np.concatenate(numbers)) if numbers else np.empty(0, np.int64)
-
     def read(self, spec: TensorSpec, blocks: Indices) -> Bytes:
         """Contents of `blocks` (ascending) in that generation, one after the other."""
         data = read_blocks(self._file(spec.file), spec, blocks)
         for index, frames in enumerate(self._frames):
-            for frame, numbers in frames.get(spec.number, []):
-                if numbers[0] > blocks[-1] or numbers[-1] < blocks[0]:
-                    continue
-                self._undo(index, frame, spec, blocks, data)
+            for frame in frames.get(spec.number, []):
+                if frame.numbers[0] <= blocks[-1] and frame.numbers[-1] >= blocks[0]:
+                    self._take_back(index, frame, blocks, data)
         return data
 
-    def _undo(self, index: int, frame: FrameInfo, spec: TensorSpec, blocks: Indices, data: Bytes) -> None:
+    def _take_back(self, index: int, frame: FrameInfo, blocks: Indices, data: Bytes) -> None:
         """Take one generation's changes in one frame back, in `data`.
 
-        A difference is per element, so a frame is decoded once, against zeros, and subtracted where it is asked for.
+        A difference is per element, so a frame is decoded once, against zeros, and added where it is asked for.
         """
         cached = self._cache[index]
-        if cached is None or cached[0] != frame.offset:
-            _, payload = self._undos[index].load(frame)
+        if cached is None or cached[0] is not frame:
             zeros = np.zeros(frame.raw_bytes, np.uint8)
-            cached = (frame.offset, decode_delta(payload, zeros, frame.width).tobytes())
+            cached = frame, decode_delta(self._undos[index].load(frame), zeros, frame.width)
             self._cache[index] = cached
-        numbers = next(n for f, n in self._frames[index][spec.number] if f.offset == frame.offset)
-        minus = np.frombuffer(cached[1], np.uint8)  # −d for each element of the frame
-        _, here, there = np.intersect1d(blocks, numbers, assume_unique=True, return_indices=True)
+        minus = cached[1]  # old − new for each element of the frame
+        _, here, there = np.intersect1d(blocks, frame.numbers, assume_unique=True, return_indices=True)
         unsigned = UNSIGNED[frame.width]
-        whole = len(data) // BLOCK, len(minus) // BLOCK
-        short = len(here) > 0 and here[-1] == whole[0]  # the tensor's short last block is among them
-        if short:
-            data[whole[0] * BLOCK :].view(unsigned)[:] += minus[whole[1] * BLOCK :].view(unsigned)
+        whole, whole_there = len(data) // BLOCK, len(minus) // BLOCK
+        if len(here) and here[-1] == whole:  # the tensor's short last block is among them
+            data[whole * BLOCK :].view(unsigned)[:] += minus[whole_there * BLOCK :].view(unsigned)
             here, there = here[:-1], there[:-1]
         elements = BLOCK // frame.width
-        data[: whole[0] * BLOCK].view(unsigned).reshape(whole[0], elements)[here] += (
-            minus[: whole[1] * BLOCK].view(unsigned).reshape(whole[1], elements)[there]
+        data[: whole * BLOCK].view(unsigned).reshape(whole, elements)[here] += (
+            minus[: whole_there * BLOCK].view(unsigned).reshape(whole_there, elements)[there]
         )
 
     def _file(self, name: str) -> Handle:

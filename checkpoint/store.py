@@ -214,8 +214,8 @@ class CheckpointStore:
             if redo_path.exists():
                 with FrameFile(self._io, redo_path, REDO_MAGIC, head.generation, head.layout) as redo:
                     frames = (
-                        (self.layout.tensors[info.tensor], blocks, np.frombuffer(payload, np.uint8))
-                        for info, blocks, payload in redo
+                        (self.layout.tensors[info.tensor], info.numbers, np.frombuffer(payload, np.uint8))
+                        for info, payload in redo
                     )
                     apply(self._io, self.directory, self._generations, head.replaced, frames)
             else:

@@ -1,4 +1,4 @@
-"""A tiny model on disk, live views on it with every kind of stride, and files that forget to fsync (tests need no power)."""
+"""A tiny model on disk, live views on it with every kind of stride, and files that do not wait for the disk."""
 
 import json
 from dataclasses import dataclass, field
@@ -71,7 +71,7 @@ def io() -> FileIo:
 
 @pytest.fixture
 def model(tmp_path: Path) -> TinyModel:
-    """Two shards; bf16, fp16 and fp32; whole blocks, short last blocks, tensors below a block, a scalar, an empty one."""
+    """Two shards; bf16, fp16, fp32; whole and short last blocks, tensors below a block, a scalar, an empty one."""
     return build_model(tmp_path / "model")
 
 
@@ -97,8 +97,8 @@ def build_model(directory: Path) -> TinyModel:
     }
     for name, tensors in (("model-00001-of-00002", first), ("model-00002-of-00002", second)):
         save_file(tensors, directory / f"{name}.safetensors", metadata={"format": "pt"})
-    weight_map = {name: "model-00001-of-00002.safetensors" for name in first}
-    weight_map |= {name: "model-00002-of-00002.safetensors" for name in second}
+    weight_map = dict.fromkeys(first, "model-00001-of-00002.safetensors")
+    weight_map |= dict.fromkeys(second, "model-00002-of-00002.safetensors")
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     (directory / "config.json").write_text('{"model_type": "tiny"}')
     (directory / "tokenizer.json").write_text("{}")

@@ -150,7 +150,8 @@ def test_export_of_any_generation_is_a_clean_model_directory(store, model, histo
     assert torch.equal(not_live, helpers.weights_on_disk(model.directory)["rotary.inv_freq"])
     helpers.assert_equal(exported, state)
     assert {path.name for path in target.iterdir()} == {
-        path.name for path in store.directory.iterdir() if not path.name.startswith(".")}
+        path.name for path in store.directory.iterdir() if not path.name.startswith(".")
+    }
     # ... and the checkpoint itself is as it was
     check(store, model, history[5], helpers)
 

@@ -51,7 +51,7 @@ def test_only_changed_blocks_are_written(store, model, helpers):
 def test_many_syncs_of_random_changes(store, model, helpers):
     generator = torch.Generator().manual_seed(1)
     for version in range(1, 12):
-        for name, view in model.views.items():
+        for view in model.views.values():
             if torch.rand((), generator=generator) < 0.5:
                 share = float(torch.rand((), generator=generator)) ** 3
                 view.add_((torch.rand(view.shape, generator=generator) < share).to(view.dtype) * 0.125)

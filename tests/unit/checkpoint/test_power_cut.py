@@ -1,12 +1,13 @@
-"""The power goes at every write, fsync, rename and unlink of a sync: the checkpoint is generation n−1 or n, bit for bit.
+"""The power goes at every write, fsync, rename and unlink of a sync: what is left is generation n−1 or n, bit for bit.
 
-`Recorder` performs the real operations and writes them down. For every prefix of that log `disk_after` builds a directory
-as a disk that lost power there may have kept it:
+`Recorder` performs the real operations and writes them down. For every prefix of that log `disk_after` builds a
+directory as a disk that lost power there may have kept it:
 
-- data written since a file's last fsync: dropped, kept, or torn at any byte, with the 512-byte sector at the tear turned
-  into garbage now and then; each write on its own, so later ones may survive earlier ones;
-- names created, renamed or removed since the folder's last fsync: each may be there or not, as long as the operations on
-  one name happen in order. A rename is atomic, which is all that POSIX promises.
+- data written since a file's last fsync: dropped, kept, or torn at any byte, what was being written in the 512-byte
+  sector at the tear turned into garbage now and then; each write on its own, so later ones may survive earlier ones.
+  Bytes outside the range that was written stay as they were (what SQLite calls powersafe overwrite);
+- names created, renamed or removed since the folder's last fsync: each may be there or not, as long as the operations
+  on one name happen in order. A rename is atomic, which is all that POSIX promises.
 """
 
 import random
@@ -230,7 +231,7 @@ def cut_everywhere(tmp_path, io):
             for variant in variants:
                 folder = tmp_path / f"cut{next(counter)}"
                 folder.mkdir()
-                where = f"after operation {count} of {len(log.ops)} {[str(x)[:40] for x in log.ops[count - 1][::2]]}, {variant}"
+                where = f"after operation {count} of {len(log.ops)} ({log.ops[count - 1][0]}), {variant}"
                 try:
                     check(write_out(disk_after(log, count, variant), folder))
                 except BaseException as error:

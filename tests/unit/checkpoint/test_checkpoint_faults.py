@@ -1,0 +1,428 @@
+"""Full disks, foreign hands, second writers, readers in the way, damaged files: clear errors, and nothing lost."""
+
+import errno
+import os
+import resource
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from hogwild.checkpoint.durable import FileIo, FileLock, Handle
+from hogwild.checkpoint.layout import Layout
+from hogwild.checkpoint.store import CheckpointStore
+from hogwild.errors import CheckpointCorrupt, CheckpointError, CheckpointForeign, CheckpointLayout, NotFound
+
+
+@pytest.fixture
+def faulty(helpers):
+    """Files that fail at the n-th operation of a sync."""
+
+    class Faulty(helpers.FastIo):
+        def __init__(self) -> None:
+            self.left = -1  # operations until the failure; negative: never
+            self.error = errno.ENOSPC
+            self.failed = ""
+
+        def tick(self, what: str) -> None:
+            if self.left == 0:
+                self.failed = what
+                raise OSError(self.error, os.strerror(self.error), what)
+            self.left -= 1
+
+        def wrap(self, handle: Handle) -> Handle:
+            outer = self
+
+            class FaultyHandle(helpers.FastHandle):
+                def pwrite(self, data, offset):
+                    outer.tick(f"write {self.path.name}")
+                    super().pwrite(data, offset)
+
+                def fsync(self):
+                    outer.tick(f"fsync {self.path.name}")
+
+            return FaultyHandle(handle.path, handle.fd)
+
+        def create(self, path, mode=0o644):
+            self.tick(f"create {path.name}")
+            return self.wrap(super().create(path, mode))
+
+        def open(self, path, *, write=False):
+            return self.wrap(super().open(path, write=write))
+
+        def rename(self, source, target):
+            self.tick(f"rename {target.name}")
+            super().rename(source, target)
+
+        def unlink(self, path):
+            self.tick(f"unlink {path.name}")
+            super().unlink(path)
+
+        def fsync_dir(self, path):
+            self.tick("fsync of a directory")
+
+        def copy_range(self, source, target, offset, length):
+            self.tick("copy")
+            super().copy_range(source, target, offset, length)
+
+    return Faulty()
+
+
+def change(views, amount):
+    views["embed.weight"][3] += amount
+    views["head.weight"] += amount
+
+
+@pytest.mark.parametrize(("error", "stride"), [(errno.ENOSPC, 1), (errno.EIO, 5)])
+def test_any_operation_fails_and_the_next_sync_works(model, tmp_path, faulty, helpers, error, stride):
+    faulty.error = error
+    with CheckpointStore.open(tmp_path / "c", source=model.directory, io=faulty) as store:
+        change(model.views, 1)
+        store.sync(model.views, weight_version=1)
+        failures = []
+        for count in range(0, 200, stride):
+            change(model.views, 1)
+            before = helpers.weights_on_disk(store.directory)
+            head = store.head.generation
+            faulty.left, faulty.failed = count, ""
+            try:
+                report = store.sync(model.views, weight_version=2)
+            except CheckpointError as caught:
+                assert "failed" in caught.message
+                assert ("the disk is full" in caught.message) == (error == errno.ENOSPC)
+                # Then whoever opens the files now finds a whole generation
+                faulty.left = -1
+                if not faulty.failed.startswith(("unlink", "rename model", "write model", "fsync model")) and (
+                    not (store.directory / f".hogwild/generations/{head + 1:08d}.commit").exists()
+                ):
+                    helpers.assert_equal(helpers.weights_on_disk(store.directory), before)
+                failures.append(faulty.failed)
+                # ... and when there is space again, the next sync brings everything to disk
+                store.sync(model.views, weight_version=3)
+            else:
+                assert report.generation == head + 1
+            faulty.left = -1
+            assert store.verify(model.views).ok
+            change(model.views, 1)
+            store.sync(model.views, weight_version=4)  # clears away what the failure left
+            names = {path.suffix for path in (store.directory / ".hogwild/generations").iterdir()}
+            assert names <= {".commit", ".undo"}
+            if not faulty.failed:
+                break
+        assert len(failures) > 12 // stride
+        assert {name.split()[0] for name in failures} >= (
+            {"create", "write", "fsync", "rename"} if stride == 1 else set()
+        )
+
+
+def test_every_operation_of_the_first_copy_fails(model, tmp_path, faulty):
+    for count in range(200):
+        directory = tmp_path / f"c{count}"
+        faulty.left, faulty.failed = count, ""
+        try:
+            store = CheckpointStore.open(directory, source=model.directory, io=faulty)
+        except CheckpointError:
+            faulty.left = -1
+            store = CheckpointStore.open(directory, source=model.directory, io=faulty)
+        with store:
+            assert store.verify(model.views).ok
+        if not faulty.failed:
+            break
+    assert count > 20
+
+
+def test_disk_full_by_the_kernel(model, tmp_path, helpers):
+    """A real refusal to write more: a limit on the size of files."""
+    with CheckpointStore.open(tmp_path / "c", source=model.directory) as store:
+        change(model.views, 1)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
+        try:
+            with pytest.raises(CheckpointError, match=r"the disk is full \(\d+ MiB free\).*still generation 0, whole"):
+                store.sync(model.views, weight_version=1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        helpers.assert_equal(helpers.weights_on_disk(store.directory), helpers.weights_on_disk(model.directory))
+        assert store.sync(model.views, weight_version=1).generation == 1
+        assert store.verify(model.views).ok
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_disk_full_on_a_real_small_disk(model, tmp_path, helpers):
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", str(mount)], check=False, capture_output=True
+    ).returncode:
+        pytest.skip("this machine does not let us mount")
+    try:
+        with CheckpointStore.open(mount / "c", source=model.directory) as store:
+            change(model.views, 1)
+            (mount / "filler").write_bytes(bytes(os.statvfs(mount).f_bavail * os.statvfs(mount).f_frsize - 8192))
+            with pytest.raises(CheckpointError, match="the disk is full"):
+                store.sync(model.views, weight_version=1)
+            assert store.verify().ok
+            (mount / "filler").unlink()
+            store.sync(model.views, weight_version=1)
+            assert store.verify(model.views).ok
+        with pytest.raises(CheckpointError, match="no room for a copy of the model"):
+            CheckpointStore.open(mount / "second", source=model.directory)
+    finally:
+        subprocess.run(["umount", str(mount)], check=True)
+
+
+def test_read_only_directory(model, tmp_path, faulty):
+    faulty.error = errno.EROFS
+    with CheckpointStore.open(tmp_path / "c", source=model.directory, io=faulty) as store:
+        change(model.views, 1)
+        faulty.left = 0
+        with pytest.raises(
+            CheckpointError, match="can't be written: make it writable for this user, or point HOGWILD_C"
+        ):
+            store.sync(model.views, weight_version=1)
+
+
+def test_files_changed_by_somebody_else_are_refused_and_can_be_adopted(store, model, io, helpers):
+    change(model.views, 1)
+    store.sync(model.views, weight_version=1)
+    # Given a foreign edit inside a block that training has changed too
+    path = store.directory / "model-00001-of-00002.safetensors"
+    spec = store.layout.by_name["embed.weight"]
+    data = bytearray(path.read_bytes())
+    data[spec.offset + 700] ^= 0xFF
+    path.write_bytes(data)
+    change(model.views, 1)
+    # When, then
+    with pytest.raises(CheckpointForeign, match=r"embed\.weight differs.*`hogwild checkpoint adopt`"):
+        store.sync(model.views, weight_version=2)
+    assert path.read_bytes() == bytes(data)
+    assert store.verify().disk == {"embed.weight": 1}
+    with pytest.raises(CheckpointForeign, match="can't be brought back"):
+        store.rollback(0)
+    with pytest.raises(CheckpointForeign, match="was not loaded"):
+        store.restore(model.views)
+    # When the files are adopted
+    commit = store.adopt()
+    assert (commit.kind, commit.generation) == ("adopt", 2)
+    assert [entry.generation for entry in store.generations()] == [2]
+    assert store.verify().ok
+    store.sync(model.views, weight_version=2)
+    assert store.verify(model.views).ok
+    assert store.adopt().generation == 3  # nothing differs: nothing done
+
+
+def test_a_foreign_edit_outside_the_changed_blocks_is_found_by_verify(store, model):
+    path = store.directory / "model-00002-of-00002.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    report = store.verify()
+    assert not report.ok
+    with pytest.raises(CheckpointCorrupt, match="1 blocks on disk differ from generation 0"):
+        report.raise_for_mismatch()
+
+
+def test_replaced_by_another_model_while_closed(store, model, tmp_path, io, helpers):
+    store.close()
+    from safetensors.torch import save_file
+
+    weights = helpers.weights_on_disk(store.directory)
+    shard = {name: weights[name] for name in ("embed.weight", "layer.q.weight", "layer.down.weight")}
+    shard["norm.weight"] = torch.zeros(3)
+    save_file(shard, store.directory / "model-00001-of-00002.safetensors")
+    with CheckpointStore.open(store.directory, io=io) as again:
+        with pytest.raises(CheckpointForeign, match="adopt"):
+            again.begin_sync({}, weight_version=1)
+        again.adopt()
+        assert again.verify().ok
+        assert again.layout.id == Layout.read(again.directory).id
+
+
+def test_replaced_while_open(store, model):
+    path = store.directory / "model-00001-of-00002.safetensors"
+    path.write_bytes(path.read_bytes() + b"x")
+    change(model.views, 1)
+    with pytest.raises(CheckpointForeign, match="was replaced by another file"):
+        store.sync(model.views, weight_version=1)
+
+
+def test_second_writer_is_refused(store, io):
+    with pytest.raises(CheckpointError, match=rf"kept by another process \(pid {os.getpid()}\)"):
+        CheckpointStore.open(store.directory, io=io)
+    store.close()
+    CheckpointStore.open(store.directory, io=io).close()
+
+
+def test_a_killed_writer_leaves_no_lock(model, tmp_path):
+    code = (
+        "import sys, os, signal; from hogwild.checkpoint.store import CheckpointStore\n"
+        "CheckpointStore.open(sys.argv[1], source=sys.argv[2]); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "c"), str(model.directory)], check=False)
+    assert done.returncode == -9
+    with CheckpointStore.open(tmp_path / "c") as store:
+        assert store.verify(model.views).ok
+
+
+def test_closed_store_refuses_to_sync(store, model):
+    store.close()
+    with pytest.raises(CheckpointError, match="was closed"):
+        store.sync(model.views, weight_version=1)
+
+
+def test_directory_with_other_files_is_not_taken(model, tmp_path, io):
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "thesis.tex").write_text("")
+    with pytest.raises(CheckpointError, match="holds files already"):
+        CheckpointStore.open(tmp_path / "c", source=model.directory, io=io)
+
+
+def test_links_are_not_written_through(model, tmp_path, io, helpers):
+    (tmp_path / "snapshot").mkdir()
+    for path in model.directory.iterdir():
+        (tmp_path / "snapshot" / path.name).symlink_to(path)
+    with pytest.raises(CheckpointLayout, match="is a link"):
+        CheckpointStore.open(tmp_path / "snapshot", io=io)
+    # ... but a clone of such a directory is a directory of its own
+    with CheckpointStore.open(tmp_path / "c", source=tmp_path / "snapshot", io=io) as store:
+        model.views["norm.weight"].zero_()
+        store.sync(model.views, weight_version=1)
+        assert store.verify(model.views).ok
+    assert helpers.weights_on_disk(model.directory)["norm.weight"].any()
+
+
+def test_source_on_a_file_system_without_reflink_or_copy_file_range(model, tmp_path, helpers, monkeypatch):
+    def refused(*_):
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "copy_file_range", refused)
+    with CheckpointStore.open(tmp_path / "c", source=model.directory, io=helpers.FastIo()) as store:
+        change(model.views, 1)
+        store.sync(model.views, weight_version=1)
+        assert store.verify(model.views).ok
+
+
+def test_damaged_commit_record(store, model, io):
+    change(model.views, 1)
+    store.sync(model.views, weight_version=1)
+    store.close()
+    path = store.directory / ".hogwild/generations/00000001.commit"
+    data = bytearray(path.read_bytes())
+    data[60] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointCorrupt, match="does not match its checksum"):
+        CheckpointStore.open(store.directory, io=io)
+
+
+@pytest.mark.parametrize("place", [10, 70, 200, -20])
+def test_damaged_undo_file_refuses_the_rollback_and_changes_nothing(store, model, helpers, place):
+    change(model.views, 1)
+    store.sync(model.views, weight_version=1)
+    path = store.directory / ".hogwild/generations/00000001.undo"
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+    live = model.copy()
+    with pytest.raises(CheckpointCorrupt):
+        store.rollback(0, model.views)
+    helpers.assert_equal(model.views, live)
+    assert store.verify(model.views).ok
+    change(model.views, 1)
+    assert store.sync(model.views, weight_version=2).generation == 2
+
+
+# --- readers ----------------------------------------------------------------------------------------------------------
+
+
+def test_reader_beside_a_writer_sees_one_generation(store, model, io, tmp_path, helpers):
+    """Loads of a second process through the readers' lock, while syncs go on: never a mixture."""
+    states = {0: model.copy()}
+    seen, wrong, stop = set(), [], threading.Event()
+
+    def read() -> None:
+        reader = CheckpointStore.open(store.directory, read_only=True, io=io)
+        while not stop.is_set():
+            with reader.reading() as commit:
+                found = helpers.weights_on_disk(store.directory)
+            state = states[commit.generation]
+            seen.add(commit.generation)
+            if any(not torch.equal(found[name], state[name]) for name in state):
+                wrong.append(commit.generation)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    for version in range(1, 15):
+        change(model.views, 1)
+        states[version] = model.copy()
+        store.sync(model.views, weight_version=version)
+        time.sleep(0.02)
+    stop.set()
+    thread.join()
+    assert not wrong
+    assert len(seen) > 3
+
+
+def test_reader_in_the_way_does_not_lose_the_generation(model, tmp_path, io, helpers):
+    with CheckpointStore.open(tmp_path / "c", source=model.directory, io=io, reader_patience=0.1) as store:
+        before = helpers.weights_on_disk(store.directory)
+        reader = CheckpointStore.open(store.directory, read_only=True, io=io, reader_patience=0.1)
+        with reader.reading():
+            # When a sync comes while somebody reads
+            change(model.views, 1)
+            report = store.sync(model.views, weight_version=1)
+            # Then it is durable, and the reader goes on seeing what it saw
+            assert (report.generation, report.applied) == (1, False)
+            helpers.assert_equal(helpers.weights_on_disk(store.directory), before)
+            change(model.views, 1)
+            with pytest.raises(CheckpointError, match="is being read"):
+                store.sync(model.views, weight_version=2)
+        with pytest.raises(CheckpointError, match="not completely in its files"), reader.reading():
+            pass
+        # ... and the next sync brings both into the files
+        assert store.sync(model.views, weight_version=2).applied
+        assert store.verify(model.views).ok
+        assert reader.verify().ok
+        assert reader.head.generation == 2
+
+
+def test_unapplied_generation_is_applied_by_the_next_open(model, tmp_path, io):
+    with CheckpointStore.open(tmp_path / "c", source=model.directory, io=io, reader_patience=0) as store:
+        lock = FileLock(store.directory / ".hogwild/readers.lock")
+        assert lock.acquire(shared=True)
+        change(model.views, 1)
+        assert not store.sync(model.views, weight_version=1).applied
+        lock.release()
+    with CheckpointStore.open(tmp_path / "c", io=io) as again:
+        assert again.verify(model.views).ok
+
+
+def test_read_only_store_writes_nothing(store, model, io, tmp_path):
+    reader = CheckpointStore.open(store.directory, read_only=True, io=io)
+    assert [commit.generation for commit in reader.generations()] == [0]
+    for attempt in (lambda: reader.sync(model.views, weight_version=1), lambda: reader.rollback(0), reader.adopt):
+        with pytest.raises(CheckpointError, match="opened for reading only"):
+            attempt()
+    with pytest.raises(NotFound, match="no checkpoint of Hogwild's"):
+        CheckpointStore.open(tmp_path, read_only=True, io=io)
+
+
+def test_real_files_are_synced(tmp_path):
+    """The real helper does call fsync: a spy on the system call sees file and directory."""
+    synced = []
+    real = os.fsync
+
+    def spy(fd: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name)
+        real(fd)
+
+    os.fsync = spy
+    try:
+        FileIo().write_atomic(tmp_path / "file", [b"abc", b"def"])
+    finally:
+        os.fsync = real
+    assert synced == ["file.tmp", tmp_path.name]
+    assert (tmp_path / "file").read_bytes() == b"abcdef"
