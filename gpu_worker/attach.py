@@ -1,25 +1,26 @@
-"""Attaching to the weights of a running vLLM: from its manifest to one tensor per checkpoint tensor, on the same memory.
+"""Attaching to a running vLLM: from its manifest to one tensor per checkpoint tensor, on the same memory.
 
-Nothing is copied. Everything the manifest says is checked before a pointer is made of it (`hogwild.manifest` checks what
-can be checked without the memory, `shm` and `cuda_ipc` the rest).
+Nothing is copied. Everything the manifest says is checked before a pointer is made of it (`hogwild.manifest` checks
+what can be checked without the memory, `shm` and `cuda_ipc` the rest).
 """
 
 import fcntl
 import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 import torch
 
-from hogwild.digests import digest
 from hogwild.errors import AlreadyAttached, AttachRefused, ManifestError
 from hogwild.gpu_worker import shm
 from hogwild.gpu_worker.cuda_ipc import IpcMemory, local_device
 from hogwild.manifest import ITEM_BYTES, Manifest, Refusal, manifest_path, refusal_path
 from hogwild.strided import Layout
+from hogwild.tensors import digest
 from hogwild.weight_state import FILE_NAME as STATE_FILE
 from hogwild.weight_state import WeightState
 
@@ -40,9 +41,8 @@ class Attachment:
     views: dict[str, torch.Tensor]
     weights: WeightState
     seconds: float  # from reading the manifest to the last view
+    memory: "Memory"
     _lock: int = -1
-    _memory: list[torch.Tensor] = field(default_factory=list)
-    _ipc: IpcMemory | None = None
 
     @property
     def nbytes(self) -> int:
@@ -60,8 +60,8 @@ class Attachment:
     def verify(self, progress: Callable[[int, int], None] | None = None) -> "Verification":
         """Compare every view with the exporter's hashes, which vLLM's load proved equal to the checkpoint.
 
-        Once anything was written into the live weights they are meant to differ: then only the export id says that this is
-        the memory the manifest describes, and the caller compares with its last checkpoint generation.
+        Once anything was written into the live weights they are meant to differ: then only the export id says that
+        this is the memory the manifest describes, and the caller compares with its last checkpoint generation.
         `progress(done, total)` is called with bytes.
 
         Raises:
@@ -80,8 +80,8 @@ class Attachment:
                 progress(done, total)
         if different and self.weights.untouched:
             raise AttachRefused(
-                f"{len(different)} of {len(self.views)} tensors differ from what vLLM exported although nothing was trained, "
-                f"e.g. {', '.join(different[:3])}: restart vLLM",
+                f"{len(different)} of {len(self.views)} tensors differ from what vLLM exported though nothing was "
+                f"trained, e.g. {', '.join(different[:3])}: restart vLLM",
                 tensors=different,
             )
         return Verification(
@@ -91,10 +91,7 @@ class Attachment:
     def close(self) -> None:
         """Let go of the memory and the lock. Tensors on the views must not be used afterwards."""
         self.views.clear()
-        self._memory.clear()
-        if self._ipc is not None:
-            self._ipc.close()
-            self._ipc = None
+        self.memory.close()
         self.weights.close()
         if self._lock >= 0:
             os.close(self._lock)
@@ -130,76 +127,101 @@ def attach(runtime_dir: Path) -> Attachment:
     manifest, inode = _read(runtime_dir)
     if manifest.tensor_parallel_size > 1:
         raise AttachRefused(
-            f"vLLM runs on {manifest.tensor_parallel_size} GPUs (tensor parallel); training across GPUs is not supported "
-            f"yet: use --tensor-parallel-size 1"
+            f"vLLM runs on {manifest.tensor_parallel_size} GPUs (tensor parallel); training across GPUs is not "
+            f"supported yet: use --tensor-parallel-size 1"
         )
     lock = _take_lock(runtime_dir)
-    ipc: IpcMemory | None = None
+    memory: Memory | None = None
     weights: WeightState | None = None
-    memory: list[torch.Tensor] = []
-    views: dict[str, torch.Tensor] = {}
     try:
-        if manifest.device == "cuda":
-            device = local_device(manifest.gpu_uuid or "")
-            ipc = IpcMemory(device)
-            memory += [ipc.open(allocation) for allocation in manifest.allocations]
-        else:
-            device = torch.device("cpu")
-            memory += [shm.open_memory(allocation) for allocation in manifest.allocations]
+        memory = Memory(manifest)
         weights = WeightState.open(runtime_dir / STATE_FILE)
         if weights.export_id != manifest.export_id:
             raise ManifestError(f"{runtime_dir / STATE_FILE} belongs to another export than the manifest: restart vLLM")
-        views |= {name: view_of(manifest, memory, name) for name, r in manifest.tensors.items() if r.status == "shared"}
+        views = memory.views()
     except BaseException:
-        views.clear()
-        memory.clear()
         if weights is not None:
             weights.close()
-        if ipc is not None:
-            ipc.close()
+        if memory is not None:
+            memory.close()
         os.close(lock)
         raise
     return Attachment(
         manifest=manifest,
         manifest_inode=inode,
         runtime_dir=runtime_dir,
-        device=device,
+        device=memory.device,
         views=views,
         weights=weights,
+        memory=memory,
         seconds=time.monotonic() - started,
         _lock=lock,
-        _memory=memory,
-        _ipc=ipc,
     )
 
 
-def view_of(manifest: Manifest, memory: list[torch.Tensor], name: str) -> torch.Tensor:
-    """The live tensor of a shared checkpoint tensor; its bounds were checked when the manifest was loaded."""
-    record = manifest.tensors[name]
-    if record.allocation is None:
-        raise ManifestError(f"{name} has no allocation")
-    layout = Layout(record.offset // ITEM_BYTES[record.dtype], record.shape, record.stride)
-    return _strided(memory[record.allocation], record.dtype, layout)
-
-
-def view_at(attachment: Attachment, allocation: int, dtype: str, layout: Layout) -> torch.Tensor:
-    """A view of an attached allocation; `layout` in elements of `dtype`.
+@contextmanager
+def open_views(manifest: Manifest) -> Iterator[dict[str, torch.Tensor]]:
+    """The live tensors for a look, beside whoever is attached: nobody may write through them.
 
     Raises:
-        AttachRefused: it would reach beyond the allocation.
+        ExporterGone, AttachRefused: as for `attach`.
     """
-    memory = attachment._memory[allocation]
-    if layout.offset < 0 or (layout.offset + layout.extent) * ITEM_BYTES[dtype] > memory.numel():
-        raise AttachRefused(f"a view of {layout.shape} at {layout.offset} reaches beyond its allocation")
-    return _strided(memory, dtype, layout)
+    manifest.check_alive()
+    memory = Memory(manifest)
+    try:
+        yield memory.views()
+    finally:
+        memory.close()
 
 
-def _strided(memory: torch.Tensor, dtype: str, layout: Layout) -> torch.Tensor:
-    # Only this tensor's bytes: an allocation's size need not be a multiple of the item size.
-    item = ITEM_BYTES[dtype]
-    block = memory[layout.offset * item : (layout.offset + layout.extent) * item]
-    typed: torch.dtype = getattr(torch, dtype)
-    return block.view(typed).as_strided(layout.shape, layout.stride)
+class Memory:
+    """The opened allocations of a manifest. Every tensor on them must be gone before `close`."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+        self._blocks: list[torch.Tensor] = []
+        self._ipc: IpcMemory | None = None
+        try:
+            if manifest.device == "cuda":
+                self.device = local_device(manifest.gpu_uuid or "")
+                self._ipc = IpcMemory(self.device)
+                self._blocks += [self._ipc.open(allocation) for allocation in manifest.allocations]
+            else:
+                self.device = torch.device("cpu")
+                self._blocks += [shm.open_memory(allocation) for allocation in manifest.allocations]
+        except BaseException:
+            self.close()
+            raise
+
+    def views(self) -> dict[str, torch.Tensor]:
+        """Shared checkpoint tensor → live view; the manifest's parser has checked that each lies inside."""
+        found: dict[str, torch.Tensor] = {}
+        for name, record in self.manifest.tensors.items():
+            if record.status == "shared" and record.allocation is not None:
+                layout = Layout(record.offset // ITEM_BYTES[record.dtype], record.shape, record.stride)
+                found[name] = self.view(record.allocation, record.dtype, layout)
+        return found
+
+    def view(self, allocation: int, dtype: str, layout: Layout) -> torch.Tensor:
+        """A view of an allocation; `layout` in elements of `dtype`.
+
+        Raises:
+            AttachRefused: it would reach beyond the allocation.
+        """
+        block, item = self._blocks[allocation], ITEM_BYTES[dtype]
+        if layout.offset < 0 or (layout.offset + layout.extent) * item > block.numel():
+            raise AttachRefused(f"a view of {layout.shape} at {layout.offset} reaches beyond its allocation")
+        # Only this tensor's bytes: an allocation's size need not be a multiple of the item size.
+        part = block[layout.offset * item : (layout.offset + layout.extent) * item]
+        typed: torch.dtype = getattr(torch, dtype)
+        return part.view(typed).as_strided(layout.shape, layout.stride)
+
+    def close(self) -> None:
+        """Unmap."""
+        self._blocks.clear()
+        if self._ipc is not None:
+            self._ipc.close()
+            self._ipc = None
 
 
 def _read(runtime_dir: Path) -> tuple[Manifest, int]:

@@ -1,10 +1,10 @@
 """How a Hugging Face model is put together from the checkpoint's tensors: learned, not written down.
 
-Transformers renames, stacks, concatenates, splits and transposes checkpoint tensors while it loads them, by rules of its
-own for each model type. We let it do so with tensors on the meta device, which have shapes and strides but no contents,
-and watch: a `TorchDispatchMode` follows views by their storage and notes for `cat`, `stack` and exact copies which box of
-which checkpoint tensor went where. The result says for each parameter of which boxes it consists; with the live address of
-each box that becomes one strided view on vLLM's memory, or a reason why there is none.
+Transformers renames, stacks, concatenates, splits and transposes checkpoint tensors while it loads them, by rules of
+its own for each model type. We let it do so with tensors on the meta device, which have shapes and strides but no
+contents, and watch: a `TorchDispatchMode` follows views by their storage and notes for `cat`, `stack` and exact
+copies which box of which checkpoint tensor went where. The result says for each parameter of which boxes it consists;
+with the live address of each box that becomes one strided view on vLLM's memory, or a reason why there is none.
 """
 
 import os
@@ -18,13 +18,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hogwild.errors import AttachRefused
 from hogwild.strided import Layout, Piece, carry, fit, locate, row_major, walk
+from hogwild.tensors import layout_of, storage_key
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """The box of checkpoint tensor `name` that begins at `start`, laid out as `layout`, one dimension for each of its."""
+    """The box of checkpoint tensor `name` that begins at `start`; `layout` has the tensor's dimensions in order."""
 
     name: str
     start: tuple[int, ...]
@@ -83,25 +84,25 @@ class _Follow(TorchDispatchMode):
     """Notes for every storage which boxes of which probes lie in it."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.regions: dict[int, list[Region]] = {}
         self._keep: list[torch.Tensor] = []  # a storage that is freed could come back as another one
 
     def probe(self, name: str, tensor: torch.Tensor) -> None:
-        layout = _layout(tensor)
+        layout = layout_of(tensor)
         self._add(tensor, [Region(name, (0,) * tensor.dim(), layout)])
 
     def of(self, tensor: torch.Tensor) -> Composition | None:
         """The composition of a tensor; None when nothing is known of its storage."""
-        regions = self.regions.get(_key(tensor))
+        regions = self.regions.get(storage_key(tensor))
         if regions is None:
             return None
-        layout = _layout(tensor)
+        layout = layout_of(tensor)
         inside = _shown(regions, layout)
         return Composition(layout, None if inside is None else tuple(inside))
 
     def _add(self, tensor: torch.Tensor, regions: list[Region]) -> None:
-        self.regions.setdefault(_key(tensor), []).extend(regions)
+        self.regions.setdefault(storage_key(tensor), []).extend(regions)
         self._keep.append(tensor)
 
     def __torch_dispatch__(self, func: Any, types: Iterable[type], args: Any = (), kwargs: Any = None) -> Any:
@@ -125,10 +126,10 @@ class _Follow(TorchDispatchMode):
                 at += part.shape[dim]
 
     def _copied(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        regions = self.regions.get(_key(source))
+        regions = self.regions.get(storage_key(source))
         if regions is None:
             return
-        view, goes = _layout(source), _layout(target)
+        view, goes = layout_of(source), layout_of(target)
         moved: list[Region] = []
         for region in _shown(regions, view) or ():
             layout = carry(view, region.layout, goes)
@@ -149,14 +150,6 @@ def _shown(regions: list[Region], view: Layout) -> list[Region] | None:
             return [Region(region.name, start, Layout(view.offset, piece.length, stride))]
     inside = [region for region in regions if walk(view, region.layout) is not None]
     return inside if sum(region.layout.numel for region in inside) == view.numel else None
-
-
-def _layout(tensor: torch.Tensor) -> Layout:
-    return Layout(tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()))
-
-
-def _key(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,8 +23,8 @@ def local_device(gpu_uuid: str) -> torch.device:
     seen = [f"GPU-{torch.cuda.get_device_properties(i).uuid}" for i in range(torch.cuda.device_count())]
     if gpu_uuid not in seen:
         raise AttachRefused(
-            f"the weights are on {gpu_uuid}, but the worker sees only {', '.join(seen)}: set its CUDA_VISIBLE_DEVICES to "
-            f"vLLM's GPU"
+            f"the weights are on {gpu_uuid}, but the worker sees only {', '.join(seen)}: set its "
+            f"CUDA_VISIBLE_DEVICES to vLLM's GPU"
         )
     return torch.device("cuda", seen.index(gpu_uuid))
 
@@ -68,8 +68,8 @@ class IpcMemory:
             )
             kind = ExporterGone if gone else AttachRefused
             raise kind(
-                f"CUDA can't open vLLM's memory ({error}): vLLM may just have gone; containers must share vLLM's IPC and "
-                f"PID namespaces, and the worker must run as its user"
+                f"CUDA can't open vLLM's memory ({error}): vLLM may just have gone; containers must share vLLM's IPC "
+                f"and PID namespaces, and the worker must run as its user"
             )
         self._addresses.append(int(pointer))
         self._check_size(int(pointer), allocation.size)

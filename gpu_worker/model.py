@@ -7,7 +7,8 @@
                     train mode; a parameter that shares memory with another *is* the other one
 
 A matrix that can't be shared stops it, with the list of all such. A vector or scalar that vLLM serves in another form
-(Mamba's A, for instance) is loaded from the checkpoint as a constant: right as long as nobody trains it, and nobody does.
+(Mamba's A, for instance) is loaded from the checkpoint as a constant: right as long as nobody trains it, and nobody
+does.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,7 +20,7 @@ import torch
 from torch import nn
 
 from hogwild.errors import AttachRefused
-from hogwild.gpu_worker.attach import Attachment, view_at
+from hogwild.gpu_worker.attach import Attachment
 from hogwild.gpu_worker.compose import Composition, Live, learn
 from hogwild.manifest import ITEM_BYTES, Manifest
 from hogwild.strided import Layout
@@ -52,7 +53,7 @@ def build_model(attachment: Attachment) -> Any:
         reason = _why_not(part, manifest)
         live = part.live(where) if part is not None and reason is None else None
         if live is not None and part is not None:
-            filled[name] = view_at(attachment, live.allocation, live.dtype, live.layout)
+            filled[name] = attachment.memory.view(live.allocation, live.dtype, live.layout)
             sources[name] = part.names
             continue
         reason = reason or "its parts lie apart in vLLM's memory: no strided view shows them together"

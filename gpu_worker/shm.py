@@ -1,7 +1,7 @@
 """Shared memory of a vLLM on CPU, as one tensor of bytes.
 
-The exporter's anonymous file is opened through `/proc/<pid>/fd/<n>`, which the kernel allows to processes of the same user
-(and to no others). The mapping stays good when vLLM dies.
+The exporter's anonymous file is opened through `/proc/<pid>/fd/<n>`, which the kernel allows to processes of the same
+user (and to no others). The mapping stays good when vLLM dies.
 """
 
 import mmap

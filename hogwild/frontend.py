@@ -1,7 +1,7 @@
 """vLLM's own port, as the plugin's endpoint part published it: what the worker asks of vLLM goes through here.
 
-`frontend.json` (0600) names the URL and a token. Whoever can read the file is the user that runs vLLM, so the token needs
-no other protection; it keeps everybody else out of the plugin's own routes, whether vLLM has an API key or not.
+`frontend.json` (0600) names the URL and a token. Whoever can read the file is the user that runs vLLM, so the token
+needs no other protection; it keeps everybody else out of the plugin's own routes, whether vLLM has an API key or not.
 """
 
 import json
@@ -12,7 +12,8 @@ from typing import Self
 import httpx
 
 from hogwild.errors import ManifestError, ServiceUnavailable
-from hogwild.manifest import asdict_shallow, process_alive, read_private, write_private
+from hogwild.manifest import asdict_shallow
+from hogwild.runtime_files import process_alive, read_private, write_private
 
 FILE_NAME = "frontend.json"
 TOKEN_HEADER = "X-Hogwild-Token"  # noqa: S105 - the header's name
@@ -44,9 +45,8 @@ class Frontend:
             frontend = cls(**data)
         except (ValueError, TypeError, RecursionError) as error:
             raise ManifestError(f"{path} is damaged: {error}") from error
-        types = (str, int, (int, float), str, bool)
-        values = (frontend.url, frontend.pid, frontend.process_start_time, frontend.token, frontend.api_key_required)
-        if not all(isinstance(value, kind) for value, kind in zip(values, types, strict=True)):
+        texts, numbers = (frontend.url, frontend.token), (frontend.pid, frontend.process_start_time)
+        if not all(isinstance(text, str) for text in texts) or not all(isinstance(n, int | float) for n in numbers):
             raise ManifestError(f"{path} is damaged: a field has the wrong type")
         return frontend if process_alive(frontend.pid, frontend.process_start_time) else None
 

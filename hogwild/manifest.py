@@ -1,33 +1,31 @@
 """The manifest: where each checkpoint tensor lives in the memory of a running vLLM.
 
-One JSON file per tensor-parallel rank, `rank<N>.json`, in the model's runtime directory; mode 0600 in a directory of mode
-0700, replaced atomically, no pickle. Whatever reads one treats it as hostile: `Manifest.load` either returns a manifest
-in which every view lies inside its allocation, or raises `ManifestError` that says what is wrong. It needs no torch.
+One JSON file per tensor-parallel rank, `rank<N>.json`, in the model's runtime directory; mode 0600 in a directory of
+mode 0700, replaced atomically, no pickle. Whatever reads one treats it as hostile: `Manifest.load` either returns a
+manifest in which every view lies inside its allocation, or raises `ManifestError` that says what is wrong. It needs
+no torch.
 
 docs/sharing.md describes each field.
 """
 
+import contextlib
 import json
-import os
 import re
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any, Literal, Self
-
-import psutil
+from typing import Any, Literal, Self, TypeVar
 
 from hogwild.errors import ExporterGone, ManifestError
+from hogwild.runtime_files import boot_id, process_alive, read_private, write_private
 from hogwild.strided import span
+from hogwild.weight_state import WeightState
 
 FORMAT = "hogwild-manifest"
 REFUSAL_FORMAT = "hogwild-refusal"
 FORMAT_VERSION = 1
 
-# A 1,000-layer MoE of 512 experts has under 2 million tensors at about 300 bytes each; more is not a manifest.
-MAX_BYTES = 1 << 30
 MAX_DIMS = 8
 MAX_INTEGER = 1 << 56  # of any size, stride or offset: keeps every product far from overflow anywhere
 
@@ -245,102 +243,34 @@ def refusal_path(runtime_dir: Path, rank: int = 0) -> Path:
 def sweep(runtime_dir: Path) -> list[Path]:
     """Delete what dead processes left in a model's runtime directory; returns the files that went."""
     gone: list[Path] = []
+    exports: set[str] = set()
     for path in sorted(runtime_dir.glob("rank*.json")):
         try:
             meta = json.loads(path.read_bytes())["__metadata__"]
             alive = meta["boot_id"] == boot_id() and process_alive(int(meta["pid"]), float(meta["process_start_time"]))
+            exports |= {str(meta["export_id"])} if not alive and "export_id" in meta else set()
         except (OSError, ValueError, KeyError, TypeError):
             alive = False
         if not alive:
-            path.unlink(missing_ok=True)
             gone.append(path)
-    if gone and not list(runtime_dir.glob("rank*.json")):
-        for name in ("frontend.json", "weights.state"):
-            path = runtime_dir / name
-            if path.exists():
-                path.unlink(missing_ok=True)
-                gone.append(path)
+    try:
+        front = json.loads((runtime_dir / "frontend.json").read_bytes())
+        alive = process_alive(int(front["pid"]), float(front["process_start_time"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        alive = False
+    if not alive:
+        gone.append(runtime_dir / "frontend.json")
+    try:  # only the state of an export that is gone: a vLLM that is just starting writes it before its manifest
+        with contextlib.closing(WeightState.open(runtime_dir / "weights.state")) as state:
+            ended = state.export_id in exports
+    except ManifestError:
+        ended = False
+    if ended:
+        gone.append(runtime_dir / "weights.state")
+    gone = [path for path in gone if path.exists()]
+    for path in gone:
+        path.unlink(missing_ok=True)
     return gone
-
-
-def boot_id() -> str:
-    """Identity of this boot of this machine."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return f"boot-{psutil.boot_time():.0f}"
-
-
-def process_start_time(pid: int) -> float:
-    """When a process started, in seconds since the epoch."""
-    return float(psutil.Process(pid).create_time())
-
-
-def process_alive(pid: int, start_time: float) -> bool:
-    """True when that very process runs: same pid and same start, and not a zombie."""
-    try:
-        process = psutil.Process(pid)
-        # Two readers of /proc derive the start from the same tick count; a clock adjustment may shift it by a little.
-        return abs(process.create_time() - start_time) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
-    except (psutil.Error, OverflowError, ValueError):
-        return False
-
-
-def private_dir(path: Path) -> Path:
-    """Make sure that `path` is a directory of ours that nobody else can enter.
-
-    Raises:
-        ManifestError: it belongs to another user.
-    """
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    stat = path.stat()
-    if stat.st_uid != os.getuid():
-        raise ManifestError(
-            f"the runtime directory {path} belongs to user {stat.st_uid}: set HOGWILD_RUNTIME_DIR to one of your own"
-        )
-    if stat.st_mode & 0o077:
-        path.chmod(0o700)
-    return path
-
-
-def write_private(path: Path, text: str) -> None:
-    """Write a file of mode 0600 atomically: readers see the old one or the whole new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)
-    temporary.replace(path)
-
-
-def read_private(path: Path, *, check_owner: bool = True) -> bytes:
-    """Contents of a file that must be ours and closed to others.
-
-    Raises:
-        ManifestError: missing, too large, a link, of another user, or open to others.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except FileNotFoundError as error:
-        raise ManifestError(f"there is no {path}: is vLLM running with the hogwild plugin?") from error
-    except OSError as error:
-        raise ManifestError(f"can't open {path}: {error.strerror}") from error
-    with os.fdopen(descriptor, "rb") as file:
-        stat = os.fstat(file.fileno())
-        if check_owner and stat.st_uid != os.getuid():
-            raise ManifestError(
-                f"{path} belongs to user {stat.st_uid}, not to user {os.getuid()}: the worker must run as "
-                f"the same user as vLLM"
-            )
-        if check_owner and stat.st_mode & 0o077:
-            raise ManifestError(
-                f"{path} has mode {stat.st_mode & 0o777:04o}: others could have written it; 0600 wanted"
-            )
-        if stat.st_size > MAX_BYTES:
-            raise ManifestError(f"{path} is {stat.st_size} bytes: more than {MAX_BYTES}")
-        try:
-            return file.read()
-        except OSError as error:
-            raise ManifestError(f"can't read {path}: {error.strerror}") from error
 
 
 def asdict_shallow(value: Any) -> dict[str, Any]:
@@ -349,6 +279,9 @@ def asdict_shallow(value: Any) -> dict[str, Any]:
 
 
 # --- checking ------------------------------------------------------------------------------------------------------
+
+
+ManifestT = TypeVar("ManifestT", bound=Manifest)
 
 
 class _Invalid(Exception):
@@ -386,7 +319,7 @@ def _brief(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _parse(cls: type[Manifest], data: Any) -> Manifest:
+def _parse(cls: type[ManifestT], data: Any) -> ManifestT:
     if not isinstance(data, dict) or not isinstance(data.get("__metadata__"), dict):
         raise _Invalid("not a manifest: '__metadata__' is missing")
     meta = data["__metadata__"]

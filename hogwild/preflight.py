@@ -1,8 +1,8 @@
 """What keeps a model's weights from being shared, by name, with what to do about it.
 
 One list, used twice: `hogwild doctor` asks before anything starts, the plugin asks inside vLLM with what vLLM really
-decided. A check gets `Facts` and returns a `Problem` or None; a fact that is not known is left at its default and its check
-passes. Needs neither torch nor vLLM.
+decided. A check gets `Facts` and returns a `Problem` or None; a fact that is not known is left at its default and its
+check passes. Needs neither torch nor vLLM.
 """
 
 import os
@@ -49,8 +49,8 @@ def quantised(facts: Facts) -> str | None:
     if facts.quantization in (None, "", "none"):
         return None
     return (
-        f"the weights are quantised ({facts.quantization}): serve the unquantised checkpoint; integer and 8-bit weights "
-        f"can't take gradient steps"
+        f"the weights are quantised ({facts.quantization}), and integer and 8-bit weights can't take gradient steps: "
+        f"serve the unquantised checkpoint"
     )
 
 
@@ -139,7 +139,7 @@ def parallel(facts: Facts) -> str | None:
     if facts.data_parallel_size > 1:
         return "every data-parallel engine has weights of its own: use --data-parallel-size 1 and one vLLM per replica"
     if facts.eplb or facts.expert_parallel:
-        return "expert parallelism moves experts between GPUs: start vLLM without --enable-expert-parallel and --enable-eplb"
+        return "expert parallelism moves experts between GPUs: leave out --enable-expert-parallel and --enable-eplb"
     return None
 
 

@@ -75,9 +75,9 @@ Factor = tuple[int, int, int]  # (dimension of the base, step in it, how many)
 def walk(base: Layout, view: Layout) -> tuple[tuple[int, ...], list[list[Factor]]] | None:
     """How `view` walks `base`, both on one storage: its first element's index in `base`, and factors per dimension.
 
-    `base` is a tensor without overlaps; `view` any chain of narrow, select, transpose, permute, view, flatten on it. The
-    factors of a view's dimension come innermost first: several when it is a flattened one. None: not within `base`, or
-    a view of another kind.
+    `base` is a tensor without overlaps; `view` any chain of narrow, select, transpose, permute, view, flatten on it.
+    The factors of a view's dimension come innermost first: several when it is a flattened one. None: not within
+    `base`, or a view of another kind.
     """
     dims = len(base.shape)
     order = sorted((d for d in range(dims) if base.shape[d] > 1), key=lambda d: -base.stride[d])
@@ -98,9 +98,10 @@ def walk(base: Layout, view: Layout) -> tuple[tuple[int, ...], list[list[Factor]
         left, step = size, stride
         while left > 1:
             # The outermost dimension whose stride divides the step; a flattened one goes on in the next.
-            d = next((d for d in order if step >= base.stride[d] and step % base.stride[d] == 0), None)
-            if d is None:
+            fits = [d for d in order if step >= base.stride[d] and step % base.stride[d] == 0]
+            if not fits:
                 return None
+            d = fits[0]
             k = step // base.stride[d]
             here = min(left, -(-(base.shape[d] - start[d]) // k))
             whole = start[d] == 0 and here * k == base.shape[d]
@@ -138,7 +139,8 @@ def locate(base: Layout, view: Layout, target: Layout) -> Piece | None:
     stride: list[int | None] = [None] * dims
     for d in range(dims):
         for k, size, goes in sorted(placed[d]):
-            unit = stride[d] if stride[d] is not None else goes
+            known = stride[d]
+            unit = goes if known is None else known
             if k != length[d] or goes != unit * k:
                 return None
             stride[d] = unit

@@ -1,7 +1,7 @@
 """Parameters of a CPU model in memory that another process can map.
 
-An anonymous file (`memfd_create`) holds them all. Nothing has a name in /dev/shm, so nothing can be left behind, whoever
-is killed: the memory goes when the last process that maps it goes. A worker of the same user opens it through
+An anonymous file (`memfd_create`) holds them all. Nothing has a name in /dev/shm, so nothing can be left behind,
+whoever is killed: the memory goes when the last process that maps it goes. A worker of the same user opens it through
 `/proc/<pid>/fd/<n>`. It is not bound by the size of /dev/shm either (64 MB in a container by default).
 """
 
@@ -33,9 +33,10 @@ class Arena:
 
 
 def rehome(model: torch.nn.Module, name: str) -> Arena:
-    """Move every CPU parameter and saved buffer of `model` into one new arena; each keeps its contents, shape, strides and identity.
+    """Move every CPU parameter and saved buffer of `model` into one new arena.
 
-    Parameters that share a storage keep sharing it. Call it before anything keeps a pointer to a parameter.
+    Each keeps its contents, shape, strides and identity. Parameters that share a storage keep sharing it. Call it
+    before anything keeps a pointer to a parameter.
 
     Raises:
         OSError: no memory, or the system refuses anonymous files.
@@ -59,7 +60,7 @@ def rehome(model: torch.nn.Module, name: str) -> Arena:
     for key, tensors in storages.items():
         count = tensors[0].untyped_storage().nbytes()
         block = torch.frombuffer(mapping, dtype=torch.uint8, count=count, offset=starts[key])
-        block.copy_(torch.empty(0, dtype=torch.uint8).set_(tensors[0].untyped_storage(), 0, (count,)))
+        block.copy_(torch.empty(0, dtype=torch.uint8).set_(tensors[0].untyped_storage(), 0, (count,), (1,)))
         for tensor in tensors:
             item = tensor.element_size()
             flat = block[: count // item * item].view(tensor.dtype)

@@ -1,6 +1,7 @@
 """CUDA allocations as handles that another process can open (raw CUDA IPC, through `cuda-bindings`).
 
-Not torch's own sharing: that keeps a reference count for a single consumer, so a restarted worker could free live memory.
+Not torch's own sharing: that keeps a reference count for a single consumer, so a restarted worker could free live
+memory.
 """
 
 from typing import Any
@@ -37,8 +38,8 @@ class CudaAllocations:
             error, handle = self._runtime.cudaIpcGetMemHandle(base)
             if int(error):
                 raise AttachRefused(
-                    f"CUDA gives no IPC handle for vLLM's memory ({error}). Memory of the sleep mode (cumem) allocator and "
-                    f"of expandable segments has none: start vLLM without --enable-sleep-mode and without "
+                    f"CUDA gives no IPC handle for vLLM's memory ({error}). Memory of the sleep mode (cumem) allocator "
+                    f"and of expandable segments has none: start vLLM without --enable-sleep-mode and without "
                     f"expandable_segments in PYTORCH_CUDA_ALLOC_CONF"
                 )
             self._index[base] = len(self.allocations)

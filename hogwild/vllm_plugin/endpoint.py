@@ -1,7 +1,7 @@
 """Routes on vLLM's own port: Hogwild's API beside `/v1/completions`, and what the worker needs of vLLM.
 
-Shaped as vLLM's `EndpointPlugin` (`name`, `required_tasks`, `attach_router`, `init_state`). Everything here runs in vLLM's
-API server, so nothing may raise: a failure is logged and costs only these routes.
+Shaped as vLLM's `EndpointPlugin` (`name`, `required_tasks`, `attach_router`, `init_state`). Everything here runs in
+vLLM's API server, so nothing may raise: a failure is logged and costs only these routes.
 """
 
 import hmac
@@ -9,23 +9,26 @@ import logging
 import os
 import secrets
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Header, HTTPException
 
 from hogwild.config import Settings
-from hogwild.frontend import Frontend
-from hogwild.manifest import private_dir, process_start_time
+from hogwild.frontend import FILE_NAME, Frontend
+from hogwild.manifest import sweep
+from hogwild.runtime_files import at_exit, private_dir, process_start_time, remove_at_exit
 from hogwild.vllm_plugin.version_header import VersionSource, WeightVersionHeader
 
 logger = logging.getLogger("vllm.hogwild")
 
 
-class LateVersion:
+class LateVersion(VersionSource):
     """The weight version, once vLLM has said which model it serves: middleware has to be added before that."""
 
     def __init__(self) -> None:
+        super().__init__(Path())
         self.source: VersionSource | None = None
 
     def read(self) -> int | None:
@@ -105,6 +108,9 @@ class HogwildEndpoint:
             api_key_required=bool(api_keys(args)),
             uds=uds,
         ).write(self._runtime_dir)
+        # vLLM's front end ends last and in good order; its engine and workers are killed by it and can't clean up.
+        at_exit(partial(sweep, self._runtime_dir))
+        remove_at_exit(self._runtime_dir / FILE_NAME)
 
     async def _reset_prefix_cache(self, x_hogwild_token: str = Header("")) -> dict[str, bool]:
         # Several API servers can share one port: the file's token counts, whichever of them wrote it last.

@@ -8,19 +8,18 @@ import logging
 import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
 from hogwild.errors import AttachRefused
-from hogwild.manifest import Allocation, TensorRecord
-from hogwild.strided import Fitted, Layout, fit
+from hogwild.manifest import Allocation, Status, TensorRecord
+from hogwild.strided import Layout, fit
+from hogwild.tensors import digest, layout_of, storage_key
 from hogwild.vllm_plugin.arena import Arena
-from hogwild.digests import digest
-from hogwild.vllm_plugin.trace import Landing, LoadTrace, layout_of, storage_key
+from hogwild.vllm_plugin.trace import Landing, LoadTrace
 
 PROGRESS_S = 5.0  # how often a long comparison says where it is
 
@@ -45,6 +44,14 @@ def places_by_storage(model: torch.nn.Module) -> dict[int, list[Place]]:
     return dict(places)
 
 
+class _NotShared(Exception):
+    """A checkpoint tensor has no faithful live view."""
+
+    def __init__(self, status: Status, reason: str, parameter: str | None = None) -> None:
+        super().__init__(reason)
+        self.status, self.reason, self.parameter = status, reason, parameter
+
+
 def resolve(
     model: torch.nn.Module,
     trace: LoadTrace,
@@ -56,101 +63,66 @@ def resolve(
 
     `places`, `layouts`: where parameters were, and in which layout, while the trace was taken. Must run in no_grad.
     """
-    by_name: dict[str, list[Landing]] = defaultdict(list)
+    landings: dict[str, list[Landing]] = defaultdict(list)
     for landing in trace.landings:
-        by_name[landing.name].append(landing)
+        landings[landing.name].append(landing)
     private = private_copies(model)
     resolved: dict[str, Resolved] = {}
     started = said = time.monotonic()
     for count, (name, seen) in enumerate(trace.tensors.items()):
         if time.monotonic() - said > PROGRESS_S:
             said = time.monotonic()
-            logger.info(
-                "hogwild: comparing weights with the checkpoint: %d of %d tensors, %.0f s",
-                count,
-                len(trace.tensors),
-                said - started,
+            where = f"{count} of {len(trace.tensors)} tensors, {said - started:.0f} s"
+            logger.info("hogwild: comparing weights with the checkpoint: %s", where)
+        try:
+            if name in trace.duplicates:
+                raise _NotShared("unequal", "is in the checkpoint more than once")
+            live, label, group = _served(model, landings.get(name, []), places, layouts)
+            if label in private:
+                raise _NotShared("derived", private[label], label)
+            resolved[name] = _compare(seen.shape, live, label, group, places, layouts)
+        except _NotShared as error:
+            record = TensorRecord(
+                status=error.status,
+                reason=error.reason,
+                parameter=error.parameter,
+                shape=seen.shape,
+                full_shape=seen.shape,
+                dtype=str(seen.dtype).removeprefix("torch."),
             )
-        shape, dtype = seen.shape, str(seen.dtype).removeprefix("torch.")
-
-        def refused(
-            status: str,
-            reason: str,
-            parameter: str | None = None,
-            *,
-            _shape: tuple[int, ...] = shape,
-            _dtype: str = dtype,
-        ) -> Resolved:
-            return Resolved(
-                record=TensorRecord(
-                    status=status,
-                    reason=reason,
-                    shape=_shape,
-                    dtype=_dtype,  # type: ignore[arg-type]
-                    parameter=parameter,
-                    full_shape=_shape,
-                )
-            )
-
-        if name in trace.duplicates:
-            resolved[name] = refused("unequal", "is in the checkpoint more than once")
-            continue
-        resolved[name] = _resolve_one(model, shape, by_name.get(name, []), places, layouts, private, refused)
+            resolved[name] = Resolved(record=record)
     return resolved
 
 
-def _resolve_one(
-    model: torch.nn.Module,
-    shape: tuple[int, ...],
-    landings: list[Landing],
-    places: Mapping[int, list[Place]],
-    layouts: Mapping[Place, Layout],
-    private: Mapping[str, str],
-    refused: Callable[..., Resolved],
-) -> Resolved:
-    served: dict[int, tuple[str, torch.Tensor, list[Landing]]] = {}  # live storage → (parameter, tensor, landings)
-    lost: list[str] = []
-    for landing in landings:
-        homes = places.get(landing.storage)
-        if not homes:
-            lost.append("a tensor that is no parameter")
-            continue
-        for place in homes:
-            live = _live(model, place)
-            label = ".".join(filter(None, place))
-            if live is None or layout_of(live).shape != layouts[place].shape:
-                lost.append(f"{label}, which was replaced after loading")
-                continue
-            entry = served.setdefault(storage_key(live), (label, live, []))
-            if landing not in entry[2]:
-                entry[2].append(landing)
+def _served(
+    model: torch.nn.Module, landings: list[Landing], places: Mapping[int, list[Place]], layouts: Mapping[Place, Layout]
+) -> tuple[torch.Tensor, str, list[Landing]]:
+    """The one live tensor that a checkpoint tensor went into, its name, and the copies that brought it there."""
     if not landings:
-        return refused("ignored", "vLLM read it and loaded it nowhere")
-    if not served:
-        return refused("derived", f"went into {', '.join(sorted(set(lost)))}")
-    label = min(entry[0] for entry in served.values())
+        raise _NotShared("ignored", "vLLM read it and loaded it nowhere")
+    served: dict[int, tuple[torch.Tensor, str, list[Landing]]] = {}  # by live storage
+    lost: set[str] = set()
+    for landing in landings:
+        if landing.storage not in places:
+            lost.add("a tensor that is no parameter")
+        for place in places.get(landing.storage, ()):
+            live, label = _live(model, place), ".".join(filter(None, place))
+            if live is None or live.shape != layouts[place].shape:
+                lost.add(f"{label}, which was replaced after loading")
+                continue
+            group = served.setdefault(storage_key(live), (live, label, []))[2]
+            if all(landing is not other for other in group):
+                group.append(landing)
     changed = sorted({landing.changed for _, _, group in served.values() for landing in group if landing.changed})
+    names = ", ".join(sorted(label for _, label, _ in served.values()))
+    if not served:
+        ways = {landing.changed for landing in landings if landing.changed}
+        raise _NotShared("derived", f"went into {', '.join(sorted(lost | ways))}")
     if changed:
-        return refused("derived", f"{', '.join(changed)} while loading", label)
+        raise _NotShared("derived", f"{', '.join(changed)} while loading", names)
     if len(served) > 1:
-        return refused(
-            "derived", f"is in several places: {', '.join(sorted(entry[0] for entry in served.values()))}", label
-        )
-
-    label, live, group = next(iter(served.values()))
-    pieces = [landing.piece for landing in group if landing.piece is not None]
-    fitted = fit(shape, pieces) if len(pieces) == len(group) else None
-    if fitted is None:
-        return refused("derived", "rearranged while loading: no strided view of the live memory has its shape", label)
-    moved = _moved(live, group[0], places, layouts)
-    if moved is None:
-        return refused("unequal", "laid out anew after loading", label)
-    if label in private:
-        return refused("derived", private[label], label)
-    view = _view(live, fitted, moved)
-    if view is None or view.dtype != group[0].dtype:
-        return refused("unequal", "laid out anew after loading", label)
-    return _compare(shape, view, fitted, group, live, moved, label)
+        raise _NotShared("derived", f"is in several places: {names}", names)
+    return next(iter(served.values()))
 
 
 def _live(model: torch.nn.Module, place: Place) -> torch.Tensor | None:
@@ -159,10 +131,8 @@ def _live(model: torch.nn.Module, place: Place) -> torch.Tensor | None:
         module = model.get_submodule(place[0])
     except AttributeError:
         return None
-    tensor = module._parameters.get(place[1])
-    if tensor is None:
-        tensor = module._buffers.get(place[1])
-    return tensor
+    parameter = module._parameters.get(place[1])
+    return parameter if parameter is not None else module._buffers.get(place[1])
 
 
 def _moved(
@@ -174,54 +144,57 @@ def _moved(
     for place in places[landing.storage]:
         before = layouts[place]
         if before.shape == tuple(live.shape) and before.stride == tuple(live.stride()):
-            return live.storage_offset() - before.offset
+            return layout_of(live).offset - before.offset
     return None
 
 
-def _view(live: torch.Tensor, fitted: Fitted, moved: int) -> torch.Tensor | None:
-    layout = fitted.layout
+def _view(live: torch.Tensor, layout: Layout, moved: int) -> torch.Tensor | None:
+    """A view of the storage of `live`, or None when it would reach beyond it."""
     offset = layout.offset + moved
-    item = live.element_size()
-    if offset < 0 or (offset + layout.extent) * item > live.untyped_storage().nbytes():
+    if offset < 0 or (offset + layout.extent) * live.element_size() > live.untyped_storage().nbytes():
         return None
     return live.detach().as_strided(layout.shape, layout.stride, offset)
 
 
 def _compare(
     shape: tuple[int, ...],
-    view: torch.Tensor,
-    fitted: Fitted,
-    group: list[Landing],
     live: torch.Tensor,
-    moved: int,
     label: str,
+    group: list[Landing],
+    places: Mapping[int, list[Place]],
+    layouts: Mapping[Place, Layout],
 ) -> Resolved:
-    """Bit for bit, by the hash that was taken of each piece when it passed by."""
+    """The strided view of `live` that shows the checkpoint tensor, compared with it bit for bit.
+
+    The comparison is by the hash that was taken of each copied piece when it passed by.
+    """
+    pieces = [landing.piece for landing in group if landing.piece is not None]
+    fitted = fit(shape, pieces) if len(pieces) == len(group) else None
+    if fitted is None:
+        raise _NotShared("derived", "rearranged while loading: no strided view of the live memory has its shape", label)
+    moved = _moved(live, group[0], places, layouts)
+    view = None if moved is None else _view(live, fitted.layout, moved)
+    if moved is None or view is None or view.dtype != group[0].dtype:
+        raise _NotShared("unequal", "laid out anew after loading", label)
     for landing in group:
-        wanted = landing.digest.result() if isinstance(landing.digest, Future) else landing.digest
-        layout = landing.layout
-        piece = live.detach().as_strided(layout.shape, layout.stride, layout.offset + moved)
-        found = digest(piece)
-        if found != wanted:
-            record = TensorRecord(
-                status="unequal",
-                reason="the live contents differ from the checkpoint's: permuted, packed or changed after loading",
-                shape=tuple(view.shape),
-                parameter=label,
-                dtype=str(view.dtype).removeprefix("torch."),
-                full_shape=shape,
-                slices=fitted.slices,
+        piece = _view(live, landing.layout, moved)
+        if piece is None or digest(piece) != landing.digest.result():
+            raise _NotShared(
+                "unequal",
+                "the live contents are not the checkpoint's: permuted, packed or changed after loading",
+                label,
             )
-            return Resolved(record=record)
-    whole = group[0].digest if len(group) == 1 and tuple(group[0].layout.shape) == tuple(view.shape) else digest(view)
-    whole = whole.result() if isinstance(whole, Future) else whole
+    # A tensor that came in one piece has been hashed: the piece may have other dimensions, not another order.
+    whole = (
+        group[0].digest.result() if len(group) == 1 and group[0].layout.shape == fitted.layout.shape else digest(view)
+    )
     record = TensorRecord(
         status="shared",
         shape=tuple(view.shape),
         stride=tuple(view.stride()),
         parameter=label,
-        dtype=str(view.dtype).removeprefix("torch."),
         full_shape=shape,
+        dtype=str(view.dtype).removeprefix("torch."),
         slices=fitted.slices,
         hash=whole,
     )

@@ -10,16 +10,15 @@
       └─ returns                                  every landing is resolved and compared; the manifest is written
     load_endpoint_plugins (API server)            our routes are added to vLLM's own port
 
-These five are the same from vLLM 0.26 to 0.33. `install` first checks that each exists with the expected parameters; if
-one does not, nothing is patched, vLLM serves as always and a warning says so. Every exception of ours is caught where it
-would enter vLLM's code: sharing fails, serving goes on.
+These five are the same from vLLM 0.26 to 0.33. `install` first checks that each exists with the expected parameters;
+if one does not, nothing is patched, vLLM serves as always and a warning says so. Every exception of ours is caught
+where it would enter vLLM's code: sharing fails, serving goes on.
 """
 
 import functools
 import importlib
 import inspect
 import logging
-import multiprocessing.util
 import os
 import secrets
 import time
@@ -213,7 +212,7 @@ def _load_endpoint_plugins(original: Callable[..., Any], *args: Any, **kwargs: A
         return plugins
 
 
-# --- one load ----------------------------------------------------------------------------------------------------------
+# --- one load ------------------------------------------------------------------------------------------------------
 
 
 class Load:
@@ -236,7 +235,8 @@ class Load:
 
     def refuse(self, refusals: list[Problem]) -> None:
         """Log why the weights are not shared and leave the report where the manifest would be."""
-        from hogwild.manifest import Refusal, boot_id, manifest_path, process_start_time, refusal_path
+        from hogwild.manifest import Refusal, manifest_path, refusal_path
+        from hogwild.runtime_files import boot_id, process_start_time, remove_at_exit
 
         for problem in refusals:
             logger.warning(
@@ -264,7 +264,7 @@ class Load:
         try:
             import torch
 
-            from hogwild import digests
+            from hogwild import tensors
             from hogwild.vllm_plugin import arena, export, trace
 
             with torch.no_grad():
@@ -272,7 +272,7 @@ class Load:
                     self._arena = arena.rehome(model, slug(served_name(self.model_config)))
                 self._places = export.places_by_storage(model)
                 self._layouts = export.layouts_of(model)
-            self._digests = digests.BackgroundDigests()
+            self._digests = tensors.BackgroundDigests()
 
             def landed(landing: Any, source: Any) -> None:
                 landing.digest = self._digests.submit(source)
@@ -338,7 +338,8 @@ class Load:
                 logger.exception("hogwild: nor could the report of that be written")
 
     def _export(self, model: Any) -> None:
-        from hogwild.manifest import Manifest, boot_id, manifest_path, private_dir, process_start_time, refusal_path
+        from hogwild.manifest import Manifest, manifest_path, refusal_path
+        from hogwild.runtime_files import boot_id, private_dir, process_start_time, remove_at_exit
         from hogwild.vllm_plugin import export
         from hogwild.weight_state import FILE_NAME, WeightState
 
@@ -410,7 +411,8 @@ def _begin(original: Callable[..., Any], loader: Any, args: tuple[Any, ...], kwa
     vllm_config, model_config = bound.arguments["vllm_config"], bound.arguments["model_config"]
     if model_config is not vllm_config.model_config:
         return None  # a draft model for speculative decoding
-    from hogwild.manifest import manifest_path, private_dir, refusal_path
+    from hogwild.manifest import manifest_path, refusal_path
+    from hogwild.runtime_files import private_dir
 
     load = Load(vllm_config, model_config, private_dir(model_runtime_dir(vllm_config)))
     # Whatever an earlier vLLM of this name left is void from here on.
@@ -423,7 +425,7 @@ def _begin(original: Callable[..., Any], loader: Any, args: tuple[Any, ...], kwa
     return load
 
 
-# --- what vLLM decided -------------------------------------------------------------------------------------------------
+# --- what vLLM decided ---------------------------------------------------------------------------------------------
 
 
 def facts_of(vllm_config: Any, model_config: Any, loader: Any) -> Facts:
@@ -500,17 +502,3 @@ def vllm_version() -> str:
 def dtype_name(dtype: Any) -> str:
     """`bfloat16` for torch.bfloat16."""
     return str(dtype).removeprefix("torch.")
-
-
-def remove_at_exit(path: Path) -> None:
-    """Delete our file when this process ends in good order; what a killed one leaves is swept by who finds it."""
-    owner, inode = os.getpid(), path.stat().st_ino
-
-    def remove() -> None:
-        try:
-            if os.getpid() == owner and path.stat().st_ino == inode:
-                path.unlink()
-        except OSError:
-            logger.debug("hogwild: %s was gone already", path)
-
-    multiprocessing.util.Finalize(None, remove, exitpriority=0)

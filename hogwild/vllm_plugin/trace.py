@@ -2,9 +2,9 @@
 
 While vLLM loads its checkpoint, `LoadTrace` (a `TorchDispatchMode`) sees every operation of this thread. A checkpoint
 tensor is announced with `seen`; from then on its storage is known. An operation that only re-arranges (view, narrow,
-transpose, …) stays on that storage; an exact copy (`clone`, `contiguous`, a move to the GPU) makes another known storage;
-anything else that reads a known storage makes its results *tainted*: values that come from the tensor but are not it.
-A `copy_` into a parameter from a known storage is a landing: which box of the tensor went where.
+transpose, …) stays on that storage; an exact copy (`clone`, `contiguous`, a move to the GPU) makes another known
+storage; anything else that reads a known storage makes its results *tainted*: values that come from the tensor but
+are not it. A `copy_` into a parameter from a known storage is a landing: which box of the tensor went where.
 
 Storages are told apart by the address of their StorageImpl, which a weak reference keeps from being used again. So
 nothing is kept alive here: the trace costs no memory beyond its records.
@@ -19,6 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hogwild.strided import Layout, Piece, locate
+from hogwild.tensors import layout_of, storage_key
 
 aten = torch.ops.aten
 
@@ -35,16 +36,6 @@ EXACT_COPIES = frozenset(
         aten._pin_memory.default,
     }
 )
-
-
-def layout_of(tensor: torch.Tensor) -> Layout:
-    """Where a tensor lies in its storage, in elements."""
-    return Layout(tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()))
-
-
-def storage_key(tensor: torch.Tensor) -> int:
-    """Identity of the tensor's storage."""
-    return int(tensor.untyped_storage()._cdata)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +77,12 @@ class Seen:
 class LoadTrace(TorchDispatchMode):
     """Use as a context manager around the load; call `seen` for each checkpoint tensor.
 
-    `on_landing(landing, source)` is called with the copied values (a tensor of the landing's shape) for each landing that
-    may turn out to be a faithful one, before the copy: what it needs later it must take there.
+    `on_landing(landing, source)` is called with the copied values (a tensor of the landing's shape) for each landing
+    that may turn out to be a faithful one, before the copy: what it needs later it must take there.
     """
 
     def __init__(self, on_landing: Callable[[Landing, torch.Tensor], None] | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.tensors: dict[str, Seen] = {}
         self.landings: list[Landing] = []
         self.duplicates: set[str] = set()
@@ -185,7 +176,7 @@ class LoadTrace(TorchDispatchMode):
             self._know(target, Origin(origin.name, layout, None, target.dtype, changed or "rearranged"))
 
     def _ran(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        read = [t for t in _tensors((args, kwargs))]
+        read = list(_tensors((args, kwargs)))
         origins = [(t, o) for t in read if (o := self._find(t)) is not None]
         if not origins:
             return
@@ -201,7 +192,7 @@ class LoadTrace(TorchDispatchMode):
             if piece is not None:
                 stride = tuple(s if s is not None else 1 for s in piece.stride)
                 self._know(
-                    out, Origin(origin.name, Layout(out.storage_offset(), piece.length, stride), piece, out.dtype)
+                    out, Origin(origin.name, Layout(layout_of(out).offset, piece.length, stride), piece, out.dtype)
                 )
             elif exact and not origin.changed:
                 self._know(out, Origin(origin.name, layout_of(out), None, out.dtype, "rearranged"))
@@ -211,7 +202,8 @@ class LoadTrace(TorchDispatchMode):
                     self._know(out, Origin(name, layout_of(out), None, out.dtype, what))
 
     def _mutated(self, func: Any, out: torch.Tensor) -> None:
-        """A known storage was written in place by something that is no copy: what it holds is not the tensor any more."""
+        """A known storage was written in place by something that is no copy: what it holds is not the tensor any
+        more."""
         origin = self._find(out)
         if origin is not None and func is not aten.copy_.default:
             self._know(out, Origin(origin.name, layout_of(out), None, out.dtype, f"changed in place by {_name(func)}"))

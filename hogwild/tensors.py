@@ -1,7 +1,7 @@
-"""Content hashes of tensors, computed beside the load.
+"""What the plugin and the worker both ask of a tensor: its layout, its storage, a hash of its contents.
 
-xxh3_128 over the row-major bytes. It is no cryptographic hash and needs not be: it tells copies from non-copies, not
-friends from foes, and runs at memory speed.
+The hash is xxh3_128 over the row-major bytes. It is no cryptographic hash and needs not be: it tells copies from
+non-copies, not friends from foes, and runs at memory speed.
 """
 
 from collections.abc import Iterator
@@ -12,17 +12,29 @@ from typing import Any
 import torch
 import xxhash
 
+from hogwild.strided import Layout
+
 # Bytes hashed at a time where a tensor has to be made contiguous or brought from the GPU first.
 CHUNK_BYTES = 64 << 20
 # How many sources may wait for their hash; each is kept in memory (or mapped) until then.
 WAITING = 8
 
 
+def layout_of(tensor: torch.Tensor) -> Layout:
+    """Where a tensor lies in its storage, in elements."""
+    return Layout(int(tensor.storage_offset()), tuple(tensor.shape), tuple(tensor.stride()))
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """Identity of the tensor's storage while that is alive."""
+    return int(tensor.untyped_storage()._cdata)
+
+
 def digest(tensor: torch.Tensor) -> str:
     """xxh3_128 of the tensor's row-major bytes, 32 hexadecimal digits."""
     state = xxhash.xxh3_128()
     for chunk in _chunks(tensor):
-        state.update(chunk.reshape(-1).view(torch.uint8).numpy())
+        state.update(chunk.reshape(-1).view(torch.uint8).numpy().data)
     return str(state.hexdigest())
 
 
