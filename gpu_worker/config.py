@@ -89,7 +89,8 @@ class TrainConfig:
             raise InvalidRequest(f"rank belongs to the optimizer 'apollo', not to {self.optimizer!r}.", field="rank")
         if self.trainable is not None:
             patterns: Any = self.trainable
-            if not isinstance(patterns, tuple | list) or not all(isinstance(p, str) and p for p in patterns) or not patterns:
+            listed = isinstance(patterns, tuple | list) and len(patterns) > 0
+            if not listed or not all(isinstance(p, str) and p for p in patterns):
                 raise InvalidRequest("trainable must be a list of patterns such as '*.mlp.*'.", field="trainable")
             object.__setattr__(self, "trainable", tuple(patterns))
         if self.max_tokens_per_step is not None and self.max_tokens_per_step < self.gradient_accumulation:

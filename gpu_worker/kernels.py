@@ -18,8 +18,8 @@ from hogwild.gpu_worker.inplace import MIX_1, MIX_2
 
 # Elements of a tile: enough loads in flight for each thread to hide memory latency, few enough to stay in registers.
 TILE = 4096
-# Programs of the measuring kernel, about: four waves on 132 multiprocessors. Fewer would leave the card idle, more would
-# make adding up the partial sums a cost of its own.
+# Programs of the measuring kernel, about: four waves on 132 multiprocessors. Fewer would leave the card idle, more
+# would make adding up the partial sums a cost of its own.
 MEASURE_PROGRAMS = 528
 
 

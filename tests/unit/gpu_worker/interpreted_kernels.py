@@ -1,0 +1,80 @@
+"""Compares the Triton kernels with the torch code on CPU tensors; run with TRITON_INTERPRET=1 by test_inplace.py."""
+
+import torch
+from torch import Tensor
+
+from hogwild.gpu_worker import inplace, kernels
+from hogwild.gpu_worker.optim import ApolloMini
+
+BETAS, EPS, KEY = (0.9, 0.999), 1e-8, inplace.rounding_key(0, 3, "w")
+
+
+def tensors(shape: tuple[int, int, int], dtype: torch.dtype, *, transposed: bool) -> tuple[Tensor, Tensor]:
+    """A weight with odd strides and a gradient of its own layout."""
+    b, m, n = shape
+    base = torch.randn(b, n + 3, m + 2) if transposed else torch.randn(b, m + 3, n + 2)
+    base = base.to(dtype)
+    return (base[:, 1 : n + 1, :m].mT if transposed else base[:, 1 : m + 1, :n]), torch.randn(shape).to(dtype)
+
+
+def compare(shape: tuple[int, int, int], dtype: torch.dtype, *, transposed: bool) -> None:
+    for good in (torch.tensor(True), torch.tensor(False)):
+        p, g = tensors(shape, dtype, transposed=transposed)
+        if not good:
+            g[0, 0, 0] = float("nan")
+        for c in (torch.rand(shape[0], 1, shape[2]), torch.rand(shape[0], 1, 1)):
+            expected = p.clone()
+            inplace.scaled_update_(expected, g.clone(), c * 1e-2, 1e-3, KEY, good)
+            kernels.scaled_update_(p, g.clone(), c * 1e-2, 1e-3, KEY, good)
+            # Bit for bit: the same float32 arithmetic, the same random bits.
+            if not torch.equal(p, expected):
+                raise SystemExit(f"scaled update differs: {shape} {dtype}")
+        states = [(torch.rand(shape), torch.rand(shape)) for _ in range(1)]
+        m, v = states[0]
+        m2, v2 = m.clone(), v.clone()
+        expected = p.clone()
+        options = {"lr": 1e-3, "betas": BETAS, "eps": EPS, "decay": 1e-4, "key": KEY, "ok": good}
+        inplace.adamw_update_(expected, g.clone(), m, v, torch.tensor(2.0), **options)  # type: ignore[arg-type]
+        kernels.adamw_update_(p, g.clone(), m2, v2, torch.tensor(2.0), **options)
+        # Bias corrections come from exp2 there and from a power here: the last bit may differ, in bf16 one place.
+        torch.testing.assert_close(p, expected, rtol=1e-5 if dtype == torch.float32 else 8e-3, atol=1e-6)
+        torch.testing.assert_close(m2, m)
+        torch.testing.assert_close(v2, v)
+        if not good and not (torch.equal(p, expected) and torch.equal(m, m2) and torch.equal(v, v2)):
+            raise SystemExit("a bad gradient came through")
+
+
+def compare_mini(shape: tuple[int, int, int], dtype: torch.dtype, *, transposed: bool) -> None:
+    b, m, n = shape
+    optimizer = ApolloMini()
+    optimizer.steps = 1
+    torch_state, kernel_state = (optimizer.new_state("w", torch.empty(shape)) for _ in range(2))
+    for _ in range(3):
+        g = torch.randn(b, n, m).to(dtype).mT if transposed else torch.randn(shape).to(dtype)
+        expected = optimizer._coefficient(
+            optimizer.projection("w", m, g) @ g.float(), g, torch_state, torch.tensor(True), True
+        )
+        got, squares, ok = optimizer._kernel_coefficient("w", g, kernel_state)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=0)
+        torch.testing.assert_close(squares, inplace.sum_of_squares(g), rtol=1e-4, atol=0)
+        if not ok:
+            raise SystemExit("a good gradient was refused")
+    for key, value in torch_state.items():
+        torch.testing.assert_close(kernel_state[key], value, rtol=1e-3, atol=1e-5)
+    before = {k: t.clone() for k, t in kernel_state.items()}
+    g[0, 1, 1] = float("inf")
+    _, _, ok = optimizer._kernel_coefficient("w", g, kernel_state)
+    if ok or not all(torch.equal(t, kernel_state[k]) for k, t in before.items()):
+        raise SystemExit("a bad gradient changed the state")
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    for kind in (torch.float32, torch.bfloat16):
+        for transpose in (False, True):
+            compare((1, 37, 70), kind, transposed=transpose)
+            compare_mini((2, 17, 70), kind, transposed=transpose)
+        compare((2, 9, 12), kind, transposed=False)
+        compare((1, 1, 300), kind, transposed=False)
+    print("compared")

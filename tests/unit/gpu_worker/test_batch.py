@@ -1,0 +1,95 @@
+"""Samples and the order they are trained in."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hogwild.errors import InvalidRequest
+from hogwild.gpu_worker.batch import Sample, check_tokens, collate, plan_steps
+from hogwild.gpu_worker.config import TrainConfig
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ([1], []),
+        ([], [1]),
+        ([1], [2], [1.0, 1.0]),
+        ([1], [2], [0.0]),
+        ([1], [2], [-1.0]),
+        ([1], [2], [float("inf")]),
+        ([], [1, 2], [1.0, 0.0]),  # the only weighted token has no predecessor
+    ],
+)
+def test_sample_without_anything_to_learn_is_refused(arguments: tuple[list[int], ...]) -> None:
+    with pytest.raises(InvalidRequest):
+        Sample(*arguments)
+
+
+@pytest.mark.parametrize(("ids", "bad"), [([0, 9], False), ([10], True), ([-1], True), ([1.5], True), ([[1]], True)])
+def test_token_outside_the_vocabulary_is_refused(ids: list[int], bad: bool) -> None:
+    samples = [Sample([1], [2]), Sample(ids, [3])]
+    if bad:
+        with pytest.raises(InvalidRequest) as e:
+            check_tokens(samples, vocab_size=10, max_tokens=None)
+        assert e.value.details["sample"] == 1
+    else:
+        check_tokens(samples, vocab_size=10, max_tokens=None)
+
+
+def test_sample_longer_than_the_model_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="5 input tokens"):
+        check_tokens([Sample([1, 2, 3], [4, 5, 6])], vocab_size=10, max_tokens=4)
+
+
+def test_samples_stand_side_by_side_in_a_pack() -> None:
+    # Given one sample with weights and one without context
+    batch = collate([Sample([1, 2], [3, 4], [0.5, 2.0]), Sample([], [5, 6, 7])], CPU)
+    # Then positions start again, each predictor is followed by its target, and last tokens stay out
+    assert batch.input_ids.tolist() == [[1, 2, 3, 5, 6]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1]]
+    assert batch.predictors.tolist() == [1, 2, 3, 4]
+    assert batch.targets.tolist() == [3, 4, 6, 7]
+    assert batch.weights.tolist() == [0.5, 2.0, 1.0, 1.0]
+    assert batch.lengths == (3, 2)
+
+
+def test_numpy_samples_are_taken_as_lists_are() -> None:
+    a = collate([Sample(np.array([1, 2], np.int32), np.array([3], np.int32))], CPU)
+    assert torch.equal(a.input_ids, collate([Sample([1, 2], [3])], CPU).input_ids)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=60),
+    size=st.integers(1, 64),
+    epochs=st.integers(1, 3),
+    accumulation=st.integers(1, 4),
+    seed=st.integers(0, 5),
+)
+def test_every_epoch_holds_every_sample_once_in_packs_that_fit(
+    lengths: list[int], size: int, epochs: int, accumulation: int, seed: int
+) -> None:
+    config = TrainConfig(epochs=epochs, gradient_accumulation=accumulation, seed=seed)
+    steps = plan_steps(lengths, config, size)
+    packs = [pack for step in steps for pack in step]
+    assert sorted(i for pack in packs for i in pack) == sorted(list(range(len(lengths))) * epochs)
+    assert all(len(pack) == 1 or sum(lengths[i] for i in pack) <= size for pack in packs)
+    assert all(len(step) == accumulation for step in steps[:-1])
+    assert steps == plan_steps(lengths, config, size)
+
+
+def test_epochs_differ_in_order_unless_told_not_to_shuffle() -> None:
+    lengths = [10] * 12
+    mixed = plan_steps(lengths, TrainConfig(epochs=2), 10)
+    assert mixed[:12] != mixed[12:]
+    assert mixed != plan_steps(lengths, TrainConfig(epochs=2, seed=1), 10)
+    kept = plan_steps(lengths, TrainConfig(epochs=2, shuffle=False), 10)
+    assert kept == tuple(((i,),) for i in list(range(12)) * 2)
+
+
+def test_steps_repeat_the_samples_until_done() -> None:
+    assert len(plan_steps([10, 10, 10], TrainConfig(steps=7), 20)) == 7

@@ -1,0 +1,72 @@
+"""A job's hyperparameters: bounds are checked by name, rates follow their schedule."""
+
+import pytest
+
+from hogwild.errors import InvalidRequest
+from hogwild.gpu_worker.config import DEFAULT_LEARNING_RATE, OPTIMIZERS, TrainConfig
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("optimizer", "adam"),
+        ("learning_rate", 0.0),
+        ("learning_rate", float("nan")),
+        ("learning_rate", 11.0),
+        ("learning_rate", True),
+        ("epochs", 0),
+        ("steps", 2.5),
+        ("steps", True),
+        ("seed", -1),
+        ("shuffle", 1),
+        ("schedule", "step"),
+        ("weight_decay", -0.1),
+        ("gradient_accumulation", 0),
+        ("trainable", ()),
+        ("trainable", "*.mlp.*"),
+        ("max_tokens_per_step", 0),
+        ("max_nonfinite_steps", 0),
+        ("rank", 4),  # without the optimizer that it belongs to
+    ],
+)
+def test_field_out_of_bounds_is_refused_by_name(field: str, value: object) -> None:
+    with pytest.raises(InvalidRequest) as e:
+        TrainConfig.from_dict({field: value})
+    assert e.value.details["field"] == field
+
+
+def test_unknown_option_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="learning_rat'"):
+        TrainConfig.from_dict({"learning_rat": 1e-4})
+
+
+def test_epochs_and_steps_exclude_each_other() -> None:
+    with pytest.raises(InvalidRequest, match="not both"):
+        TrainConfig(epochs=1, steps=1)
+
+
+def test_json_of_a_job_becomes_a_config() -> None:
+    config = TrainConfig.from_dict({"optimizer": "apollo", "rank": 8, "trainable": ["*.mlp.*"], "steps": None})
+    assert config == TrainConfig(optimizer="apollo", rank=8, trainable=("*.mlp.*",))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_has_a_default_rate(optimizer: str) -> None:
+    assert TrainConfig(optimizer=optimizer).peak_rate == DEFAULT_LEARNING_RATE[optimizer] > 0
+
+
+def test_warm_up_rises_to_the_peak_and_schedules_fall_from_it() -> None:
+    linear = TrainConfig(learning_rate=1.0, warmup_steps=2, schedule="linear")
+    assert [linear.rate_at(i, 6) for i in range(6)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+    cosine = TrainConfig(learning_rate=1.0, schedule="cosine")
+    rates = [cosine.rate_at(i, 4) for i in range(4)]
+    assert rates[0] == 1.0
+    assert rates[2] == pytest.approx(0.5)
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] > 0  # a step at rate zero would be wasted
+
+
+def test_tokens_of_a_step_are_shared_by_its_packs() -> None:
+    assert TrainConfig(max_tokens_per_step=1000, gradient_accumulation=4).pack_tokens == 250
+    with pytest.raises(InvalidRequest):
+        TrainConfig(max_tokens_per_step=3, gradient_accumulation=4)

@@ -1,0 +1,83 @@
+"""The fused and chunked losses against torch's cross-entropy on whole logits."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hogwild.gpu_worker.loss import chunk_rows, chunked_cross_entropy, linear_cross_entropy
+
+P, H, V = 13, 8, 29
+
+
+def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(1)
+    hidden = torch.randn(P, H, generator=g).to(dtype).requires_grad_()
+    weight = torch.randn(V, H, generator=g).to(dtype).requires_grad_()
+    bias = torch.randn(V, generator=g).to(dtype).requires_grad_()
+    targets = torch.randint(0, V, (P,), generator=g)
+    return hidden, weight, bias, targets, torch.rand(P, generator=g)
+
+
+def reference(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor) -> Tensor:
+    logits = F.linear(hidden, weight, bias).float()
+    return (F.cross_entropy(logits, targets, reduction="none") * weights).sum()
+
+
+@pytest.mark.parametrize("rows", [1, 4, 13, 100])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_fused_loss_and_gradients_equal_those_of_whole_logits(rows: int, with_bias: bool) -> None:
+    hidden, weight, bias, targets, weights = inputs()
+    leaves = [hidden, weight, *([bias] if with_bias else [])]
+    fused = linear_cross_entropy(hidden, weight, bias if with_bias else None, targets, weights, rows)
+    whole = reference(hidden, weight, bias if with_bias else None, targets, weights)
+    torch.testing.assert_close(fused, whole)
+    # An upstream factor other than 1 must reach the gradients that were made on the way forward.
+    got, wanted = torch.autograd.grad(3.0 * fused, leaves), torch.autograd.grad(3.0 * whole, leaves)
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_bf16_gradients_stay_close_when_chunks_are_summed() -> None:
+    hidden, weight, _, targets, weights = inputs(torch.bfloat16)
+    exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    fused = torch.autograd.grad(linear_cross_entropy(hidden, weight, None, targets, weights, 3), [hidden, weight])
+    logits = exact[0] @ exact[1].T
+    whole = (F.cross_entropy(logits, targets, reduction="none") * weights.double()).sum()
+    for a, b in zip(fused, torch.autograd.grad(whole, exact), strict=True):
+        assert torch.linalg.vector_norm(a.double() - b) / torch.linalg.vector_norm(b) < 0.02
+
+
+def test_frozen_head_costs_no_gradient() -> None:
+    hidden, weight, _, targets, weights = inputs()
+    weight.requires_grad_(False)
+    linear_cross_entropy(hidden, weight, None, targets, weights).backward()
+    assert weight.grad is None
+    assert hidden.grad is not None
+
+
+def test_loss_without_gradient_is_the_same() -> None:
+    hidden, weight, _, targets, weights = inputs()
+    with torch.no_grad():
+        value = linear_cross_entropy(hidden, weight, None, targets, weights)
+    torch.testing.assert_close(value, reference(hidden, weight, None, targets, weights).detach())
+
+
+@pytest.mark.parametrize("rows", [1, 5, 50])
+def test_head_with_more_than_a_matrix_is_run_in_chunks(rows: int) -> None:
+    hidden, weight, _, targets, weights = inputs()
+
+    def head(h: Tensor) -> Tensor:
+        return torch.tanh(h @ weight.T / 5.0) * 5.0
+
+    chunked = chunked_cross_entropy(hidden, head, targets, weights, V, rows)
+    whole = (F.cross_entropy(head(hidden), targets, reduction="none") * weights).sum()
+    torch.testing.assert_close(chunked, whole)
+    got, wanted = (torch.autograd.grad(x, [hidden, weight]) for x in (chunked, whole))
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_logits_of_a_chunk_stay_within_256_mb() -> None:
+    assert 4 * 151_936 * chunk_rows(151_936) <= 256 << 20
+    assert chunk_rows(10**12) == 1
