@@ -58,7 +58,7 @@ def pieces(view: Tensor, limit: int) -> Iterator[tuple[int, Tensor]]:
     if view.numel() == 0:
         return
     if view.is_contiguous():
-        flat = view.reshape(-1).view(torch.uint8)
+        flat = flat_bytes(view)
         for start in range(0, flat.numel(), limit):
             yield start, flat[start : start + limit]
         return
@@ -79,7 +79,8 @@ def _strided(view: Tensor, limit: int, offset: int) -> Iterator[tuple[int, Tenso
 
 def flat_bytes(part: Tensor) -> Tensor:  # (n,) uint8
     """A part's contiguous bytes: the memory itself where it is contiguous, else a copy."""
-    return part if part.dtype == torch.uint8 and part.dim() == 1 else part.contiguous().reshape(-1).view(torch.uint8)
+    # as_strided: a single element counts as contiguous whatever its stride, but .view(uint8) wants a stride of 1.
+    return part.contiguous().as_strided((part.numel(),), (1,)).view(torch.uint8)
 
 
 def host_bytes(part: Tensor) -> Bytes:  # (n,)
