@@ -22,7 +22,7 @@ def rate(value: float) -> Tensor:
 def test_random_bits_are_uniform_and_uncorrelated_between_steps() -> None:
     index = torch.arange(1 << 16)
     now, then = (random_bits(index, rounding_key(0, step, "w")) for step in (1, 2))
-    assert 0 <= int(now.min())
+    assert int(now.min()) >= 0
     assert int(now.max()) < 2**32
     # Each bit is set half the time: 65,536 draws, five standard deviations are 0.0098.
     for bit in range(32):

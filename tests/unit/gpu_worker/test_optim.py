@@ -49,11 +49,8 @@ def reference_apollo(
         adapted = (m / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt() + eps)
         scaled = torch.empty_like(g)
         for j in range(g.shape[1]):
-            if tensor_wise:
-                factor = adapted.norm() / low.norm()
-            else:
-                factor = adapted[:, j].norm() / low[:, j].norm()
-            scaled[:, j] = g[:, j] * factor
+            at = slice(None) if tensor_wise else j
+            scaled[:, j] = g[:, j] * adapted[:, at].norm() / low[:, at].norm()
         if last is not None and scaled.norm() > NORM_GROWTH * last:
             scaled = scaled / scaled.norm() * NORM_GROWTH * last
         last = scaled.norm()

@@ -1,0 +1,127 @@
+"""The budget made before a job: measured activations, a refusal with numbers, smaller packs, fewer kept layers."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hogwild.errors import DoesNotFit
+from hogwild.gpu_worker.batch import Sample
+from hogwild.gpu_worker.config import TrainConfig
+from hogwild.gpu_worker.engine import Trainer
+from hogwild.gpu_worker.memory import Budget, Load, Profile, budget, free_bytes
+from hogwild.gpu_worker.recompute import ActivationMeter, Recompute
+
+LAYERS, WIDTH = 6, 64
+
+
+def build() -> Any:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=101, hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=LAYERS,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
+        )
+    ).train()  # fmt: skip
+
+
+def rows(n: int, tokens: int) -> list[Sample]:
+    return [Sample([i % 100 + 1] * (tokens - 1), [3, 4]) for i in range(n)]
+
+
+def make(free: int, tokens: int = 1000) -> Budget:
+    profile = Profile(layer=1000.0, elsewhere=100.0, boundary=50.0, cache=10.0, layers=10)
+    params = {"w": torch.empty(100, 100)}
+    return budget(
+        profile, Load(tokens, predictors=10), params=params, head=torch.empty(200, 50), whole_logits=False,
+        optimizer_bytes=5000, accumulates=False, free=free,
+    )  # fmt: skip
+
+
+def test_layers_keep_their_activations_as_far_as_memory_goes() -> None:
+    tight, roomy = make(free=0), make(free=1 << 40)
+    assert (tight.kept_layers, tight.fits) == (0, False)
+    assert (roomy.kept_layers, roomy.fits) == (10, True)
+    least = tight.total
+    budgets = [make(free=least + extra * 1_045_000 + 1000) for extra in range(11)]
+    assert all(b.fits for b in budgets)
+    assert [b.kept_layers for b in budgets] == list(range(11))
+    assert make(free=least - 1).fits is False
+
+
+def test_profile_matches_what_autograd_keeps() -> None:
+    # Given the profile from two short rows
+    trainer = Trainer(build())
+    profile = trainer.profile()
+    # Then it foretells the bytes of a far longer row, of kept and of checkpointed layers
+    with ActivationMeter(trainer.model, trainer.recompute.layers) as meter:
+        hidden = trainer.forward.row(700)
+    assert profile.layers == LAYERS
+    assert profile.boundary == WIDTH * 4
+    assert sum(meter.by_layer) == pytest.approx(700 * LAYERS * profile.layer, rel=0.1)
+    del hidden
+    trainer.recompute.kept = 2
+    with ActivationMeter(trainer.model, trainer.recompute.layers) as meter:
+        hidden = trainer.forward.row(700)
+    kept = sum(meter.by_layer)
+    assert kept < 700 * (2 * profile.layer + 4 * 1.5 * profile.boundary)
+    assert kept > 700 * 2 * profile.layer * 0.9
+    del hidden
+
+
+def test_job_that_cannot_fit_is_refused_with_the_numbers() -> None:
+    trainer = Trainer(build(), memory_limit=65 << 20)
+    with pytest.raises(DoesNotFit, match="MB are free") as e:
+        trainer.plan(rows(2, 3000), TrainConfig(optimizer="apollo-mini"))
+    details = e.value.details
+    assert details["total"] > details["free"] == 65 << 20
+    assert details["activations"] > 0
+    assert details["working"] > 0
+    assert details["head"] > 0
+
+
+def test_packs_shrink_until_they_fit_and_a_resumed_job_keeps_their_size() -> None:
+    # Given memory for one sample of 300 tokens at a time, and a pack size of 4096 asked for
+    model = build()
+    one = Trainer(model).plan(rows(1, 300), TrainConfig(epochs=1)).budget
+    least = one.total - int(1.1 * (one.activations - 300 * LAYERS * WIDTH * 4))
+    trainer = Trainer(model, memory_limit=int(least * 1.02) + (1 << 20))
+    plan = trainer.plan(rows(12, 300), TrainConfig(epochs=1))
+    assert plan.pack_tokens < 4096
+    assert plan.n_steps > 1
+    assert plan.budget.fits
+    # Then with all the memory of another day it is laid out as it was
+    trainer.memory_limit = None
+    assert trainer.plan(rows(12, 300), TrainConfig(epochs=1)).n_steps == 1
+    assert trainer.plan(rows(12, 300), TrainConfig(epochs=1), pack_tokens=plan.pack_tokens).steps == plan.steps
+
+
+def test_state_that_is_already_there_is_not_counted_again() -> None:
+    trainer = Trainer(build())
+    config = TrainConfig(optimizer="adamw", steps=1)
+    first = trainer.plan(rows(1, 10), config)
+    assert first.budget.optimizer >= 8 * sum(p.numel() for p in trainer.params.values())
+    trainer.run(first)
+    assert trainer.plan(rows(1, 10), config).budget.optimizer == 0
+
+
+def test_accumulation_is_charged_with_all_gradients() -> None:
+    trainer = Trainer(build())
+    need = trainer.plan(rows(4, 10), TrainConfig(gradient_accumulation=2)).budget
+    assert need.gradients == sum(p.nbytes for p in trainer.params.values())
+
+
+def test_limit_is_an_upper_bound_on_free_memory() -> None:
+    cpu = torch.device("cpu")
+    assert free_bytes(cpu, 1000) == 1000
+    assert free_bytes(cpu, None) > 1000
+
+
+def test_recompute_gives_the_layers_their_forward_back() -> None:
+    model = build()
+    original = model.model.layers[0].forward
+    wrapped = Recompute(model.model.layers)
+    assert "forward" in model.model.layers[0].__dict__
+    wrapped.close()
+    assert model.model.layers[0].forward == original
