@@ -1,0 +1,63 @@
+"""vLLM's stat logger that publishes inter-token latencies to the worker's pacing governor.
+
+vLLM finds it through the entry-point group `vllm.stat_logger_plugins` (0.26 to 0.33) and makes one per engine in the
+API-server process, after the engine is ready. `record` is called once for every engine step from the loop that also
+hands tokens to the clients, and an exception there would end serving: so nothing may come out of it, and after the
+first failure the logger is silent.
+
+A side effect of vLLM's own: with a stat logger plugin installed, `--disable-log-stats` keeps the per-step statistics on
+(without the log lines).
+"""
+
+import logging
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from vllm.v1.metrics.loggers import StatLoggerBase
+
+from hogwild.pulse_state import FILE_NAME, PulseWriter
+from hogwild.vllm_plugin.hooks import model_runtime_dir
+
+logger = logging.getLogger(__name__)
+
+
+class PulseStatLogger(StatLoggerBase):  # type: ignore[misc]  # vLLM is not there when types are checked
+    """Writes `pulse.state` into the runtime directory of the served model; silent when nothing was exported there."""
+
+    def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
+        self._writer: PulseWriter | None = None
+        try:
+            directory = model_runtime_dir(vllm_config)
+            if _is_private_dir(directory):
+                self._writer = PulseWriter(directory / FILE_NAME, engine_index)
+        except Exception:
+            logger.exception("hogwild: no pulse for the pacing governor; it will read /metrics instead")
+
+    def record(self, scheduler_stats: Any, iteration_stats: Any, *args: Any, **kwargs: Any) -> None:
+        """Called by vLLM after every engine step; either of the two may be None."""
+        if self._writer is None:
+            return
+        try:
+            latencies = iteration_stats.inter_token_latencies_iter if iteration_stats is not None else ()
+            if scheduler_stats is not None:
+                waiting = scheduler_stats.num_waiting_reqs + getattr(scheduler_stats, "num_skipped_waiting_reqs", 0)
+                self._writer.record(latencies, scheduler_stats.num_running_reqs, waiting)
+            else:
+                self._writer.record(latencies)
+        except Exception:
+            self._writer = None
+            logger.exception("hogwild: the pulse stopped; the pacing governor will read /metrics instead")
+
+    def log_engine_initialized(self) -> None:
+        """Nothing to say: required by the interface."""
+
+
+def _is_private_dir(path: Path) -> bool:
+    """Made by our export: a real directory of this user that nobody else can write to."""
+    try:
+        info = path.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(info.st_mode) and info.st_uid == os.getuid() and not info.st_mode & 0o022

@@ -1,0 +1,116 @@
+"""A model of vLLM and a trainer on one device, in virtual time, to try the governor's rule against.
+
+Requests in a batch advance together: a decode step takes `alone(n)` seconds of device time, and while training is
+active the device serves at a share `1 / (1 + slowdown)` of its speed. Training is a loop of layers of `layer_s` seconds
+with a yield point after each, which is where the real governor is called with this plant's clock and sleep.
+"""
+
+import dataclasses
+import math
+import random
+from collections.abc import Callable
+
+from hogwild.gpu_worker.governor import Governor, GovernorConfig
+from hogwild.gpu_worker.pulse import Reading
+from hogwild.pulse_state import BUCKETS, bucket_of
+
+TICK_S = 0.005  # how finely changes of the traffic are followed
+
+
+@dataclasses.dataclass
+class Traffic:
+    """Requests (running, waiting) at a time, and when a token can be made at all (False: a prompt is being read)."""
+
+    load: Callable[[float], tuple[int, int]]
+    decoding: Callable[[float], bool] = lambda t: True
+
+
+class Plant:
+    def __init__(self, config: GovernorConfig, traffic: Traffic, *, alone: Callable[[int], float] = lambda n: 0.007,
+                 slowdown: float = 1.0, layer_s: float = 0.004, noise: float = 0.0, seed: int = 0,
+                 pulse_period_s: float = 0.0, visible: Callable[[float], bool] = lambda t: True) -> None:
+        self.now = 100.0
+        self.start = self.now
+        self.traffic, self.alone, self.slowdown, self.layer_s, self.noise = traffic, alone, slowdown, layer_s, noise
+        self.random = random.Random(seed)
+        self.pulse_period_s, self.visible = pulse_period_s, visible
+        self.tokens, self.itl_sum_s, self.updated = 0, 0.0, self.now
+        self.histogram = [0] * BUCKETS
+        self.emitted: list[tuple[float, int, float]] = []  # time, tokens, latency
+        self.active_log: list[tuple[float, float]] = []  # time, seconds of training
+        self.longest_yield_s = 0.0
+        self._progress, self._last_token, self._work = 0.0, self.now, 1.0
+        self._reading: Reading | None = None
+        self.governor = Governor(config, self, clock=lambda: self.now, sleep=lambda s: self.advance(s, training=False))
+
+    @property
+    def t(self) -> float:
+        return self.now - self.start
+
+    def latest(self) -> Reading | None:
+        if not self.visible(self.t):
+            return None
+        if self._reading is None or self.now - self._reading.at >= self.pulse_period_s:
+            running, waiting = self.traffic.load(self.t)
+            polled = self.pulse_period_s > 0
+            self._reading = Reading(
+                at=self.now, tokens=self.tokens, itl_sum_s=self.itl_sum_s, running=running, waiting=waiting,
+                histogram=() if polled else tuple(self.histogram), updated=None if polled else self.updated,
+                source="metrics" if polled else "state")
+        return self._reading
+
+    def close(self) -> None:
+        pass
+
+    def advance(self, seconds: float, *, training: bool) -> None:
+        end = self.now + seconds
+        while self.now < end - 1e-12:
+            running, _ = self.traffic.load(self.t)
+            token_s = self.alone(max(1, running)) * self._work * (1 + self.slowdown * training)
+            step = min(TICK_S, end - self.now, max(1e-9, (1.0 - self._progress) * token_s))
+            self.now += step
+            if running == 0:
+                if self._last_token != self.now:
+                    self.updated = max(self.updated, self._last_token)
+                self._last_token, self._progress = self.now, 0.0
+                continue
+            if not self.traffic.decoding(self.t):
+                self.updated = self._last_token = self.now
+                continue
+            self._progress += step / token_s
+            if self._progress >= 1.0 - 1e-6:
+                latency = self.now - self._last_token
+                self.tokens += running
+                self.histogram[bucket_of(latency)] += running
+                self.itl_sum_s += latency * running
+                self.emitted.append((self.t, running, latency))
+                self._progress, self._last_token, self.updated = 0.0, self.now, self.now
+                self._work = max(0.3, self.random.gauss(1.0, self.noise)) if self.noise else 1.0
+        if training:
+            self.active_log.append((self.t, seconds))
+
+    def run(self, seconds: float) -> "Plant":
+        end = self.now + seconds
+        while self.now < end:
+            self.advance(self.layer_s, training=True)
+            before = self.now
+            self.governor.yield_point()
+            self.longest_yield_s = max(self.longest_yield_s, self.now - before)
+        return self
+
+    def training_share(self, since: float, until: float) -> float:
+        return sum(s for t, s in self.active_log if since < t <= until) / (until - since)
+
+    def itl_s(self, since: float, until: float) -> float:
+        tokens = [(n, latency) for t, n, latency in self.emitted if since < t <= until]
+        return sum(n * latency for n, latency in tokens) / sum(n for n, _ in tokens)
+
+    def windows_held(self, budget_s: float, since: float, until: float) -> float:
+        """Share of the one-second windows with tokens whose median inter-token latency is within the budget."""
+        held = total = 0
+        for first in range(math.ceil(since), math.floor(until)):
+            latencies = sorted(latency for t, _, latency in self.emitted if first < t <= first + 1)
+            if len(latencies) >= 5:  # fewer have no median to speak of
+                total += 1
+                held += latencies[len(latencies) // 2] <= budget_s
+        return held / total
