@@ -1,0 +1,220 @@
+"""`hogwild checkpoint …` and `hogwild rollback`.
+
+`save` and `rollback` ask the running worker, through the API. The others read the checkpoint directory itself and work
+beside a running worker or without one; `adopt`, `repair` and `rollback --offline` write and need the worker stopped.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from hogwild.config import Settings
+from hogwild.errors import CheckpointError, ConfigError, HogwildError, NotFound, ServiceUnavailable
+
+if TYPE_CHECKING:
+    from hogwild.checkpoint.store import CheckpointStore
+
+POLL_S = 30
+"""Seconds that one request waits for the end of an operation; below every proxy's usual limit of 60."""
+
+console = Console(highlight=False, soft_wrap=True)
+group = typer.Typer(no_args_is_help=True, help="Save the live weights; list, verify, export and repair what was saved.")
+
+Directory = Annotated[
+    Path | None,
+    typer.Option(
+        "--directory", "-d", help="Checkpoint directory; default: the one of HOGWILD_MODEL.", show_default=False
+    ),
+]
+Generation = Annotated[int | None, typer.Option("--generation", "-g", min=0, help="Default: the last one.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    app.add_typer(group, name="checkpoint")
+    app.command("rollback")(rollback)
+
+
+@group.command()
+def save(as_json: AsJson = False) -> None:
+    """Write what was learned to the checkpoint now; done when this returns."""
+    result = operation("/checkpoint", None)
+    if as_json:
+        print(json.dumps(result))
+    elif not result.get("blocks_changed"):
+        console.print(f"nothing to save: generation {result.get('generation')} holds the live weights.")
+    else:
+        console.print(
+            f"generation {result['generation']}: {result['blocks_changed']:,} of {result['blocks_total']:,} blocks, "
+            f"{megabytes(result['bytes_written'])} written in {result['seconds']:.2f} s; training paused for "
+            f"{result['pause_seconds']:.3f} s."
+        )
+
+
+def rollback(
+    generation: Annotated[int, typer.Argument(min=0, help="One of `hogwild checkpoint list`.")],
+    offline: Annotated[
+        bool, typer.Option("--offline", help="On disk only, without worker and API; both have to be stopped.")
+    ] = False,
+    directory: Directory = None,
+) -> None:
+    """Go back to a saved generation, on disk and in the weights that are being served; serving goes on."""
+    if offline:
+        with opened(directory) as store:
+            report: dict[str, Any] = asdict(store.rollback(generation))
+    else:
+        report = operation("/checkpoint/rollback", {"generation": generation})
+    live = "" if offline else f", {report.get('live_blocks_changed', 0):,} blocks in the live weights"
+    console.print(
+        f"generation {report['generation']} has the contents of generation {generation}: "
+        f"{report['blocks_changed']:,} blocks on disk{live}. To undo this: hogwild rollback {report['generation'] - 1}"
+        if report["generation"] != generation or report.get("live_blocks_changed")
+        else f"generation {generation} is the last one and is in place: nothing to do."
+    )
+
+
+@group.command("list")
+def list_generations(directory: Directory = None, as_json: AsJson = False) -> None:
+    """Generations that can be rolled back to or exported, newest first."""
+    with opened(directory, read_only=True) as store:
+        commits = store.generations()[::-1]
+        place = store.directory
+    if as_json:
+        print(json.dumps([asdict(commit) for commit in commits]))
+        return
+    table = Table(box=None, title=str(place), title_justify="left")
+    for heading in ("generation", "saved", "weight version", "made by", "jobs", "blocks", "changed", "undo"):
+        table.add_column(heading, justify="right" if heading not in ("saved", "made by", "jobs") else "left")
+    for commit in commits:
+        jobs = ", ".join(commit.jobs[:3]) + (f" and {len(commit.jobs) - 3} more" if len(commit.jobs) > 3 else "")
+        made = commit.kind if commit.restores is None else f"rollback to {commit.restores}"
+        saved = datetime.fromisoformat(commit.time).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+        table.add_row(
+            str(commit.generation), saved, str(commit.weight_version), made, jobs, f"{commit.blocks_changed:,}",
+            megabytes(commit.bytes_changed), megabytes(commit.undo_bytes),
+        )  # fmt: skip
+    console.print(table)
+
+
+@group.command()
+def verify(directory: Directory = None, as_json: AsJson = False) -> None:
+    """Prove that every block on disk is what the last generation says. Exit code 1 when not."""
+    with opened(directory, read_only=True) as store:
+        report = store.verify()
+    if as_json:
+        print(json.dumps({**asdict(report), "ok": report.ok}))
+    elif report.ok:
+        console.print(f"generation {report.generation}: {report.blocks_checked:,} blocks are right.")
+    if not report.ok:
+        if as_json:
+            raise typer.Exit(1)
+        report.raise_for_mismatch()
+
+
+@group.command()
+def export(
+    target: Annotated[
+        str, typer.Argument(help="An empty or new directory, a file ending in .tar, or - for a tar stream.")
+    ],
+    generation: Generation = None,
+    directory: Directory = None,
+) -> None:
+    """Write a generation as a clean model directory that `vllm serve` and `from_pretrained` load."""
+    with opened(directory, read_only=True) as store:
+        if target == "-":
+            if sys.stdout.isatty():
+                raise ConfigError("a tar stream is no good on a terminal: redirect it, as in `… export - > model.tar`.")
+            store.export(sys.stdout.buffer, generation)
+            return
+        commit = store.export(target, generation)
+    console.print(f"generation {commit.generation} is in {target}.")
+
+
+@group.command()
+def adopt(directory: Directory = None) -> None:
+    """Accept weight files that something else has changed. Earlier generations can't be rolled back to afterwards."""
+    with opened(directory) as store:
+        before = store.head.generation
+        commit = store.adopt()
+    if commit.generation == before:
+        console.print(f"the files are what generation {before} says: nothing to adopt.")
+    else:
+        console.print(f"generation {commit.generation} has the files as they are.")
+
+
+@group.command()
+def repair(directory: Directory = None) -> None:
+    """Finish or take back a sync that was interrupted; opening a checkpoint for writing always does this."""
+    with opened(directory) as store:
+        console.print(f"generation {store.head.generation} is in place.")
+
+
+def megabytes(count: int) -> str:
+    """Bytes for people."""
+    return f"{count / 1e6:,.1f} MB" if count >= 100_000 else f"{count / 1e3:,.1f} kB"
+
+
+@contextmanager
+def opened(directory: Path | None, *, read_only: bool = False) -> "Iterator[CheckpointStore]":
+    """The store in a directory, which must be one already: a command never makes a checkpoint."""
+    place = directory or Settings().model_checkpoint_dir
+    try:
+        from hogwild.checkpoint.store import CheckpointStore
+    except ImportError as error:
+        raise ConfigError(
+            f"this command needs the worker's packages ({error.name}): pip install 'hogwild[worker]'"
+        ) from error
+    if not (place / ".hogwild" / "generations").is_dir():
+        where = (
+            "" if directory else " Set HOGWILD_MODEL or HOGWILD_CHECKPOINT_DIR as for `hogwild up`, or use --directory."
+        )
+        raise NotFound(f"{place} is no checkpoint of Hogwild's.{where}")
+    with CheckpointStore.open(place, read_only=read_only) as store:
+        yield store
+
+
+def operation(path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+    """Ask the worker, by way of the API, and wait for the end. Raises what went wrong there."""
+    answer = request("POST", path, body)
+    while answer["state"] in ("pending", "running"):
+        answer = request("GET", f"/checkpoint/operations/{answer['id']}", None)
+    if answer["state"] != "succeeded":
+        problem = answer.get("error") or {}
+        raise CheckpointError(problem.get("message") or problem.get("detail") or "the worker gave no reason.")
+    return answer["result"] or {}
+
+
+def request(method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+    """One request to the API of these settings; a problem document becomes an error with its text."""
+    import httpx
+
+    settings = Settings()
+    everywhere = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S104  # an API bound there is reached here
+    host = everywhere.get(settings.api_host, settings.api_host)
+    headers = {"Authorization": f"Bearer {settings.api_key.get_secret_value()}"} if settings.api_key else {}
+    url = f"http://{host}:{settings.api_port}{path}"
+    try:
+        response = httpx.request(method, url, params={"wait": POLL_S}, json=body, headers=headers, timeout=POLL_S + 30)
+    except httpx.HTTPError as error:
+        raise ServiceUnavailable(
+            f"no API answers at {url} ({type(error).__name__}): is `hogwild up` running?"
+        ) from error
+    try:
+        answer = response.json()
+    except ValueError:
+        answer = None
+    if not isinstance(answer, dict):
+        raise HogwildError(f"{url} answered {response.status_code} without JSON: is that Hogwild's API?")
+    if response.is_error:
+        raise HogwildError(answer.get("detail") or answer.get("title") or f"{url} answered {response.status_code}.")
+    return answer

@@ -1,0 +1,196 @@
+"""The commands, on a real checkpoint and against a real HTTP server that answers as the API does."""
+
+import json
+import tarfile
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+import typer
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from hogwild.checkpoint.store import CheckpointStore
+from hogwild.cli import checkpoint as commands
+from hogwild.errors import CheckpointCorrupt, CheckpointError, HogwildError, NotFound, ServiceUnavailable
+
+app = typer.Typer()
+commands.register(app)
+
+
+@pytest.fixture
+def run(monkeypatch):
+    monkeypatch.setattr(commands.console, "width", 200)
+
+    def invoke(*arguments: object) -> str:
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result.stdout if result.exit_code == 0 else f"exit {result.exit_code}: {result.stdout}"
+
+    return invoke
+
+
+@pytest.fixture
+def directory(model, tmp_path, io):
+    with CheckpointStore.open(tmp_path / "c", source=model.directory, io=io) as store:
+        for version in (1, 2):
+            model.views["norm.weight"].fill_(version)
+            store.sync(model.views, weight_version=version, jobs=[f"job-{number}" for number in range(version * 2)])
+    return tmp_path / "c"
+
+
+def norm(directory):
+    return load_file(directory / "model-00001-of-00002.safetensors")["norm.weight"][0].item()
+
+
+def test_list(run, directory):
+    text = run("checkpoint", "list", "-d", directory)
+    assert "job-0, job-1, job-2 and 1 more" in text
+    listed = json.loads(run("checkpoint", "list", "-d", directory, "--json"))
+    assert [(entry["generation"], entry["kind"]) for entry in listed] == [(2, "sync"), (1, "sync"), (0, "clone")]
+
+
+def test_list_works_beside_a_running_writer(run, directory):
+    with CheckpointStore.open(directory):
+        assert "job-0" in run("checkpoint", "list", "-d", directory)
+        with pytest.raises(CheckpointError, match="kept by another process"):
+            run("checkpoint", "adopt", "-d", directory)
+
+
+def test_list_imports_no_torch():
+    import subprocess
+    import sys
+
+    code = "import sys, hogwild.checkpoint.store, hogwild.cli.checkpoint; assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_verify(run, directory):
+    assert "blocks are right" in run("checkpoint", "verify", "-d", directory)
+    path = directory / "model-00001-of-00002.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x55")
+    with pytest.raises(CheckpointCorrupt, match="differ from generation 2"):
+        run("checkpoint", "verify", "-d", directory)
+    assert run("checkpoint", "verify", "-d", directory, "--json").startswith('exit 1: {"generation": 2')
+    # ... and adopt accepts what is there
+    assert "generation 3 has the files as they are" in run("checkpoint", "adopt", "-d", directory)
+    assert "blocks are right" in run("checkpoint", "verify", "-d", directory)
+    assert "nothing to adopt" in run("checkpoint", "adopt", "-d", directory)
+
+
+def test_export(run, directory, tmp_path):
+    assert "generation 1 is in" in run("checkpoint", "export", tmp_path / "e", "-g", 1, "-d", directory)
+    assert norm(tmp_path / "e") == 1
+    run("checkpoint", "export", tmp_path / "e.tar", "-d", directory)
+    with tarfile.open(tmp_path / "e.tar") as tar:
+        tar.extractall(tmp_path / "t", filter="data")
+    assert norm(tmp_path / "t") == 2
+    with pytest.raises(NotFound):
+        run("checkpoint", "export", tmp_path / "f", "-g", 9, "-d", directory)
+
+
+def test_offline_rollback_and_repair(run, directory):
+    assert "generation 3 has the contents of generation 1" in run("rollback", 1, "--offline", "-d", directory)
+    assert norm(directory) == 1
+    assert "nothing to do" in run("rollback", 3, "--offline", "-d", directory)
+    assert "generation 3 is in place" in run("checkpoint", "repair", "-d", directory)
+
+
+def test_a_directory_that_is_no_checkpoint_is_left_alone(run, tmp_path, monkeypatch):
+    with pytest.raises(NotFound, match="is no checkpoint"):
+        run("checkpoint", "repair", "-d", tmp_path)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setenv("HOGWILD_DATA_DIR", str(tmp_path))
+    monkeypatch.delenv("HOGWILD_CHECKPOINT_DIR", raising=False)
+    with pytest.raises(NotFound, match="Set HOGWILD_MODEL"):
+        run("checkpoint", "list")
+
+
+# --- through the API --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def api(monkeypatch):
+    """A server that answers with what it is given, in order, and remembers what it was asked."""
+    answers, asked = [], []
+
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            length = int(self.headers.get("Content-Length") or 0)
+            asked.append((self.command, self.path, self.rfile.read(length), self.headers.get("Authorization")))
+            status, body = answers.pop(0)
+            data = json.dumps(body).encode() if not isinstance(body, bytes) else body
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        do_GET = do_POST = answer
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    monkeypatch.setenv("HOGWILD_API_PORT", str(server.server_port))
+    monkeypatch.setenv("HOGWILD_API_HOST", "0.0.0.0")
+    monkeypatch.setenv("HOGWILD_API_KEY", "secret")
+    yield answers, asked
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_save_waits_for_the_worker(run, api):
+    answers, asked = api
+    result = {
+        "generation": 4,
+        "blocks_changed": 1200,
+        "blocks_total": 5000,
+        "bytes_written": 7_000_000,
+        "seconds": 0.5,
+        "pause_seconds": 0.01,
+    }
+    answers += [
+        (202, {"id": "op-1", "state": "pending"}),
+        (200, {"id": "op-1", "state": "running"}),
+        (200, {"id": "op-1", "state": "succeeded", "result": result}),
+    ]
+    assert "generation 4: 1,200 of 5,000 blocks, 7.0 MB written in 0.50 s" in run("checkpoint", "save")
+    assert [(method, path) for method, path, _, _ in asked] == [
+        ("POST", "/checkpoint?wait=30"),
+        ("GET", "/checkpoint/operations/op-1?wait=30"),
+        ("GET", "/checkpoint/operations/op-1?wait=30"),
+    ]
+    assert {key for *_, key in asked} == {"Bearer secret"}
+
+
+def test_rollback_through_the_api(run, api):
+    answers, asked = api
+    result = {"generation": 6, "restored": 3, "blocks_changed": 10, "live_blocks_changed": 11}
+    answers += [(202, {"id": "op-2", "state": "succeeded", "result": result})]
+    text = run("rollback", 3)
+    assert "generation 6 has the contents of generation 3" in text
+    assert "To undo this: hogwild rollback 5" in text
+    assert asked[0][:3] == ("POST", "/checkpoint/rollback?wait=30", b'{"generation":3}')
+
+
+def test_errors_of_the_api_are_shown(run, api):
+    answers, _ = api
+    answers += [(422, {"title": "x", "detail": "There is no generation 9 to roll back to."})]
+    with pytest.raises(HogwildError, match="no generation 9"):
+        run("rollback", 9)
+    answers += [(202, {"id": "o", "state": "failed", "error": {"message": "the disk is full"}})]
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        run("checkpoint", "save")
+    answers += [(200, b"<html>")]
+    with pytest.raises(HogwildError, match="without JSON"):
+        run("checkpoint", "save")
+
+
+def test_no_api(run, monkeypatch):
+    monkeypatch.setenv("HOGWILD_API_PORT", "1")
+    with pytest.raises(ServiceUnavailable, match="is `hogwild up` running"):
+        run("checkpoint", "save")
