@@ -84,6 +84,7 @@ class Runtime:
         self._live: Live | None = None
         self._saver: Saver | None = None  # outlives vLLM: the directory stays open, and so locked
         self._stop_file = stop_file
+        self._parent = os.getppid()
         self._ending = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="hogwild-watch", daemon=True)
         self._asked_due_at = 0.0
@@ -109,6 +110,10 @@ class Runtime:
             try:
                 if self.weights_lock.acquire(blocking=False):
                     try:
+                        if self._orphaned:
+                            logger.error("the worker's parent process is gone: saving and ending")
+                            self._last_sync()
+                            os._exit(1)  # the pool's loop would wait for its parent for ever
                         self._poll()
                     finally:
                         self.weights_lock.release()
@@ -151,8 +156,12 @@ class Runtime:
             logger.exception("the sync failed; the checkpoint is generation %d", live.saver.store.head.generation)
 
     def stopping(self) -> bool:
-        """Whether this worker was asked to stop."""
-        return self._ending.is_set() or self._stop_file.exists()
+        """Whether this worker was asked to stop, or its parent was killed: then nobody can ask any more."""
+        return self._ending.is_set() or self._orphaned or self._stop_file.exists()
+
+    @property
+    def _orphaned(self) -> bool:
+        return os.getppid() != self._parent
 
     # --- attaching and losing -----------------------------------------------------------------------------------------
 

@@ -1,0 +1,287 @@
+"""The real worker (Celery, prefork, spawn) on a tiny model whose weights another process exports."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import redis
+import torch
+from safetensors.torch import load_file
+
+from hogwild.config import Settings
+from hogwild.errors import Conflict
+from hogwild.stack.services import settings_env
+from hogwild.tasks.dirty import Dirty
+from hogwild.tasks.ledger import Ledger
+from hogwild.tasks.operations import Operations
+from hogwild.tasks.payloads import Sample, pack
+from hogwild.tasks.registry import Registry
+
+HERE = Path(__file__).parent
+SLOW = {"steps": 400, "optimizer": "sgd", "learning_rate": 1e-5}  # still running when something is done to it
+pytestmark = pytest.mark.timeout(240)
+
+
+def until(done: Callable[[], Any], timeout: float = 60, what: str = "it") -> Any:
+    deadline = time.monotonic() + timeout
+    while not (value := done()):
+        assert time.monotonic() < deadline, f"{what} did not happen within {timeout} s"
+        time.sleep(0.05)
+    return value
+
+
+class Site:
+    """One exporter and one worker, and what their users see."""
+
+    def __init__(self, settings: Settings, client: redis.Redis, model_dir: Path) -> None:
+        self.settings = settings
+        self.model_dir = model_dir
+        self.ledger = Ledger(client, settings)
+        self.operations = Operations(client, self.ledger.messages, settings.model_name)
+        self.registry = Registry(client, settings.model_name)
+        self.dirty = Dirty(client, settings.model_name)
+        self.env = {**os.environ, **settings_env(settings), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        self.exporter: subprocess.Popen[str] | None = None
+        self.worker: subprocess.Popen[bytes] | None = None
+        self.log = settings.data_dir / "worker.log"
+
+    def start_exporter(self, model_dir: Path | None = None) -> None:
+        self.exporter = subprocess.Popen(
+            [sys.executable, HERE / "tiny_exporter.py", str(model_dir or self.model_dir),
+             str(self.settings.model_runtime_dir)], env=self.env, stdout=subprocess.PIPE, text=True)  # fmt: skip
+        assert self.exporter.stdout.readline().strip() == "exported"
+
+    def start_worker(self) -> None:
+        with self.log.open("ab") as log:
+            self.worker = subprocess.Popen(
+                [sys.executable, "-m", "celery", "-A", "hogwild.tasks.worker:app", "worker", "-Q", self.settings.queue,
+                 "-c", "1", "--pool", "prefork", "-E", "--loglevel", "INFO", "-n", "tiny@%h"],
+                env=self.env, stdout=log, stderr=log)  # fmt: skip
+
+    def child(self) -> psutil.Process:
+        """The pool's process: it says its pid in its status."""
+        return psutil.Process(until(lambda: (self.registry.worker() or {}).get("pid"), what="a heartbeat"))
+
+    def attached(self) -> bool:
+        worker = self.registry.worker()
+        return bool(worker and worker["alive"] and worker.get("attached") and psutil.pid_exists(worker["pid"]))
+
+    def submit(self, **config: Any) -> str:
+        sample = Sample([1, 2, 3, 4], [5, 6, 7])
+        return self.ledger.submit(pack([sample]), config or {"steps": 3, "optimizer": "sgd", "learning_rate": 0.1})[0]
+
+    def finished(self, job_id: str, timeout: float = 60) -> Any:
+        until(lambda: self.ledger.get(job_id).final, timeout, f"the end of {job_id}")
+        return self.ledger.get(job_id)
+
+    def stepping(self, job_id: str, step: int = 3) -> Any:
+        return until(lambda: self.ledger.get(job_id).steps_applied >= step, what=f"step {step}")
+
+    def operate(self, kind: Any, **params: Any) -> Any:
+        op_id = self.operations.submit(kind, **params)
+        until(lambda: self.operations.get(op_id).final, what=kind)
+        return self.operations.get(op_id)
+
+    def disk(self) -> dict[str, torch.Tensor]:
+        return {k: v.clone() for k, v in load_file(self.settings.model_checkpoint_dir / "model.safetensors").items()}
+
+    def stop(self) -> None:
+        if self.worker is not None and self.worker.poll() is None:
+            self.worker.terminate()
+            try:
+                self.worker.wait(60)
+            except subprocess.TimeoutExpired:
+                self.worker.kill()
+                self.worker.wait()
+        if self.exporter is not None:
+            self.exporter.kill()
+            self.exporter.wait()
+            self.exporter.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("tiny-model")
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True)).save_pretrained(path)  # fmt: skip
+    return path
+
+
+@pytest.fixture
+def site(settings: Settings, redis_client: redis.Redis, tiny_model: Path) -> Iterator[Site]:
+    """A worker attached to the exported weights."""
+    settings = settings.model_copy(update={"sync_quiet_s": 3600.0})
+    settings.data_dir.mkdir()
+    made = Site(settings, redis_client, tiny_model)
+    made.start_exporter()
+    made.start_worker()
+    try:
+        until(made.attached, 90, "attaching")
+        yield made
+    finally:
+        made.stop()
+        print(made.log.read_text(errors="replace")[-6000:])
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_job_trains_is_saved_is_rolled_back_and_rolled_forward_again(site: Site, tiny_model: Path) -> None:
+    before = site.disk()
+    job = site.finished(site.submit())
+    assert (job.state, job.steps_applied, job.weight_version_last) == ("succeeded", 3, 3)
+    assert job.loss_last < job.loss_first
+    assert int((site.settings.model_runtime_dir / "resets").read_text()) == 1  # before the job was reported as done
+    assert same(site.disk(), before)  # nothing was saved yet
+    assert site.dirty.state().steps == 3
+
+    saved = site.operate("sync")
+    trained = site.disk()
+    assert saved.state == "succeeded"
+    assert saved.result["generation"] == 1
+    assert saved.result["jobs"] == [job.id]
+    assert not same(trained, before)
+    assert not site.dirty.state().dirty
+
+    undone = site.operate("rollback", generation=0)
+    assert undone.state == "succeeded", undone.error
+    assert undone.result["weight_version"] == 4
+    assert undone.result["live_blocks_changed"] > 0
+    assert same(site.disk(), before)
+    assert site.operate("rollback", generation=1).state == "succeeded"
+    assert same(site.disk(), trained)
+    assert int((site.settings.model_runtime_dir / "resets").read_text()) == 3
+    until(lambda: site.registry.worker()["weight_version"] == 5, what="the status")
+
+
+def test_a_running_job_can_be_cancelled_paused_and_resumed(site: Site) -> None:
+    first = site.submit(**SLOW)
+    site.stepping(first)
+    site.ledger.request(first, "pause")
+    until(lambda: site.ledger.get(first).paused, what="the pause")
+    paused_at = site.ledger.get(first).steps_applied
+
+    # Given: the worker is free for others while the job is paused
+    assert site.finished(site.submit()).state == "succeeded"
+    assert site.ledger.get(first).steps_applied == paused_at
+
+    site.ledger.request(first, "run")
+    site.stepping(first, paused_at + 2)
+    site.ledger.request(first, "cancel")
+    done = site.finished(first)
+    assert done.state == "cancelled"
+    assert paused_at < done.steps_applied < 400
+    with pytest.raises(Conflict):
+        site.ledger.request(first, "run")
+
+
+def test_a_sync_asked_for_while_a_job_runs_does_not_wait_for_its_end(site: Site) -> None:
+    job = site.submit(**SLOW)
+    site.stepping(job)
+    saved = site.operate("sync")
+    assert saved.state == "succeeded"
+    assert 0 < saved.result["weight_version"] < 400
+    assert not site.ledger.get(job).final
+    site.ledger.request(job, "cancel")
+    site.finished(job)
+
+
+@pytest.mark.parametrize("victim", ["child", "parent"])
+def test_worker_killed_in_mid_job_goes_on_at_the_first_step_that_was_not_begun(site: Site, victim: str) -> None:
+    job = site.submit(**SLOW)
+    site.stepping(job, 5)
+    child = site.child()
+    (child if victim == "child" else site.worker).send_signal(signal.SIGKILL)
+    if victim == "parent":
+        site.worker.wait()
+        site.start_worker()
+    done = site.finished(job, 150)
+    assert done.state == "succeeded"
+    assert done.steps_begun == 400
+    assert done.steps_applied + done.steps_interrupted == 400
+    assert done.steps_interrupted <= 1
+    assert done.attempts == 2
+    assert done.weight_version_last == done.steps_applied
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+
+
+def test_worker_stopped_in_mid_job_saves_and_the_next_one_goes_on(site: Site) -> None:
+    before = site.disk()
+    job = site.submit(**SLOW)
+    site.stepping(job, 5)
+    site.worker.terminate()
+    site.worker.wait(60)
+    stopped_at = site.ledger.get(job)
+    assert stopped_at.state == "running"
+    assert stopped_at.steps_applied == stopped_at.steps_begun < 400
+    assert not same(site.disk(), before)
+    assert not site.dirty.state().dirty
+
+    site.start_worker()
+    done = site.finished(job, 120)
+    assert (done.state, done.steps_applied, done.steps_interrupted) == ("succeeded", 400, 0)
+
+
+def test_exporter_killed_in_mid_job_loses_no_step(site: Site) -> None:
+    job = site.submit(**SLOW)
+    site.stepping(job, 5)
+    site.exporter.kill()
+    site.exporter.wait()
+    until(lambda: not site.registry.worker()["attached"], what="detaching")
+    at = site.ledger.get(job)
+    assert at.state == "running"
+    assert site.dirty.state().synced_version == at.weight_version_last
+
+    site.start_exporter()  # on the original model: the worker brings it up to the last generation
+    done = site.finished(job, 120)
+    assert (done.state, done.steps_applied, done.weight_version_last) == ("succeeded", 400, 400)
+    assert done.attempts == 1
+
+
+def test_weights_of_another_model_are_refused_and_not_overwritten(site: Site, tmp_path: Path) -> None:
+    from transformers import LlamaForCausalLM
+
+    assert site.finished(site.submit()).state == "succeeded"
+    assert site.operate("sync").state == "succeeded"
+    mine = site.disk()
+    site.exporter.kill()
+    site.exporter.wait()
+    other = LlamaForCausalLM.from_pretrained(site.model_dir)
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight.add_(1.0)
+    other.save_pretrained(tmp_path / "other")
+    site.start_exporter(tmp_path / "other")
+    refused = until(lambda: (w := site.registry.worker())["state"] == "refused" and w, what="the refusal")
+    assert "HOGWILD_CHECKPOINT_DIR" in refused["lifecycle"]["reason"]
+    assert same(site.disk(), mine)
+
+
+def test_quiet_training_is_saved_by_beat(site: Site) -> None:
+    site.stop()
+    settings = site.settings.model_copy(update={"sync_quiet_s": 1.0, "sync_tick_s": 0.5})
+    site.env.update(settings_env(settings))
+    site.start_exporter()
+    site.start_worker()
+    beat = subprocess.Popen(
+        [sys.executable, "-m", "celery", "-A", "hogwild.tasks.schedule:app", "beat", "--schedule",
+         str(site.settings.data_dir / "beat"), "--pidfile", ""],
+        env=site.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    try:
+        job = site.finished(site.submit())
+        until(lambda: site.dirty.state().generation == 1, 60, "a sync by beat")
+        assert site.dirty.state().synced_version == job.weight_version_last == 3
+    finally:
+        beat.terminate()
+        beat.wait(30)
