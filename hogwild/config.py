@@ -88,6 +88,13 @@ class Settings(BaseSettings):
     prefix_cache_steps: int = Field(10, ge=1, description="n of every_n_steps.")
     itl_budget_ms: float | None = Field(None, gt=0, description="Inter-token latency to hold, in ms; unset: no pacing.")
     serve_share: float | None = Field(None, gt=0, le=1, description="Share of serving speed to leave to vLLM.")
+    mps: Literal["auto", "on", "off"] = Field(
+        "auto", description="NVIDIA MPS, so that serving and training overlap on the card: auto starts it where it can."
+    )
+    mps_threads: int | None = Field(
+        None, ge=1, le=100, description="Percent of the card's multiprocessors training may use under MPS; unset: all."
+    )
+    mps_priority: Literal["normal", "low"] = Field("low", description="Priority of training's kernels under MPS.")
     threads: int | None = Field(None, ge=1, description="CPU threads of the worker; default: torch's own choice.")
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
