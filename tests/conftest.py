@@ -23,14 +23,23 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+@pytest.fixture
+def free_tcp_port() -> Callable[[], int]:
+    """Finds ports: `port = free_tcp_port()`."""
+    return free_port
+
+
 class RedisServer:
     """The server that `hogwild up` embeds, with the same durability, on a port and in a directory of its own."""
 
-    def __init__(self, directory: Path, *, options: tuple[str, ...] = ()) -> None:
+    def __init__(self, directory: Path, *, options: tuple[str, ...] = (),
+                 ignore_file_size_signal: bool = False) -> None:
         self.directory = directory
         self.port = free_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self.options = options
+        # Python ignores SIGXFSZ; a server that inherits this sees a failing write instead of being killed by it.
+        self.restore_signals = not ignore_file_size_signal
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> "RedisServer":
@@ -40,7 +49,7 @@ class RedisServer:
                 [server_binary(), "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.directory),
                  "--appendonly", "yes", "--appendfsync", "always", "--save", "",
                  "--maxmemory-policy", "noeviction", *self.options],
-                stdout=log, stderr=log)
+                stdout=log, stderr=log, restore_signals=self.restore_signals)
         deadline = time.monotonic() + 20
         with redis.Redis.from_url(self.url, socket_timeout=1) as client:
             while True:
