@@ -107,9 +107,7 @@ def run_ours(args: argparse.Namespace, model: Any, kind: str, options: set[str],
     trainer = Trainer(model, memory_limit=limit, compile_layers="compile" in options)
     quarter = 3 * (args.tokens // args.samples) // 4
     n = args.warmup + args.steps
-    samples = [
-        Sample(ids[:quarter], ids[quarter:]) for row in rows(args, model.config.vocab_size, n) for ids in row
-    ]
+    samples = [Sample(ids[:quarter], ids[quarter:]) for row in rows(args, model.config.vocab_size, n) for ids in row]
     config = TrainConfig(
         optimizer=OURS[kind], learning_rate=1e-5, steps=n, shuffle=False, max_tokens_per_step=args.tokens
     )
@@ -268,8 +266,8 @@ def main() -> None:
         for variant in args.variants.split(","):
             print(f"{variant:18s} ", end="", flush=True)
             done = subprocess.run(
-                [sys.executable, __file__, *sys.argv[1:], "--one", variant], stdout=subprocess.PIPE, text=True,
-                stderr=subprocess.PIPE, check=False,
+                [sys.executable, __file__, *sys.argv[1:], "--one", variant], capture_output=True, text=True,
+                check=False,
             )  # fmt: skip
             line = next((x for x in done.stdout.splitlines() if x.startswith("RESULT ")), None)
             last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
@@ -280,7 +278,7 @@ def main() -> None:
     best = {k: min(rs, key=lambda r: r.get("step_seconds", float("inf"))) for k, rs in rounds.items()}
     record = {
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "one"},
-        "machine": torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine(),
+        "machine": torch.cuda.get_device_name() if args.device == "cuda" else platform.machine(),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "results": best, "ratios": compare(best),
     }  # fmt: skip
