@@ -92,7 +92,7 @@ def vllm_command(settings: Settings, model_dir: Path) -> list[str]:
     given = {word.split("=", 1)[0] for word in extra if word.startswith("--")}
     try:
         importlib.metadata.version("vllm")
-        argv = [str(Path(sys.executable).with_name("vllm")), "serve", str(model_dir)]
+        argv = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model_dir)]
     except importlib.metadata.PackageNotFoundError:
         argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model_dir)]
     argv += [
