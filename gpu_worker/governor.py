@@ -365,6 +365,7 @@ class Governor:
     SLICE_S = 0.005  # sleeps are cut into these, so that a yield ends soon after traffic does
     QUANTUM_S = 0.001  # shorter sleeps are saved up: the kernel's timer slack would double them
     LONGEST_YIELD_S = 1.0  # of one yield point: cancel, pause and sync requests are looked at after it
+    STANDSTILL_S = 0.1  # without work: what a window measured since is not training's doing
     LONGEST_ACTIVE_S = 5.0  # between two yield points; more was a pause of training's own, not work
 
     def __init__(self, config: GovernorConfig, pulse: PulseSource, *, device: DeviceQueue | None = None,
@@ -382,10 +383,15 @@ class Governor:
         self._owed_s = 0.0
 
     def begin_work(self) -> None:
-        """Training goes on after standing still (a new job, a pause, a sync): that time was not work."""
-        self._resumed = self._clock()
-        self._owed_s = 0.0
-        self.controller.forget_window()
+        """Training goes on after something else (a new job, a pause, a sync): that time was not work.
+
+        Cheap; to be called at the start of every step. As a rule a step follows the last at once: nothing changes then.
+        """
+        now = self._clock()
+        if now - self._resumed > self.STANDSTILL_S:
+            self._owed_s = 0.0
+            self._resumed = now
+            self.controller.forget_window()
 
     def yield_point(self, *_: Any) -> None:
         """Step aside for as long as the rule says; takes microseconds when it says nothing. Usable as a hook."""
