@@ -19,7 +19,7 @@ from hogwild.mps import Mps, probe
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
-# A client that multiplies matrices for ever and says how many it has done; "fault" writes outside its memory.
+# A client that multiplies matrices for ever and says how many it has done; "fault" reads far outside its memory.
 CLIENT = """
 import sys, time, torch
 x = torch.randn(2048, 2048, device="cuda", dtype=torch.bfloat16)
@@ -33,7 +33,9 @@ while True:
     n += 100
     print(n, flush=True)
     if fault and time.monotonic() - since > 1.0:
-        x[torch.full((4,), 1 << 30, device="cuda")].sum().item()
+        class Beyond:
+            __cuda_array_interface__ = dict(shape=(1 << 38,), typestr="|u1", data=(x.data_ptr(), False), version=3)
+        torch.as_tensor(Beyond(), device="cuda")[1 << 37:].sum().item()
 """
 
 
@@ -134,7 +136,7 @@ def test_a_fault_of_one_client_ends_both_and_new_ones_can_start(mps):
     try:
         _, error = training.process.communicate(timeout=60)
         assert training.process.returncode != 0 and "CUDA" in error
-        output, error = serving.process.communicate(timeout=60)
+        _, error = serving.process.communicate(timeout=60)
         assert serving.process.returncode != 0 and "CUDA" in error
     finally:
         serving.end()
