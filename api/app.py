@@ -48,12 +48,17 @@ def create_router(settings: Settings, *, prefix_guard: Guard | None = None, extr
         if settings.rate_limit:
             await run_in_threadpool(service.check_rate, request.state.api_key)
 
-    router = APIRouter(route_class=route_class(settings.max_body_bytes, caller), dependencies=[_BEARER])
+    router = APIRouter(route_class=route_class(settings.max_body_bytes, caller), dependencies=_security(service))
     train_router(service, router)
     checkpoint_router(service, router)
     files_router(service, router)
     finetune_router(service, router)
     return router
+
+
+def _security(service: Service) -> list[Any]:
+    """What the OpenAPI document says about keys: nothing when none is asked for."""
+    return [_BEARER] if service.keys else []
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -99,7 +104,8 @@ def _operator_router(service: Service, app: FastAPI) -> APIRouter:
 
     limit = service.settings.max_body_bytes
     opened = APIRouter(route_class=route_class(limit, anyone), tags=["operations"])
-    router = APIRouter(route_class=route_class(limit, caller), tags=["operations"], dependencies=[_BEARER])
+    router = APIRouter(route_class=route_class(limit, caller), tags=["operations"],
+                       dependencies=_security(service))
 
     @opened.get("/livez", operation_id="live", summary="Is the process alive?", response_class=PlainTextResponse)
     async def live() -> PlainTextResponse:

@@ -1,6 +1,7 @@
 """Text to token ids, by vLLM's own `/tokenize`: the ids that it will serve, with its chat template."""
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,21 +15,12 @@ CONCURRENCY = 16  # requests to vLLM at once: it tokenises on a thread pool besi
 TIMEOUT_S = 60.0
 
 
-class Tokenizer:
-    """Tokenises the examples of a training file. Use as an async context manager."""
+class ExampleTokenizer(ABC):
+    """Splits examples into context and continuation, whatever turns text into ids."""
 
-    def __init__(self, url: str, *, api_key: str | None = None, model: str | None = None) -> None:
-        self.url = url.rstrip("/")
-        self.model = model
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._http = httpx.AsyncClient(headers=headers, timeout=TIMEOUT_S)
-        self._slots = asyncio.Semaphore(CONCURRENCY)
-
-    async def __aenter__(self) -> "Tokenizer":
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._http.aclose()
+    @abstractmethod
+    async def ids(self, line: int, body: dict[str, Any]) -> list[int]:
+        """Ids of `{"prompt"}` or of `{"messages", "add_generation_prompt", "tools"?}`, as vLLM's /tokenize takes it."""
 
     async def samples(self, examples: Sequence[Chat | Completion]) -> list[tuple[int, Sample]]:
         """(line, sample) of all examples, in order. Raises InvalidRequest (with the line), ServiceUnavailable."""
@@ -47,8 +39,8 @@ class Tokenizer:
     async def _example(self, example: Chat | Completion) -> list[tuple[int, Sample]]:
         if isinstance(example, Completion):
             whole, prompt = await asyncio.gather(
-                self._ids(example.line, {"prompt": example.prompt + example.completion}),
-                self._ids(example.line, {"prompt": example.prompt}))
+                self.ids(example.line, {"prompt": example.prompt + example.completion}),
+                self.ids(example.line, {"prompt": example.prompt}))
             # A token can span the border: then the completion begins with that token.
             n = common(prompt, whole)
             return [(example.line, Sample(whole[:n], whole[n:]))]
@@ -57,12 +49,49 @@ class Tokenizer:
     async def _chat(self, chat: Chat) -> list[Sample]:
         turns = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant" and i > 0]
         ids = await asyncio.gather(*(
-            self._ids(chat.line, {"messages": chat.messages[:end], "add_generation_prompt": prompt,
-                                  **({"tools": chat.tools} if chat.tools else {})})
+            self.ids(chat.line, {"messages": chat.messages[:end], "add_generation_prompt": prompt,
+                                 **({"tools": chat.tools} if chat.tools else {})})
             for i in turns for end, prompt in ((i, True), (i + 1, False))))
         return chat_samples(turns, ids[::2], ids[1::2], set(chat.trained))
 
-    async def _ids(self, line: int, body: dict[str, Any]) -> list[int]:
+
+class LocalTokenizer(ExampleTokenizer):
+    """A `transformers` tokenizer of the client's own."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    async def ids(self, line: int, body: dict[str, Any]) -> list[int]:
+        """See the base class."""
+        if "prompt" in body:
+            return list(self.tokenizer(body["prompt"])["input_ids"])
+        try:
+            text = self.tokenizer.apply_chat_template(
+                body["messages"], tools=body.get("tools"), tokenize=False,
+                add_generation_prompt=body["add_generation_prompt"])
+        except ValueError as error:
+            raise InvalidRequest(f"line {line}: the chat template can't be applied: {error}") from error
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+class Tokenizer(ExampleTokenizer):
+    """vLLM's own tokenizer over HTTP. Use as an async context manager."""
+
+    def __init__(self, url: str, *, api_key: str | None = None, model: str | None = None) -> None:
+        self.url = url.rstrip("/")
+        self.model = model
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._http = httpx.AsyncClient(headers=headers, timeout=TIMEOUT_S)
+        self._slots = asyncio.Semaphore(CONCURRENCY)
+
+    async def __aenter__(self) -> "Tokenizer":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._http.aclose()
+
+    async def ids(self, line: int, body: dict[str, Any]) -> list[int]:
+        """See the base class. Raises InvalidRequest, ServiceUnavailable."""
         if self.model:
             body = {"model": self.model, **body}
         try:
