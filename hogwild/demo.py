@@ -178,7 +178,7 @@ def _train(stack: Stack, vllm: httpx.Client, steps: int) -> tuple[list[float], A
             progress.update(bar, completed=job.steps_applied, loss=loss)
         if job.state != "succeeded":
             raise TrainingError(f"The training job ended as {job.state}: {job.error}")
-        return list(client.losses(job.id)), job
+        return [math.nan if loss is None else loss for loss in client.losses(job.id)], job
 
 
 def plot(values: Sequence[float], *, width: int = 60, height: int = 8) -> list[str]:

@@ -5,7 +5,7 @@ import json
 import os
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from pydantic import SecretStr
 
 from hogwild.config import Settings
 from hogwild.errors import ConfigError
+from hogwild.mps import Mps
 from hogwild.stack import embedded_redis
 
 # Tokens of KV cache a CPU vLLM gets, in GiB: enough for a small model's demo, small enough for a laptop.
@@ -34,7 +35,8 @@ class Service:
     port_setting: str = ""
     host: str = "127.0.0.1"
     url: str = ""  # what a user opens
-    ready_url: str = ""  # answers 200 when the service is up; empty: its port being open is enough
+    ready_url: str = ""  # answers 200 when the service is up; empty: there is nothing to ask
+    env: dict[str, str] = field(default_factory=dict)  # besides what all services share
 
 
 def settings_env(settings: Settings) -> dict[str, str]:
@@ -124,7 +126,7 @@ def checkpoint_dtype(model_dir: Path) -> str:
     return str(config.get("dtype") or config.get("torch_dtype") or "auto")
 
 
-def build(settings: Settings, *, vllm: bool) -> list[Service]:
+def build(settings: Settings, *, vllm: bool, mps: Mps | None = None) -> list[Service]:
     """The services of a stack, in the order they start."""
     python = sys.executable
     data = settings.data_dir.resolve()
@@ -155,12 +157,14 @@ def build(settings: Settings, *, vllm: bool) -> list[Service]:
                 port_setting="HOGWILD_VLLM_PORT",
                 url=base,
                 ready_url=f"{base}/health",
+                env=mps.environment() if mps else {},
             )
         )
     services.append(
         Service(
             name="worker",
             priority=30,
+            env=mps.worker_environment() if mps else {},
             stop_wait_s=120,
             argv=[
                 *celery,

@@ -55,6 +55,7 @@ redirect_stderr=true
 stdout_logfile={logs}/{name}.log
 stdout_logfile_maxbytes={log_bytes}
 stdout_logfile_backups=3
+environment={env}
 """
 
 
@@ -108,6 +109,7 @@ class Supervisor:
                 stop_wait=s.stop_wait_s,
                 logs=_escape(self.logs),
                 log_bytes=LOG_BYTES,
+                env=",".join(f'{key}="{_escape(value)}"' for key, value in s.env.items()),
             )
         config.write_text(text)
         self._socket.unlink(missing_ok=True)

@@ -28,6 +28,7 @@ import redis as redis_client
 
 from hogwild.config import Settings
 from hogwild.errors import ConfigError, HogwildError
+from hogwild.mps import Mps
 from hogwild.stack import embedded_redis, services
 from hogwild.stack.logs import LogFollower, tail
 from hogwild.stack.supervise import State, Supervisor
@@ -56,6 +57,7 @@ class Stack:
         self._log_line = log_line
         self._follower: LogFollower | None = None
         self._lock: IO[str] | None = None
+        self._mps: Mps | None = None
         self._states: dict[str, State] = {}
         self._seen: dict[int, psutil.Process] = {}
         if vllm and settings.model is None:
@@ -90,7 +92,9 @@ class Stack:
                 path.mkdir(parents=True, exist_ok=True, mode=0o700)
             if self._vllm:
                 self._prepare_checkpoint()
-            plan = services.build(s, vllm=self._vllm)
+            if self._vllm and services.has_gpu():
+                self._mps = Mps.start(s)
+            plan = services.build(s, vllm=self._vllm, mps=self._mps)
             check_ports(plan)
             redis_url = s.redis_url or embedded_redis.url(s.data_dir / "redis", s.redis_port)
             self.settings = s = s.model_copy(update={"redis_url": redis_url})
@@ -288,6 +292,9 @@ class Stack:
                 self._notice("supervisord does not end: killing what is left")
                 supervisor.process.kill()
             self._end_leftovers()
+        if self._mps:
+            self._mps.stop()
+            self._mps = None
         if self._follower:
             self._follower.stop()
             self._follower = None
