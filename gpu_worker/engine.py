@@ -65,7 +65,8 @@ class Trainer:
     Args:
         model: a transformers causal language model, float32 or bf16, whose parameters are the live weights. Parameters
             that do not require gradients are never trained.
-        aliases: other names of parameters (checkpoint names), for the `trainable` patterns.
+        aliases: other names of parameters, for the `trainable` patterns; None: the checkpoint tensors in each, when the
+            model was built over live weights.
         memory_limit: most bytes that training may take beside the weights; None: what is free.
         compile_layers: run the decoder layers through torch.compile. Costs a minute at the first step, and pays on a
             GPU, where it fuses what lies between the matrix products.
@@ -88,7 +89,8 @@ class Trainer:
         for name, p in self.params.items():
             if p.dtype not in SUPPORTED_DTYPES:
                 raise ConfigError(f"{name} is {p.dtype}: only float32 and bfloat16 weights can be trained in place.")
-        self.aliases = {n: tuple((aliases or {}).get(n, ())) for n in self.params}
+        known: Mapping[str, Sequence[str]] = getattr(model, "hogwild_sources", {}) if aliases is None else aliases
+        self.aliases = {n: tuple(known.get(n, ())) for n in self.params}
         self.forward = Forward(model)
         tokens = {id(m.weight) for m in (model.get_input_embeddings(), self.forward.head) if m is not None}
         self.token_params = frozenset(n for n, p in self.params.items() if id(p) in tokens)
