@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from hogwild.api.auth import ApiKey, keys_of
 from hogwild.config import Settings
 from hogwild.errors import ServiceUnavailable, TooManyRequests
+from hogwild.tasks.announce import Announcer
 from hogwild.tasks.app import make_app
 from hogwild.tasks.connections import AsyncClient, api_client, async_client, redis_url
 from hogwild.tasks.dirty import Dirty
@@ -41,8 +42,9 @@ class Service:
         self.url = redis_url(settings)
         self.keys: list[ApiKey] = keys_of(settings, extra_keys)
         self.client = api_client(self.url)
-        messages = Messages(make_app(settings), settings.queue)
-        self.ledger = Ledger(self.client, settings, messages)
+        app = make_app(settings)
+        messages = Messages(app, settings.queue)
+        self.ledger = Ledger(self.client, settings, messages, Announcer(app, settings.queue))
         self.registry = Registry(self.client, settings.model_name)
         self.operations = Operations(self.client, messages, settings.model_name)
         self.files = Files(self.client, settings.model_name)

@@ -28,6 +28,7 @@ from typing import Any, Literal
 from hogwild.config import Settings
 from hogwild.errors import Conflict, IdempotencyConflict, InvalidRequest, NotFound, TooManyRequests
 from hogwild.tasks import scripts
+from hogwild.tasks.announce import Announcer
 from hogwild.tasks.app import TRAIN, make_app
 from hogwild.tasks.connections import Client
 from hogwild.tasks.jobs import Job, error_json
@@ -80,11 +81,13 @@ class Reconciled:
 class Ledger:
     """Job ledger of one served model. Thread-safe, as its client is."""
 
-    def __init__(self, client: Client, settings: Settings, messages: Messages | None = None) -> None:
+    def __init__(self, client: Client, settings: Settings, messages: Messages | None = None,
+                 announcer: Announcer | None = None) -> None:
         self.client = client
         self.settings = settings
         self.keys = Keys(settings.model_name)
         self.messages = messages or Messages(make_app(settings), settings.queue)
+        self.announcer = announcer
         self._scripts = {name: client.register_script(getattr(scripts, name))
                          for name in ("SUBMIT", "CLAIM", "PLANNED", "BEGIN_STEP", "APPLIED", "FINISH", "SET_PAUSED",
                                       "PARK", "RELEASE", "INTERRUPTED", "REQUEST", "REPUBLISH", "PURGE")}
@@ -120,7 +123,10 @@ class Ledger:
         if answer == b"full":
             raise TooManyRequests(f"{detail.decode()} jobs are waiting, which is the limit.",
                                   retry_after=30, limit=self.settings.queue_limit)
-        return detail.decode(), answer == b"created"
+        new = answer == b"created"
+        if new:
+            self._announce(message)
+        return detail.decode(), new
 
     def get(self, job_id: str) -> Job:
         """One job. Raises NotFound."""
@@ -184,6 +190,8 @@ class Ledger:
         if want == "run":
             message = self._message(job_id)
         answer = self._call("REQUEST", job_id, want, message.key, message.id, message.body).decode()
+        if answer == "published":
+            self._announce(message)
         if answer == "missing":
             self.get(job_id)
         if answer.startswith("final:"):
@@ -292,6 +300,7 @@ class Ledger:
                 message = self._message(job_id)
                 if self._call("REPUBLISH", job_id, message_id, worker_id, grace_s, message.key, message.id,
                               message.body):
+                    self._announce(message)
                     republished.append(job_id)
         return Reconciled(tuple(republished), self.purge())
 
@@ -331,6 +340,10 @@ class Ledger:
         priority = self.client.hget(self.keys("job", job_id), "priority")
         return self.messages.build(TRAIN, (job_id,), subject=job_id,
                                    priority=DEFAULT_PRIORITY if priority is None else int(priority))
+
+    def _announce(self, message: Message) -> None:
+        if self.announcer is not None:
+            self.announcer.announce(TRAIN, message)
 
     def _rows(self, ids: Iterable[str]) -> Sequence[dict[bytes, bytes]]:
         pipe = self.client.pipeline(transaction=False)

@@ -31,6 +31,7 @@ class Message:
     id: str
     key: str
     body: str
+    argsrepr: str = ""  # what Flower shows of the arguments
 
 
 class Messages:
@@ -62,7 +63,7 @@ class Messages:
         body = [list(args), *template["_rest"]]
         del message["_rest"]
         message["body"] = base64.b64encode(json.dumps(body).encode()).decode()
-        return Message(task_id, self._key(priority), json.dumps(message))
+        return Message(task_id, self._key(priority), json.dumps(message), shown)
 
     def _key(self, priority: int) -> str:
         step = MOST_URGENT - priority

@@ -270,6 +270,7 @@ if state == 'queued' then
     redis.call('HSET', key, 'paused', '0', 'queued_at', t, 'published_at', t, 'message', ARGV[4])
     event(id, 'resumed', '{}')
     redis.call('LPUSH', ARGV[3], ARGV[5])
+    return 'published'
   end
 else
   event(id, want .. '_requested', '{}')

@@ -1,14 +1,19 @@
 """Servers on real ports, for clients that need one."""
 
 import asyncio
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import uvicorn
 from fastapi import FastAPI
+
+sys.path.insert(0, str(Path(__file__).parent / "support"))  # modules that tests and their processes share
+from process_stack import Stack
 
 
 class Serving:
@@ -60,3 +65,19 @@ def train_as_a_worker_would(ledger: Any, job_id: str, *, steps: int = 4, version
 @pytest.fixture
 def run_job() -> Callable[..., None]:
     return train_as_a_worker_would
+
+
+@pytest.fixture
+def stack(own_redis: Any, tmp_path: Path, free_tcp_port: Callable[[], int]) -> Iterator[Callable[..., Stack]]:
+    """Makes stacks of real processes with a Redis of their own: `stack(apis=2)`."""
+    stacks: list[Stack] = []
+
+    def make(**options: Any) -> Stack:
+        redis_options = options.pop("redis_options", {})
+        stacks.append(Stack(own_redis(**redis_options), tmp_path, free_tcp_port, **options))
+        return stacks[-1]
+
+    yield make
+    for made in stacks:
+        made.stop()
+        made.client.close()

@@ -19,6 +19,7 @@ from hogwild.errors import Conflict
 from hogwild.tasks.app import TICK, TRAIN, make_app
 from hogwild.tasks.connections import redis_url, worker_client
 from hogwild.tasks.ledger import Ledger
+from hogwild.tasks.progress import send_progress
 from hogwild.tasks.registry import ModelInfo, Registry
 
 STEP_S = float(os.environ.get("FAULT_STEP_S", "0.03"))
@@ -59,7 +60,7 @@ class Worker:
             time.sleep(HEARTBEAT_S)
             self.beat()
 
-    def train(self, job_id: str) -> str:
+    def train(self, task: object, job_id: str) -> str:
         version, _ = read_weights(self.path)
         lease = self.ledger.claim(job_id, self.id, weights_version=version)
         if lease is None:
@@ -81,6 +82,7 @@ class Worker:
                 write_weights(self.path, version + 1, update(weights, ids, step))
                 time.sleep(STEP_S / 2)
                 self.ledger.applied(lease, step, version + 1, loss=1.0, tokens=len(ids), seconds=STEP_S)
+                send_progress(task, step + 1, steps, loss=1.0, weight_version=version + 1)
             self.ledger.finish(lease, "succeeded")
         except Conflict:
             return "lease lost"
@@ -96,9 +98,9 @@ def start(**_: object) -> None:
     worker = Worker()
 
 
-@app.task(name=TRAIN)
-def train(job_id: str) -> str:
-    return worker.train(job_id)
+@app.task(name=TRAIN, bind=True)
+def train(self: object, job_id: str) -> str:
+    return worker.train(self, job_id)
 
 
 @app.task(name=TICK, ignore_result=True)
