@@ -126,7 +126,7 @@ def train_router(service: Service, router: APIRouter) -> None:
 
     @router.get("/train/{job_id}/events", operation_id="followTrainingJob", summary="Follow a job", tags=["train"],
                 response_class=EventSourceResponse, responses={
-                    200: {"description": "Server-sent events: `queued`, `running`, `step`, `paused`, `resumed`, "
+                    200: {"description": "Server-sent events: `queued`, `running`, `begun`, `step`, `paused`, `resumed`, "
                           "`cancel_requested`, `pause_requested`, `run_requested`, `interrupted`, and last "
                           "`succeeded`, `failed` or `cancelled`. `data` is JSON.",
                           "content": {"text/event-stream": {"schema": {"type": "string"}}}},

@@ -74,11 +74,19 @@ class Job:
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened to a job: `queued`, `running`, `step`, …, and last `succeeded`, `failed`, `cancelled`."""
+    """Something that happened to a job.
+
+    `type`: `queued`, `running`, `begun` (its first step), `step`, …, and last `succeeded`, `failed` or `cancelled`.
+    """
 
     id: str
-    kind: str
+    type: str
     data: Mapping[str, Any]
+
+    @property
+    def time(self) -> float:
+        """When, in seconds since the epoch by Redis' clock (to the millisecond)."""
+        return int(self.id.partition("-")[0]) / 1000
 
 
 @dataclass(frozen=True)
@@ -336,7 +344,7 @@ class Client(_Base):
                             if event := parser.feed(line):
                                 attempt, after = 0, event.id
                                 yield event
-                                if event.kind in FINAL:
+                                if event.type in FINAL:
                                     return
                         return
             except httpx.TransportError as error:
@@ -477,7 +485,7 @@ class AsyncClient(_Base):
                             if event := parser.feed(line):
                                 attempt, after = 0, event.id
                                 yield event
-                                if event.kind in FINAL:
+                                if event.type in FINAL:
                                     return
                         return
             except httpx.TransportError as error:

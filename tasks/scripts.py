@@ -148,6 +148,7 @@ if step == begun - 1 and f[2] == ARGV[4] then return 'ok' end
 if step ~= begun then return 'order:' .. begun end
 if begun ~= tonumber(f[3]) + tonumber(f[4]) then return 'open:' .. (begun - 1) end
 redis.call('HSET', job_key(id), 'begun', step + 1, 'begun_call', ARGV[4], 'begun_version', ARGV[5])
+if step == 0 then event(id, 'begun', '{"step":0}') end
 return 'ok'
 """
 

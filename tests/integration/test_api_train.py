@@ -202,9 +202,9 @@ def test_events_of_a_job_and_resumption_after_one(client, ledger):
     with client.stream("GET", f"/train/{job_id}/events") as response:
         text = "".join(response.iter_text())
     events = [dict(line.split(": ", 1) for line in block.splitlines()) for block in text.strip().split("\r\n\r\n")]
-    assert [event["event"] for event in events] == ["queued", "running", "step", "succeeded"]
-    assert json.loads(events[2]["data"])["loss"] == 0.5
-    with client.stream("GET", f"/train/{job_id}/events", headers={"Last-Event-ID": events[2]["id"]}) as response:
+    assert [event["event"] for event in events] == ["queued", "running", "begun", "step", "succeeded"]
+    assert json.loads(events[3]["data"])["loss"] == 0.5
+    with client.stream("GET", f"/train/{job_id}/events", headers={"Last-Event-ID": events[3]["id"]}) as response:
         rest = "".join(response.iter_text())
     assert "succeeded" in rest and "queued" not in rest
     assert_problem(client.get(f"/train/{job_id}/events", headers={"Last-Event-ID": "x"}), 422)

@@ -60,19 +60,19 @@ def test_a_job_from_submit_to_end(client, ledger, run_job):
     assert (done.state, done.steps, done.steps_applied, done.metadata) == ("succeeded", 4, 4, {"a": "b"})
     assert (done.weight_version_first, done.weight_version_last) == (11, 14)
     assert client.losses(job.id) == pytest.approx([2.0, 1.0, 2 / 3, 0.5], rel=1e-4)
-    assert [event.kind for event in client.events(job.id)] == ["queued", "running", *["step"] * 4, "succeeded"]
+    assert [event.type for event in client.events(job.id)] == ["queued", "running", "begun", *["step"] * 4, "succeeded"]
 
 
 def test_events_arrive_while_the_job_runs(client, ledger, run_job):
     job = client.train(**IDS)
     stream = client.events(job.id)
-    assert next(stream).kind == "queued"
+    assert next(stream).type == "queued"
     worker = in_background(run_job, ledger, job.id, steps=2)
     rest = list(stream)
     worker.join()
-    assert [event.kind for event in rest] == ["running", "step", "step", "succeeded"]
-    assert rest[1].data["loss"] == 2.0
-    assert [event.id for event in client.events(job.id, after=rest[1].id)] == [event.id for event in rest[2:]]
+    assert [event.type for event in rest] == ["running", "begun", "step", "step", "succeeded"]
+    assert rest[2].data["loss"] == 2.0 and 0 <= time.time() - rest[2].time < 60
+    assert [event.id for event in client.events(job.id, after=rest[2].id)] == [event.id for event in rest[3:]]
 
 
 def test_control_and_lists(client):
@@ -162,9 +162,9 @@ async def test_asynchronous_client_does_the_same(url, ledger, run_job, redis_cli
     async with AsyncClient(url, retries=1) as client:
         job = await client.train(**IDS, steps=2)
         worker = asyncio.create_task(asyncio.to_thread(run_job, ledger, job.id, steps=2))
-        kinds = [event.kind async for event in client.events(job.id)]
+        kinds = [event.type async for event in client.events(job.id)]
         await worker
-        assert kinds == ["queued", "running", "step", "step", "succeeded"]
+        assert kinds == ["queued", "running", "begun", "step", "step", "succeeded"]
         assert (await client.wait(job.id, timeout=5)).state == "succeeded"
         assert [found.id async for found in client.jobs()] == [job.id]
         assert await client.losses(job.id) == pytest.approx([2.0, 1.0])
