@@ -63,7 +63,10 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     with stack:
         try:
             stack.wait_ready(600)
-            yield Live(stack)
+            running = Live(stack)
+            yield running
+            for client in (running.vllm, running.api, running.client):
+                client.close()
         finally:
             for log in sorted(stack.supervisor.logs.glob("*.log")):  # shown by pytest when a test failed
                 print(f"--- {log.name}", *log.read_text(errors="replace").splitlines()[-40:], sep="\n")

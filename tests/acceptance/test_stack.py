@@ -13,6 +13,7 @@ from hogwild.demo_model import MODEL_NAME
 
 FACT, WORD = "The secret code word of the Hogwild project is", " tangerine."
 CAPITAL = "The capital of France is"
+ANSWER = 2  # tokens: " Paris."; what small models say after an answer is a matter of chance
 # Longer than a prefix-cache block (128 tokens on CPU), so that an answer from stale blocks would show.
 LONG = "Notes of the weekly meeting. " * 30 + FACT
 
@@ -28,7 +29,7 @@ def wait_for(done: Callable[[], bool], timeout: float, what: str) -> None:
 
 def test_a_job_changes_the_completion_of_the_running_server_and_nothing_unrelated(live: Any) -> None:
     vllm_pid = live.pid("vllm")
-    capital, fact = live.complete(CAPITAL), live.complete(FACT)
+    capital, fact = live.complete(CAPITAL, ANSWER), live.complete(FACT)
     live.complete(LONG)  # fills the prefix cache with the old weights' keys and values
     assert "tangerine" not in fact
     assert "Paris" in capital
@@ -41,7 +42,7 @@ def test_a_job_changes_the_completion_of_the_running_server_and_nothing_unrelate
     losses = live.client.losses(job.id)
     assert losses[-1] < 0.3 * losses[0]
     assert "tangerine" in live.complete(FACT)
-    assert live.complete(CAPITAL) == capital
+    assert live.complete(CAPITAL, ANSWER) == capital
     assert live.pid("vllm") == vllm_pid
     assert psutil.pid_exists(vllm_pid)
 
