@@ -184,10 +184,9 @@ def _compare(
                 "the live contents are not the checkpoint's: permuted, packed or changed after loading",
                 label,
             )
-    # A tensor that came in one piece has been hashed: the piece may have other dimensions, not another order.
-    whole = (
-        group[0].digest.result() if len(group) == 1 and group[0].layout.shape == fitted.layout.shape else digest(view)
-    )
+    # A tensor that came in one piece, in the checkpoint's own order of elements, has been hashed as a whole.
+    same = len(group) == 1 and group[0].layout == fitted.layout
+    whole = group[0].digest.result() if same else digest(view)
     record = TensorRecord(
         status="shared",
         shape=tuple(view.shape),
