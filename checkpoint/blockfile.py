@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
+from hogwild.checkpoint.codec import scratch
 from hogwild.checkpoint.constants import BLOCK, FRAME_BLOCKS
 from hogwild.checkpoint.durable import FileIo, Handle
 from hogwild.checkpoint.fingerprints import Bytes, Indices, Table, differing, fingerprints
 from hogwild.checkpoint.layout import Layout, TensorSpec
+from hogwild.checkpoint.stage import bytes_of
 from hogwild.errors import CheckpointForeign
 
 _SPARSE = 8
@@ -25,15 +27,15 @@ def runs(blocks: Indices) -> Iterator[tuple[int, int, int]]:
             yield int(blocks[start]), stop - start, start
 
 
-def read_blocks(handle: Handle, spec: TensorSpec, blocks: Indices) -> Bytes:
-    """Contents of `blocks` (ascending), one after the other."""
+def read_blocks(handle: Handle, spec: TensorSpec, blocks: Indices, out: Bytes | None = None) -> Bytes:
+    """Contents of `blocks` (ascending), one after the other; in `out` if given."""
     first, last = int(blocks[0]), int(blocks[-1])
-    total = (len(blocks) - 1) * BLOCK + spec.block_bytes(last, last + 1)
-    out = np.empty(total, np.uint8)
+    if out is None:
+        out = np.empty(bytes_of(spec, blocks), np.uint8)
     if last - first + 1 == len(blocks):
         _fill(handle, spec, first, out)
     elif last - first < _SPARSE * len(blocks):
-        window = np.empty(spec.block_bytes(first, last + 1), np.uint8)
+        window = scratch("window", spec.block_bytes(first, last + 1))
         _fill(handle, spec, first, window)
         head = (len(blocks) - 1) * BLOCK
         np.take(

@@ -30,6 +30,14 @@ _SIGNED: dict[int, type[np.signedinteger[Any]]] = {1: np.int8, 2: np.int16, 4: n
 _local = threading.local()  # a zstd context serves one thread at a time
 
 
+def scratch(name: str, nbytes: int) -> Bytes:  # (nbytes,)
+    """A buffer that this thread uses again for the next frame: fresh pages cost more than the arithmetic on them."""
+    buffers: dict[str, Bytes] = _local.__dict__.setdefault("buffers", {})
+    if name not in buffers or len(buffers[name]) < nbytes:
+        buffers[name] = np.empty(max(nbytes, 1 << 20), np.uint8)
+    return buffers[name][:nbytes]
+
+
 def encode_delta(
     old: Bytes,  # (n,) bytes, n a multiple of width
     new: Bytes,  # (n,)
@@ -37,9 +45,14 @@ def encode_delta(
 ) -> bytes:
     """The difference that `decode_delta` turns `new` back into `old` with."""
     unsigned, signed = UNSIGNED[width], _SIGNED[width]
-    d = (new.view(unsigned) - old.view(unsigned)).view(signed)
-    zigzag = (d << 1) ^ (d >> (8 * width - 1))
-    planes = np.ascontiguousarray(zigzag.view(np.uint8).reshape(-1, width).T)
+    difference = scratch("difference", old.nbytes)
+    np.subtract(new.view(unsigned), old.view(unsigned), out=difference.view(unsigned))
+    d, sign = difference.view(signed), scratch("sign", old.nbytes).view(signed)
+    np.right_shift(d, 8 * width - 1, out=sign)
+    np.left_shift(d, 1, out=d)
+    np.bitwise_xor(d, sign, out=d)
+    planes = scratch("planes", old.nbytes)
+    np.copyto(planes.reshape(width, -1), difference.reshape(-1, width).T)
     if not hasattr(_local, "compressor"):
         _local.compressor = zstandard.ZstdCompressor(level=LEVEL)
     return bytes(_local.compressor.compress(planes.data))

@@ -31,7 +31,8 @@ _HEADER = struct.Struct("<8sIIQQ16sQ")
 _HEADER_BYTES = 64
 _FRAME = struct.Struct("<IIIBBHQQ")
 _SUMS = struct.Struct("<QQ")
-_FLUSH = 4 << 20  # bytes gathered before a write: one system call for many small frames
+_FLUSH = 1 << 20  # bytes gathered before a write: one system call for many small frames
+_DIRECT = 64 << 10  # bytes from which a payload is written where it lies instead of being gathered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +64,18 @@ class FrameWriter:
 
     def _put(self, *parts: bytes | memoryview) -> None:
         for part in parts:
-            self._buffer += part
+            if len(part) < _DIRECT:
+                self._buffer += part
+                continue
+            self._flush()
+            self.handle.pwrite(part, self.bytes)
+            self.bytes += len(part)
         if len(self._buffer) >= _FLUSH:
             self._flush()
 
     def _flush(self) -> None:
+        if not self._buffer:
+            return
         self.handle.pwrite(self._buffer, self.bytes)
         self.bytes += len(self._buffer)
         self._buffer = bytearray()
