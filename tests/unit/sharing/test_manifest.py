@@ -1,0 +1,290 @@
+"""The manifest against everything that could be in that file: either every view is inside its memory, or a clear error."""
+
+import copy
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hogwild.errors import ExporterGone, ManifestError
+from hogwild.manifest import Allocation, Manifest, Refusal, TensorRecord, manifest_path, refusal_path, sweep
+from hogwild.runtime_files import boot_id, private_dir, process_start_time
+from hogwild.strided import span
+from hogwild.weight_state import FILE_NAME, WeightState
+
+
+def make(**changes: Any) -> Manifest:
+    pid = os.getpid()
+    fields: dict[str, Any] = {
+        "export_id": "ab" * 16, "model_path": "/models/tiny", "served_model_name": "tiny", "vllm_version": "0.32.0",
+        "pid": pid, "process_start_time": process_start_time(pid), "boot_id": boot_id(), "device": "cpu",
+        "max_model_len": 128, "vocab_size": 250, "dtype": "float32", "created_at": time.time(),
+        "allocations": (Allocation(kind="memfd", size=4096, pid=pid, fd=3, inode=7),),
+        "tensors": {
+            "a": TensorRecord(status="shared", shape=(4, 8), stride=(8, 1), dtype="float32", allocation=0, offset=0,
+                              parameter="qkv", hash="0" * 32, full_shape=(4, 8)),
+            "b": TensorRecord(status="shared", shape=(2, 8), stride=(16, 1), dtype="float32", allocation=0, offset=128,
+                              parameter="qkv", slices=((0, 2, 2),), full_shape=(4, 8)),
+            "c": TensorRecord(status="derived", shape=(4,), dtype="bfloat16", reason="cast"),
+        },
+        **changes,
+    }  # fmt: skip
+    return Manifest(**fields)
+
+
+def data(manifest: Manifest | None = None) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((manifest or make()).to_json())
+    return loaded
+
+
+def load(value: Any) -> Manifest:
+    return Manifest.from_json(json.dumps(value))
+
+
+def test_it_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    manifest = make()
+    manifest.write(tmp_path / "rank0.json")
+    assert Manifest.load(tmp_path / "rank0.json") == manifest
+    assert (tmp_path / "rank0.json").stat().st_mode & 0o777 == 0o600
+    assert list(tmp_path.iterdir()) == [tmp_path / "rank0.json"]
+
+
+def test_missing(tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match="is vLLM running with the hogwild plugin"):
+        Manifest.load(tmp_path / "rank0.json")
+
+
+def test_readable_by_others(tmp_path: Path) -> None:
+    make().write(tmp_path / "rank0.json")
+    (tmp_path / "rank0.json").chmod(0o644)
+    with pytest.raises(ManifestError, match="mode 0644"):
+        Manifest.load(tmp_path / "rank0.json")
+
+
+def test_of_another_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make().write(tmp_path / "rank0.json")
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    with pytest.raises(ManifestError, match="belongs to user"):
+        Manifest.load(tmp_path / "rank0.json")
+    with pytest.raises(ManifestError, match="belongs to user"):
+        private_dir(tmp_path)
+
+
+def test_a_link_is_not_followed(tmp_path: Path) -> None:
+    make().write(tmp_path / "real.json")
+    (tmp_path / "rank0.json").symlink_to(tmp_path / "real.json")
+    with pytest.raises(ManifestError, match="can't open"):
+        Manifest.load(tmp_path / "rank0.json")
+
+
+def test_a_named_pipe_does_not_hang(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "rank0.json", 0o600)
+    with pytest.raises(ManifestError):
+        Manifest.load(tmp_path / "rank0.json")
+
+
+@pytest.mark.parametrize("cut", [0, 1, 10, 100, -1])
+def test_truncated(cut: int, tmp_path: Path) -> None:
+    text = make().to_json()
+    with pytest.raises(ManifestError, match="truncated or not JSON"):
+        Manifest.from_json(text[:cut])
+
+
+def test_deeply_nested() -> None:
+    with pytest.raises(ManifestError):
+        Manifest.from_json("[" * 100_000)
+
+
+def test_another_version_says_what_to_do() -> None:
+    value = data()
+    value["__metadata__"]["format_version"] = 2
+    with pytest.raises(ManifestError, match="same version"):
+        load(value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("offset", 4096 - 64, "ends at byte"),
+        ("offset", 2, "not a multiple"),
+        ("offset", -4, "offset must be an integer"),
+        ("offset", 1 << 80, "offset must be an integer"),
+        ("offset", True, "offset must be an integer"),
+        ("offset", 1.0, "offset must be an integer"),
+        ("stride", [1 << 55, 1], "ends at byte"),
+        ("stride", [-8, 1], "stride must be an integer"),
+        ("stride", [0, 1], "several elements in one place"),
+        ("stride", [8], "2 dimensions but 1 strides"),
+        ("shape", [4, 1 << 50], "ends at byte"),
+        ("shape", [1 << 40, 1 << 40], "too large"),
+        ("shape", [1] * 9, "at most 8"),
+        ("shape", "4,8", "must be a list"),
+        ("allocation", 1, "allocation must be an integer"),
+        ("allocation", None, "has no allocation"),
+        ("dtype", "object", "unknown dtype"),
+        ("dtype", "__class__", "unknown dtype"),
+        ("status", "trusted", "is none of"),
+        ("hash", "xyz", "32 hexadecimal"),
+        ("slices", [[0, 2, 3]], "does not fit"),
+        ("slices", [[7, 0, 4]], "slice is"),
+    ],
+)
+def test_a_tensor_that_lies(field: str, value: Any, message: str) -> None:
+    changed = data()
+    changed["tensors"]["a"][field] = value
+    with pytest.raises(ManifestError, match=message):
+        load(changed)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("export_id", "../../etc"), ("pid", 0), ("pid", -1), ("pid", "1"), ("device", "tpu"), ("device", "cuda"),
+        ("tensor_parallel_rank", 1), ("tensor_parallel_size", 0), ("vocab_size", 0), ("max_model_len", None),
+        ("process_start_time", "now"), ("trust_remote_code", 1), ("model_path", "a\0b"), ("boot_id", 3),
+    ],
+)  # fmt: skip
+def test_metadata_that_lies(field: str, value: Any) -> None:
+    changed = data()
+    changed["__metadata__"][field] = value
+    with pytest.raises(ManifestError):
+        load(changed)
+
+
+@pytest.mark.parametrize(
+    "allocation",
+    [
+        {"kind": "shm", "size": 4096}, {"kind": "memfd", "size": 0, "pid": os.getpid(), "fd": 3, "inode": 7},
+        {"kind": "memfd", "size": 4096, "pid": 1, "fd": 3, "inode": 7},
+        {"kind": "cuda_ipc", "size": 4096, "handle": "00" * 64}, [], None,
+    ],
+)  # fmt: skip
+def test_an_allocation_that_lies(allocation: Any) -> None:
+    changed = data()
+    changed["allocations"][0] = allocation
+    with pytest.raises(ManifestError):
+        load(changed)
+
+
+scalars = st.one_of(
+    st.none(), st.booleans(), st.integers(-(1 << 70), 1 << 70), st.floats(), st.text(max_size=5),
+    st.lists(st.integers(-2, 10), max_size=3), st.dictionaries(st.text(max_size=2), st.integers(), max_size=2),
+)  # fmt: skip
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Every place in a JSON document."""
+    found = [path] if path else []
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in inner:
+        found += places(item, (*path, key))
+    return found
+
+
+@settings(max_examples=600, deadline=None)
+@given(st.data())
+def test_a_hostile_manifest_is_a_clear_error_or_a_safe_one(source: Any) -> None:
+    """Any value anywhere, several at once: whatever still loads has every view within its allocation."""
+    document = copy.deepcopy(data())
+    for _ in range(source.draw(st.integers(1, 3))):
+        path = source.draw(st.sampled_from(places(document)))
+        where = document
+        for key in path[:-1]:
+            where = where[key]
+        where[path[-1]] = source.draw(scalars)
+    try:
+        manifest = load(document)
+    except ManifestError as error:
+        assert error.message
+        return
+    for record in manifest.tensors.values():
+        if record.allocation is not None:
+            size = manifest.allocations[record.allocation].size
+            item = 4 if record.dtype == "float32" else 2
+            if record.dtype in ("float32", "bfloat16"):
+                assert 0 <= record.offset
+                assert record.offset + span(record.shape, record.stride) * item <= size
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=200))
+def test_arbitrary_bytes_are_a_clear_error(text: bytes) -> None:
+    with pytest.raises(ManifestError):
+        Manifest.from_json(text)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.recursive(scalars, lambda inner: st.dictionaries(st.text(max_size=12), inner, max_size=3), max_leaves=8))
+def test_arbitrary_json_is_a_clear_error(value: Any) -> None:
+    with pytest.raises(ManifestError):
+        load(value)
+
+
+# --- life and death --------------------------------------------------------------------------------------------------
+
+
+def test_a_reused_pid_is_another_process() -> None:
+    manifest = make(process_start_time=process_start_time(os.getpid()) - 60)
+    assert not manifest.exporter_alive()
+    with pytest.raises(ExporterGone, match="not running any more"):
+        manifest.check_alive()
+
+
+def test_another_boot_is_another_machine() -> None:
+    with pytest.raises(ExporterGone, match="last restart"):
+        make(boot_id="another").check_alive()
+
+
+def test_a_living_exporter_is_alive() -> None:
+    make().check_alive()
+
+
+def test_sweep_takes_what_the_dead_left_and_nothing_else(tmp_path: Path) -> None:
+    # Given the remains of a vLLM that was killed
+    make(process_start_time=1.0).write(manifest_path(tmp_path))
+    WeightState.create(tmp_path / FILE_NAME, "ab" * 16).close()
+    (tmp_path / "frontend.json").write_text(json.dumps({"pid": os.getpid(), "process_start_time": 1.0}))
+
+    gone = sweep(tmp_path)
+
+    assert {path.name for path in gone} == {"rank0.json", FILE_NAME, "frontend.json"}
+    assert list(tmp_path.iterdir()) == []
+
+    # Given a living one
+    make().write(manifest_path(tmp_path))
+    WeightState.create(tmp_path / FILE_NAME, "ab" * 16).close()
+    front = {"pid": os.getpid(), "process_start_time": process_start_time(os.getpid())}
+    (tmp_path / "frontend.json").write_text(json.dumps(front))
+    assert sweep(tmp_path) == []
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_sweep_spares_the_state_of_a_vllm_that_is_just_starting(tmp_path: Path) -> None:
+    make(process_start_time=1.0).write(manifest_path(tmp_path))
+    WeightState.create(tmp_path / FILE_NAME, "cd" * 16).close()
+    assert [path.name for path in sweep(tmp_path)] == ["rank0.json"]
+    assert (tmp_path / FILE_NAME).exists()
+
+
+def test_a_refusal_tells_why_while_its_vllm_runs(tmp_path: Path) -> None:
+    pid = os.getpid()
+    refusal = Refusal(reasons=(("quantised", "the weights are quantised (fp8)"),), served_model_name="tiny",
+                      vllm_version="0.32.0", pid=pid, process_start_time=process_start_time(pid), boot_id=boot_id(),
+                      tensors={"a": "packed"})  # fmt: skip
+    assert Refusal.load(refusal_path(tmp_path)) is None
+    refusal.write(refusal_path(tmp_path))
+    assert Refusal.load(refusal_path(tmp_path)) == refusal
+    refusal_path(tmp_path).write_text("{}")
+    with pytest.raises(ManifestError, match="not a refusal"):
+        Refusal.load(refusal_path(tmp_path))
+
+
+def test_the_refusal_of_a_dead_vllm_counts_for_nothing(tmp_path: Path) -> None:
+    Refusal(reasons=(("x", "y"),), served_model_name="tiny", vllm_version="0.32.0", pid=os.getpid(),
+            process_start_time=1.0, boot_id=boot_id()).write(refusal_path(tmp_path))  # fmt: skip
+    assert Refusal.load(refusal_path(tmp_path)) is None
