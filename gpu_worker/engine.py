@@ -303,8 +303,10 @@ class Trainer:
         return current
 
     def reset_optimizer(self) -> None:
-        """Forget all optimizer state: after a rollback it describes gradients of weights that are gone."""
-        self.optimizer = None
+        """Forget all optimizer state: after a rollback it describes gradients of weights that are gone. Takes effect
+        in a running job too, when called between its steps."""
+        if self.optimizer is not None:
+            self.optimizer.clear()
         self._free_cached()
 
     def save_optimizer(self, path: Path) -> None:

@@ -66,6 +66,11 @@ class Optimizer(ABC):
     def begin_job(self) -> None:  # noqa: B027  (most optimizers have nothing to do)
         """A new job starts: forget what only makes sense within one stream of gradients."""
 
+    def clear(self) -> None:
+        """Drop all state. The count of steps goes on: no random bits are drawn a second time."""
+        self.state.clear()
+        self._squares.clear()
+
     def begin_step(self, lr: float, *, seed: int = 0) -> None:
         """Start an optimizer step at learning rate `lr`; `seed` is the job's."""
         self.lr = lr

@@ -492,8 +492,21 @@ def test_optimizer_lives_on_from_job_to_job_until_another_is_asked_for(trainer: 
     assert mini.steps == 4
     trainer.run(trainer.plan(samples(), TrainConfig(optimizer="sgd", steps=1)))
     assert trainer.optimizer is not mini
-    trainer.reset_optimizer()
-    assert trainer.optimizer is None
+
+
+def test_rollback_between_two_steps_drops_the_optimizer_state_at_once(trainer: Trainer) -> None:
+    class RollBack(Recorder):
+        def before_step(self, step: int) -> None:
+            assert trainer.optimizer is not None
+            if step == 2:
+                trainer.reset_optimizer()
+                assert trainer.optimizer.allocated_bytes() == 0
+
+    trainer.run(trainer.plan(samples(), TrainConfig(optimizer="adamw", steps=3)), RollBack())
+    assert trainer.optimizer is not None
+    # Then the moments count the one step since, while random bits go on from where they were
+    assert {float(s["step"]) for s in trainer.optimizer.state.values()} == {1.0}
+    assert trainer.optimizer.steps == 3
 
 
 def test_job_without_samples_or_with_foreign_tokens_is_refused(trainer: Trainer) -> None:
