@@ -9,7 +9,7 @@ then each of these saves the same weights to the same disk, in turn:
 
     hogwild         CheckpointStore: fingerprints and copy (the pause), logs, fsync, blocks in place, fsync
     save_file       safetensors.torch.save_file, as it is (no fsync: the data may still be in memory only)
-    save_file+fsync the same and an fsync: as durable as a sync
+    save_safely     save_file to a new file, fsync, rename over the old one: what a power cut does not destroy
     dcp, dcp_async  torch.distributed.checkpoint.save and async_save; its pause is the time until async_save returns
     rsync           save_file to memory-backed storage, then rsync of that file over the old copy, and an fsync
 
@@ -140,8 +140,9 @@ def peak_memory() -> Iterator[Callable[[], int]]:
 class Bench:
     """One model on one disk, and every way to save it."""
 
-    def __init__(self, tensors: Tensors, directory: Path) -> None:
+    def __init__(self, tensors: Tensors, directory: Path, *, lean: bool) -> None:
         self.tensors = tensors
+        self.lean = lean
         self.directory = directory
         self.nbytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         save_shards(tensors, directory / "source")
@@ -150,6 +151,7 @@ class Bench:
             directory / "checkpoint", source=directory / "source", keep_last=1, host_budget=64 << 30
         )
         self.open_seconds = time.perf_counter() - started
+        shutil.rmtree(directory / "source")
         self.store.prepare(tensors)
         self.version = 0
         self._group = tempfile.TemporaryDirectory()
@@ -167,19 +169,27 @@ class Bench:
         """A sync; the report's own numbers and the wall clock's."""
         self.version += 1
         report = self.store.sync(self.tensors, weight_version=self.version)
-        return {"pause_s": report.pause_seconds, "durable_s": report.durable_seconds, "bytes_written": report.bytes_written,
-                "undo_bytes": report.undo_bytes, "bytes_changed": report.bytes_changed,
-                "blocks_changed": report.blocks_changed, "blocks_total": report.blocks_total}  # fmt: skip
+        return {
+            "pause_s": report.pause_seconds, "durable_s": report.durable_seconds, "bytes_written": report.bytes_written,
+            "undo_bytes": report.undo_bytes, "bytes_changed": report.bytes_changed,
+            "blocks_changed": report.blocks_changed, "blocks_total": report.blocks_total,
+        }  # fmt: skip
 
     def save_file(self) -> dict[str, Any]:
         """safetensors, as everybody calls it."""
         save_shards(self.tensors, self.directory / "save_file")
         return {"bytes_written": self.nbytes}
 
-    def save_file_fsync(self) -> dict[str, Any]:
-        """... and on the medium when it returns."""
-        save_shards(self.tensors, self.directory / "save_file_fsync")
-        fsync_tree(self.directory / "save_file_fsync")
+    def save_safely(self) -> dict[str, Any]:
+        """... so that a power cut leaves the old model or the new one."""
+        new, target = self.directory / "save_safely.new", self.directory / "save_safely"
+        save_shards(self.tensors, new)
+        fsync_tree(new)
+        target.mkdir(exist_ok=True)
+        for path in new.iterdir():
+            path.replace(target / path.name)
+        new.rmdir()
+        fsync_tree(target)
         return {"bytes_written": self.nbytes}
 
     def dcp(self) -> dict[str, Any]:
@@ -220,6 +230,10 @@ class Bench:
 
     def timed(self, method: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Run one way to save; seconds, pause and memory with what it says itself."""
+        if self.lean:
+            for path in self.directory.iterdir():
+                if path.name != "checkpoint":
+                    shutil.rmtree(path)
         os.sync()  # what others left in the page cache is not ours to write
         with peak_memory() as grown:
             self.started = time.perf_counter()
@@ -251,17 +265,18 @@ def median(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def measure(mb: int, args: argparse.Namespace, directory: Path) -> dict[str, Any]:
     """Every method at every share, for one size."""
     tensors = build(mb * 1_000_000, args.device)
-    bench = Bench(tensors, directory)
+    bench = Bench(tensors, directory, lean=args.lean)
     methods: dict[str, Callable[[], dict[str, Any]]] = {
-        "hogwild": bench.hogwild, "save_file": bench.save_file, "save_file+fsync": bench.save_file_fsync,
+        "hogwild": bench.hogwild, "save_file": bench.save_file, "save_safely": bench.save_safely,
         "dcp": bench.dcp, "dcp_async": bench.dcp_async, "rsync": bench.rsync,
     }  # fmt: skip
     if not shutil.which("rsync"):
         del methods["rsync"]
     if args.only:
         methods = {name: method for name, method in methods.items() if name in args.only}
-    for method in methods.values():  # the first time of each makes files and memory that are there later on
-        bench.timed(method)
+    if not args.lean:
+        for method in methods.values():  # the first time of each makes files and memory that are there later on
+            bench.timed(method)
     result: dict[str, Any] = {"model_bytes": bench.nbytes, "open_s": bench.open_seconds, "shares": {}}
     rates, hashes = [], []
     for share in args.shares:
@@ -315,6 +330,7 @@ def main() -> None:
     parser.add_argument("--mb", type=int, nargs="+", default=[270], help="model sizes in 10^6 bytes")
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--lean", action="store_true", help="small disk: one copy of the model besides the checkpoint")
     parser.add_argument("--only", nargs="+", help="methods to run")
     parser.add_argument("--directory", type=Path, default=ROOT / ".cache" / "bench", help="on the disk to measure")
     parser.add_argument("--out", type=Path, help="default: bench/results/checkpoint-<device>.json")
