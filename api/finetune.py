@@ -201,7 +201,8 @@ def model_at(served: str, version: int | None) -> str:
 
 
 _MESSAGES = {
-    "queued": "The job is queued.", "running": "A worker took the job.", "begun": "Training has started.", "paused": "The job is paused.",
+    "queued": "The job is queued.", "running": "A worker took the job.", "begun": "Training has started.",
+    "paused": "The job is paused.",
     "resumed": "The job goes on.", "succeeded": "The job has succeeded.", "failed": "The job has failed.",
     "cancelled": "The job was cancelled.", "cancel_requested": "The job will be cancelled after this step.",
     "pause_requested": "The job will pause after this step.", "run_requested": "The job goes on.",

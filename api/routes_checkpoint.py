@@ -1,10 +1,12 @@
 """`/checkpoint`: save now, list generations, roll back."""
 
+import asyncio
 import re
 import time
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Query, Response
+from starlette.concurrency import run_in_threadpool
 
 from hogwild.api.problems import responses
 from hogwild.api.schemas import CheckpointOut, OperationOut, RollbackRequest
@@ -25,20 +27,22 @@ _ACCEPTED: dict[int | str, dict[str, Any]] = {202: {
 def checkpoint_router(service: Service, router: APIRouter) -> None:
     """Add the routes to `router`."""
 
-    def waited(op_id: str, seconds: int) -> Operation:
+    async def waited(op_id: str, seconds: int) -> Operation:
+        """Waits on the event loop: a thread for each client that waits would leave none for the others."""
         deadline = time.monotonic() + seconds
-        while not (op := service.operations.get(op_id)).final and time.monotonic() < deadline:
-            time.sleep(WAIT_POLL_S)
-        return op
+        while True:
+            op = await run_in_threadpool(service.operations.get, op_id)
+            if op.final or time.monotonic() >= deadline:
+                return op
+            await asyncio.sleep(WAIT_POLL_S)
 
     @router.post("/checkpoint", operation_id="saveCheckpoint", summary="Save now", status_code=202,
                  tags=["checkpoint"], response_model=OperationOut, responses={**_ACCEPTED, **responses()})
-    def save(response: Response, wait: Wait = 0) -> OperationOut:
+    async def save(response: Response, wait: Wait = 0) -> OperationOut:
         """Write the changed blocks of the live weights to the checkpoint, at the next step boundary."""
-        service.model()
-        op_id = service.operations.submit("sync")
+        op_id = await run_in_threadpool(ask_for_sync)
         response.headers["Location"] = f"/checkpoint/operations/{op_id}"
-        return operation_out(waited(op_id, wait))
+        return operation_out(await waited(op_id, wait))
 
     @router.get("/checkpoint", operation_id="getCheckpoint", summary="Generations", tags=["checkpoint"],
                 response_model=CheckpointOut, responses=responses())
@@ -49,8 +53,17 @@ def checkpoint_router(service: Service, router: APIRouter) -> None:
     @router.post("/checkpoint/rollback", operation_id="rollbackCheckpoint", summary="Roll back", status_code=202,
                  tags=["checkpoint"], response_model=OperationOut,
                  responses={**_ACCEPTED, **responses(400, 404, 408, 409, 413, 415)})
-    def rollback(body: RollbackRequest, response: Response, wait: Wait = 0) -> OperationOut:
+    async def rollback(body: RollbackRequest, response: Response, wait: Wait = 0) -> OperationOut:
         """Return to a generation, on disk and in the live weights; serving goes on."""
+        op_id = await run_in_threadpool(ask_for_rollback, body)
+        response.headers["Location"] = f"/checkpoint/operations/{op_id}"
+        return operation_out(await waited(op_id, wait))
+
+    def ask_for_sync() -> str:
+        service.model()
+        return service.operations.submit("sync")
+
+    def ask_for_rollback(body: RollbackRequest) -> str:
         service.model()
         reported = service.registry.checkpoint()
         if reported is not None:
@@ -60,18 +73,16 @@ def checkpoint_router(service: Service, router: APIRouter) -> None:
                 raise InvalidRequest(f"There is no generation {body.generation} to roll back to; there are: {there}.",
                                      errors=[{"pointer": "/generation", "field": "generation",
                                               "message": f"is not one of {known}"}])
-        op_id = service.operations.submit("rollback", generation=body.generation)
-        response.headers["Location"] = f"/checkpoint/operations/{op_id}"
-        return operation_out(waited(op_id, wait))
+        return service.operations.submit("rollback", generation=body.generation)
 
     @router.get("/checkpoint/operations/{op_id}", operation_id="getOperation", summary="Poll a save or a rollback",
                 tags=["checkpoint"], response_model=OperationOut, responses=responses(404))
-    def operation(op_id: Annotated[str, Path(examples=["op-0123456789abcdef01234567"])], response: Response,
-                  wait: Wait = 0) -> OperationOut:
+    async def operation(op_id: Annotated[str, Path(examples=["op-0123456789abcdef01234567"])], response: Response,
+                        wait: Wait = 0) -> OperationOut:
         """A sync or a rollback that was asked for."""
         if not _OP_ID.fullmatch(op_id):
             raise NotFound(f"There is no operation {op_id[:40]!r}.")
-        op = waited(op_id, wait)
+        op = await waited(op_id, wait)
         if not op.final:
             response.headers["Retry-After"] = "1"
         return operation_out(op)

@@ -1,9 +1,11 @@
 """`/train`: submit, list, poll, control and follow jobs."""
 
+import logging
 import re
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
+import redis
 from fastapi import APIRouter, Header, Path, Query, Request, Response
 from pydantic import StringConstraints
 from sse_starlette.event import ServerSentEvent
@@ -11,13 +13,14 @@ from sse_starlette.sse import EventSourceResponse
 from starlette.concurrency import run_in_threadpool
 
 from hogwild.api.auth import ApiKey
-from hogwild.api.events import follow
 from hogwild.api.problems import responses
 from hogwild.api.schemas import AcceptedOut, JobOut, JobPage, StatusOut, TrainRequest
 from hogwild.api.service import Service
 from hogwild.api.validation import check_config, check_samples
 from hogwild.api.views import job_out, status_out
 from hogwild.errors import InvalidRequest, NotFound
+
+log = logging.getLogger("hogwild.api")
 
 JobId = Annotated[str, Path(description="Id of a job.", examples=["job-0123456789abcdef01234567"])]
 State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
@@ -126,8 +129,8 @@ def train_router(service: Service, router: APIRouter) -> None:
 
     @router.get("/train/{job_id}/events", operation_id="followTrainingJob", summary="Follow a job", tags=["train"],
                 response_class=EventSourceResponse, responses={
-                    200: {"description": "Server-sent events: `queued`, `running`, `begun`, `step`, `paused`, `resumed`, "
-                          "`cancel_requested`, `pause_requested`, `run_requested`, `interrupted`, and last "
+                    200: {"description": "Server-sent events: `queued`, `running`, `begun`, `step`, `paused`, "
+                          "`resumed`, `cancel_requested`, `pause_requested`, `run_requested`, `interrupted`, and last "
                           "`succeeded`, `failed` or `cancelled`. `data` is JSON.",
                           "content": {"text/event-stream": {"schema": {"type": "string"}}}},
                     **responses(404)})
@@ -139,7 +142,10 @@ def train_router(service: Service, router: APIRouter) -> None:
         start = last_event_id(last_id)
 
         async def stream() -> AsyncIterator[ServerSentEvent]:
-            async for event_id, kind, data in follow(service.stream_client(), service.ledger.keys, job.id, start):
-                yield ServerSentEvent(id=event_id, event=kind, data=data)
+            try:
+                async for event_id, kind, data in service.hub().follow(job.id, start):
+                    yield ServerSentEvent(id=event_id, event=kind, data=data)
+            except redis.RedisError as error:  # the client comes back with Last-Event-ID, and finds all of them
+                log.warning("events of %s end early: %s", job.id, error)
 
         return EventSourceResponse(stream(), ping=15, send_timeout=30)

@@ -7,11 +7,12 @@ import weakref
 from collections.abc import Iterable
 
 from hogwild.api.auth import ApiKey, keys_of
+from hogwild.api.events import Hub
 from hogwild.config import Settings
 from hogwild.errors import ServiceUnavailable, TooManyRequests
 from hogwild.tasks.announce import Announcer
 from hogwild.tasks.app import make_app
-from hogwild.tasks.connections import AsyncClient, api_client, async_client, redis_url
+from hogwild.tasks.connections import api_client, async_client, redis_url
 from hogwild.tasks.dirty import Dirty
 from hogwild.tasks.files import Files
 from hogwild.tasks.ledger import Ledger
@@ -53,7 +54,7 @@ class Service:
         self._model: tuple[float, ModelInfo] | None = None
         self._lock = threading.Lock()
         # A connection of asyncio belongs to its loop; tests and vLLM may run more than one.
-        self._async: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncClient] = weakref.WeakKeyDictionary()
+        self._hubs: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Hub] = weakref.WeakKeyDictionary()
 
     def model(self) -> ModelInfo:
         """The served model, at most MODEL_CACHE_S old. Raises ServiceUnavailable when none was ever attached."""
@@ -65,18 +66,19 @@ class Service:
             self._model = (time.monotonic(), info)
         return info
 
-    def stream_client(self) -> AsyncClient:
-        """The asyncio client of the running loop."""
+    def hub(self) -> Hub:
+        """The reader of events of the running loop."""
         loop = asyncio.get_running_loop()
-        if loop not in self._async:
-            self._async[loop] = async_client(self.url)
-        return self._async[loop]
+        if loop not in self._hubs:
+            self._hubs[loop] = Hub(async_client(self.url), self.ledger.keys)
+        return self._hubs[loop]
 
     async def close(self) -> None:
         """Close connections of the running loop and the shared ones."""
-        client = self._async.pop(asyncio.get_running_loop(), None)
-        if client is not None:
-            await client.aclose()
+        hub = self._hubs.pop(asyncio.get_running_loop(), None)
+        if hub is not None:
+            await hub.close()
+            await hub.client.aclose()
         self.client.close()
 
     def check_rate(self, key: ApiKey) -> None:

@@ -331,7 +331,7 @@ class Client(_Base):
         """
         attempt = 0
         while True:
-            response = None
+            response, seen = None, False
             try:
                 headers = {"Last-Event-ID": after} if after else {}
                 with self._http.stream("GET", f"/train/{job_id}/events", headers=headers,
@@ -342,11 +342,15 @@ class Client(_Base):
                         parser = _EventParser()
                         for line in response.iter_lines():
                             if event := parser.feed(line):
-                                attempt, after = 0, event.id
+                                attempt, after, seen = 0, event.id, True
                                 yield event
                                 if event.type in FINAL:
                                     return
+                if response.is_success:
+                    # The stream ended before the job: with the server, or everything had been seen before.
+                    if not seen and self.job(job_id).final:
                         return
+                    response = None
             except httpx.TransportError as error:
                 pause = self._pause(attempt, None)
                 if pause is None:
@@ -354,7 +358,7 @@ class Client(_Base):
             else:
                 pause = self._pause(attempt, response)
                 if pause is None:
-                    raise error_of(response)
+                    raise error_of(response) if response is not None else self._away(EOFError())
             time.sleep(pause)
             attempt += 1
 
@@ -472,7 +476,7 @@ class AsyncClient(_Base):
         """See `Client.events`."""
         attempt = 0
         while True:
-            response = None
+            response, seen = None, False
             try:
                 headers = {"Last-Event-ID": after} if after else {}
                 async with self._http.stream("GET", f"/train/{job_id}/events", headers=headers,
@@ -483,11 +487,14 @@ class AsyncClient(_Base):
                         parser = _EventParser()
                         async for line in response.aiter_lines():
                             if event := parser.feed(line):
-                                attempt, after = 0, event.id
+                                attempt, after, seen = 0, event.id, True
                                 yield event
                                 if event.type in FINAL:
                                     return
+                if response.is_success:
+                    if not seen and (await self.job(job_id)).final:
                         return
+                    response = None
             except httpx.TransportError as error:
                 pause = self._pause(attempt, None)
                 if pause is None:
@@ -495,7 +502,7 @@ class AsyncClient(_Base):
             else:
                 pause = self._pause(attempt, response)
                 if pause is None:
-                    raise error_of(response)
+                    raise error_of(response) if response is not None else self._away(EOFError())
             await asyncio.sleep(pause)
             attempt += 1
 

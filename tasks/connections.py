@@ -37,8 +37,11 @@ def api_client(url: str) -> Client:
 
 
 def async_client(url: str) -> AsyncClient:
-    """Client of event streams; its blocking reads set their own time limit."""
-    return redis.asyncio.Redis.from_url(url, socket_connect_timeout=2.0, health_check_interval=30)
+    """Client of event streams: few connections, and whoever finds none free waits for one."""
+    pool = redis.asyncio.BlockingConnectionPool.from_url(
+        url, max_connections=16, timeout=20, socket_timeout=WORKER_TIMEOUT_S, socket_connect_timeout=2.0,
+        health_check_interval=30)
+    return redis.asyncio.Redis.from_pool(pool)
 
 
 def worker_client(url: str, *, retries: int = WORKER_RETRIES) -> Client:

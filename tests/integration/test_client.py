@@ -1,6 +1,7 @@
 """The Python client and the command line, against the real API."""
 
 import asyncio
+import contextlib
 import json
 import threading
 import time
@@ -73,6 +74,41 @@ def test_events_arrive_while_the_job_runs(client, ledger, run_job):
     assert [event.type for event in rest] == ["running", "begun", "step", "step", "succeeded"]
     assert rest[2].data["loss"] == 2.0 and 0 <= time.time() - rest[2].time < 60
     assert [event.id for event in client.events(job.id, after=rest[2].id)] == [event.id for event in rest[3:]]
+
+
+class EndsEarly:
+    """Closes event streams after their first two events, as a server that restarts does."""
+
+    def __init__(self, app, times):
+        self.app, self.times = app, times
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http" or not scope["path"].endswith("/events") or self.times == 0:
+            await self.app(scope, receive, send)
+            return
+        self.times -= 1
+        count = 0
+
+        async def some(message):
+            nonlocal count
+            if message["type"] == "http.response.body" and b"event:" in message.get("body", b""):
+                count += 1
+                if count > 2:
+                    raise ConnectionResetError
+            await send(message)
+
+        with contextlib.suppress(Exception):
+            await self.app(scope, receive, some)
+        await send({"type": "http.response.body", "body": b""})
+
+
+def test_events_go_on_after_streams_that_end_early(serve, app, ledger, run_job):
+    with Client(serve(EndsEarly(app, 2)), retries=3) as client:
+        job = client.train(**IDS)
+        run_job(ledger, job.id, steps=3)
+        seen = list(client.events(job.id))
+        assert [event.type for event in seen] == ["queued", "running", "begun", *["step"] * 3, "succeeded"]
+        assert list(client.events(job.id, after=seen[-1].id)) == []
 
 
 def test_control_and_lists(client):
