@@ -5,11 +5,21 @@ decided. A check gets `Facts` and returns a `Problem` or None; a fact that is no
 check passes. Needs neither torch nor vLLM.
 """
 
+import json
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hogwild.errors import ConfigError
 
 SUPPORTED_VLLM = "0.26 to 0.33"
+
+# Fields of a config.json that hold the number of experts.
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,9 +183,47 @@ def problems(facts: Facts) -> list[Problem]:
     ]
 
 
-def environment_facts(environ: Mapping[str, str] = os.environ) -> dict[str, object]:
+def environment_facts(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
     """The facts that come from the environment of the process that will run (or runs) vLLM."""
     return {
         "allocator_config": environ.get("PYTORCH_CUDA_ALLOC_CONF") or environ.get("PYTORCH_ALLOC_CONF") or "",
         "freezing": environ.get("TORCHINDUCTOR_FREEZING") == "1",
     }
+
+
+def checkpoint_facts(directory: Path) -> dict[str, Any]:
+    """The facts that a checkpoint directory tells: files, dtype of most of the weights, quantisation, experts.
+
+    Raises:
+        ConfigError: config.json or a safetensors file can't be read.
+    """
+    files = tuple(sorted(path.name for path in directory.iterdir()))
+    try:
+        config = json.loads((directory / "config.json").read_bytes())
+        sizes: Counter[str] = Counter()
+        for name in files:
+            if name.endswith(".safetensors"):
+                sizes.update(_dtype_bytes(directory / name))
+        nested = [config, *(value for value in config.values() if isinstance(value, dict))]
+        quantised = next((c["quantization_config"] for c in nested if c.get("quantization_config")), None)
+        experts = max((c[key] for c in nested for key in EXPERT_COUNTS if isinstance(c.get(key), int)), default=0)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{directory} is not a readable checkpoint: {error}") from error
+    return {
+        "checkpoint_files": files,
+        "checkpoint_dtype": SAFETENSORS_DTYPES.get(sizes.most_common(1)[0][0]) if sizes else None,
+        "quantization": str(quantised.get("quant_method", "unknown")) if isinstance(quantised, dict) else None,
+        "moe": experts > 1,
+    }
+
+
+def _dtype_bytes(path: Path) -> Counter[str]:
+    """Bytes of each dtype in a safetensors file, from its header (the format: 8 bytes of length, then JSON)."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    found: Counter[str] = Counter()
+    for name, entry in header.items():
+        if name != "__metadata__":
+            begin, end = entry["data_offsets"]
+            found[entry["dtype"]] += end - begin
+    return found

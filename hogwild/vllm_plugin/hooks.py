@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from hogwild.config import Settings, slug
-from hogwild.preflight import SUPPORTED_VLLM, Facts, Problem, environment_facts, problems
+from hogwild.preflight import SUPPORTED_VLLM, Facts, Problem, checkpoint_facts, environment_facts, problems
 
 logger = logging.getLogger("vllm.hogwild")
 
@@ -437,6 +437,7 @@ def facts_of(vllm_config: Any, model_config: Any, loader: Any) -> Facts:
     parallel, offload = vllm_config.parallel_config, getattr(vllm_config, "offload_config", None)
     uva, prefetch = getattr(offload, "uva", None), getattr(offload, "prefetch", None)
     path = Path(model_config.model)
+    checkpoint = checkpoint_facts(path) if path.is_dir() else {"checkpoint_dtype": None, "checkpoint_files": None}
     inductor = getattr(torch._inductor, "config", None) if hasattr(torch, "_inductor") else None
     environment = environment_facts()
     return Facts(
@@ -450,11 +451,13 @@ def facts_of(vllm_config: Any, model_config: Any, loader: Any) -> Facts:
         sleep_mode=bool(getattr(model_config, "enable_sleep_mode", False)),
         load_format=str(vllm_config.load_config.load_format),
         default_loader=isinstance(loader, DefaultModelLoader),
-        checkpoint_files=tuple(p.name for p in path.iterdir()) if path.is_dir() else None,
+        checkpoint_dtype=checkpoint["checkpoint_dtype"],
+        serving_dtype=dtype_name(model_config.dtype),
+        checkpoint_files=checkpoint["checkpoint_files"],
         moe=bool(getattr(model_config, "is_moe", False)),
         moe_backend=getattr(getattr(vllm_config, "kernel_config", None), "moe_backend", None),
-        allocator_config=str(environment["allocator_config"]),
-        freezing=bool(environment["freezing"]) or bool(getattr(inductor, "freezing", False)),
+        allocator_config=environment["allocator_config"],
+        freezing=environment["freezing"] or bool(getattr(inductor, "freezing", False)),
         cpu_offload_gb=float(getattr(uva, "cpu_offload_gb", 0) or getattr(prefetch, "offload_group_size", 0) or 0),
         pipeline_parallel_size=parallel.pipeline_parallel_size,
         data_parallel_size=parallel.data_parallel_size,
