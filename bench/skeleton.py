@@ -115,7 +115,7 @@ def measure(steps: int, repeats: int) -> dict[str, Any]:
                 [sys.executable, __file__, "--plain", str(model), "--steps", str(steps)], check=True,
                 capture_output=True, text=True, input=json.dumps(samples)).stdout)  # fmt: skip
         sync = client.checkpoint(wait=True)
-        attach = client.status()["lifecycle"]
+        attach = client.status()["worker"]["lifecycle"]
         save_seconds, save_bytes = save_whole(model)
     step_worker, step_plain = statistics.median(worker), statistics.median(plain)
     return {
