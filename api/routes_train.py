@@ -108,10 +108,10 @@ def train_router(service: Service, router: APIRouter) -> None:
                     **responses(404)})
     def get(job_id: JobId, response: Response) -> JobOut:
         """A job with its losses."""
-        job = service.ledger.get(known_id(job_id))
+        job, losses = service.ledger.get_with_losses(known_id(job_id))
         if not job.final:
             response.headers["Retry-After"] = str(POLL_S)
-        return job_out(job, service.ledger.losses(job.id))
+        return job_out(job, losses)
 
     def control(verb: Literal["cancel", "pause", "resume"], summary: str, about: str) -> None:
         want: Any = "run" if verb == "resume" else verb

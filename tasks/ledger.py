@@ -130,16 +130,19 @@ class Ledger:
 
     def get(self, job_id: str) -> Job:
         """One job. Raises NotFound."""
-        row = self.client.hgetall(self.keys("job", job_id))
-        if not row:
-            raise NotFound(f"There is no job {job_id!r}; finished jobs are forgotten after "
-                           f"{self.settings.job_retention_s / 86400:g} days.")
-        return Job.from_hash(row)
+        return self._parse(job_id, self.client.hgetall(self.keys("job", job_id)))
+
+    def get_with_losses(self, job_id: str, last: int = 1000) -> tuple[Job, Sequence[float | None]]:
+        """One job and what `losses` returns, in one round trip. Raises NotFound."""
+        pipe = self.client.pipeline(transaction=False)
+        pipe.hgetall(self.keys("job", job_id))
+        pipe.lrange(self.keys("losses", job_id), -last, -1)
+        row, values = pipe.execute()
+        return self._parse(job_id, row), _losses(values)
 
     def losses(self, job_id: str, last: int = 1000) -> Sequence[float | None]:
         """Losses of the job's most recent applied steps, oldest first; None where one was not finite."""
-        values = (float(value) for value in self.client.lrange(self.keys("losses", job_id), -last, -1))
-        return [value if math.isfinite(value) else None for value in values]
+        return _losses(self.client.lrange(self.keys("losses", job_id), -last, -1))
 
     def list(self, *, limit: int = 20, cursor: int | None = None, state: str | None = None,
              metadata: Mapping[str, str] | None = None, kind: str | None = None) -> Page:
@@ -341,6 +344,12 @@ class Ledger:
         return self.messages.build(TRAIN, (job_id,), subject=job_id,
                                    priority=DEFAULT_PRIORITY if priority is None else int(priority))
 
+    def _parse(self, job_id: str, row: dict[bytes, bytes]) -> Job:
+        if not row:
+            raise NotFound(f"There is no job {job_id!r}; finished jobs are forgotten after "
+                           f"{self.settings.job_retention_s / 86400:g} days.")
+        return Job.from_hash(row)
+
     def _announce(self, message: Message) -> None:
         if self.announcer is not None:
             self.announcer.announce(TRAIN, message)
@@ -384,6 +393,10 @@ def wait_for(ledger: Ledger, job_id: str, timeout_s: float, poll_s: float = 0.1)
 
 def _digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def _losses(values: Iterable[bytes]) -> Sequence[float | None]:
+    return [_finite(float(value)) for value in values]
 
 
 def _finite(value: float | None) -> float | None:
