@@ -18,16 +18,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import redis
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from hogwild import mps
 from hogwild.config import Settings
 from hogwild.errors import HogwildError
 from hogwild.manifest import Manifest, Refusal
 from hogwild.preflight import CHECKS, SUPPORTED_VLLM, Facts, checkpoint_facts, environment_facts, problems
 from hogwild.runtime_files import private_dir
+from hogwild.tasks import persistence
 
 Verdict = Literal["ok", "note", "problem"]
 MARKS = {"ok": "[green]✓[/]", "note": "[yellow]•[/]", "problem": "[bold red]✗[/]"}
@@ -80,6 +83,9 @@ def examine(settings: Settings, model: Path | None, arguments: list[str], *, qui
     yield from plugin(quick=quick)
     yield from runtime(settings)
     device = yield from hardware()
+    if device == "cuda":
+        yield from sharing_the_card(settings)
+    yield from queue(settings)
     if model is not None:
         yield from checkpoint(model, device, arguments)
     yield from running(settings)
@@ -98,6 +104,31 @@ def show(findings: list[Finding]) -> None:
     console.print(table)
     count = sum(finding.verdict == "problem" for finding in findings)
     console.print(f"[bold red]{count} problem{'s' * (count != 1)}[/]" if count else "[bold green]nothing in the way[/]")
+
+
+def sharing_the_card(settings: Settings) -> Iterator[Finding]:
+    """Whether kernels of vLLM and training can overlap. Without it they take turns: a problem only where it is asked
+    for."""
+    worst: Verdict = "problem" if settings.mps == "on" else "note"
+    verdicts: dict[str, Verdict] = {"ok": "ok", "info": "note", "problem": worst}
+    for found in mps.probe(settings):
+        text = f"{found.message} {found.advice}".strip()
+        yield Finding(area="MPS", check=settings.mps, verdict=verdicts[found.status], message=text)
+
+
+def queue(settings: Settings) -> Iterator[Finding]:
+    """Whether the Redis that is not ours can lose accepted jobs."""
+    if settings.redis_url is None:
+        yield Finding(area="queue", check="Redis", verdict="ok", message="embedded server, every write on disk")
+        return
+    verdicts: dict[str, Verdict] = {"ok": "ok", "warning": "note", "error": "problem"}
+    try:
+        with redis.Redis.from_url(settings.redis_url, socket_timeout=5, socket_connect_timeout=5) as client:
+            for found in persistence.check(client):
+                yield Finding(area="queue", check=found.subject, verdict=verdicts[found.level], message=found.message)
+    except (redis.RedisError, ValueError) as error:
+        text = f"the Redis of HOGWILD_REDIS_URL does not answer: {error}"
+        yield Finding(area="queue", check="Redis", verdict="problem", message=text)
 
 
 # --- areas ---------------------------------------------------------------------------------------------------------
