@@ -17,6 +17,11 @@ local function get(id, field) return redis.call('HGET', job_key(id), field) end
 local function event(id, kind, data)
   redis.call('XADD', P .. 'events:' .. id, 'MAXLEN', '~', 2000, '*', 'event', kind, 'data', data)
 end
+-- A stream's node is made 4 kB large for events to come; of jobs that wait or have ended, many are kept and few come.
+local function compact(id)
+  local key = P .. 'events:' .. id
+  redis.call('RESTORE', key, 0, redis.call('DUMP', key), 'REPLACE')
+end
 local function move(id, from, to)
   local seq = get(id, 'seq')
   redis.call('ZREM', P .. 'state:' .. from, id)
@@ -32,6 +37,7 @@ local function close(id, from, to, err, t)
   count('jobs_' .. to, 1)
   if err == '' then err = 'null' end
   event(id, to, '{"error":' .. err .. '}')
+  compact(id)
 end
 local function final(state) return state == 'succeeded' or state == 'failed' or state == 'cancelled' end
 -- The lease is good while the job runs under this fence; anything else means that another worker took it over.
@@ -66,6 +72,7 @@ redis.call('ZADD', P .. 'jobs', seq, id)
 redis.call('ZADD', P .. 'state:queued', seq, id)
 count('jobs_accepted', 1)
 event(id, 'queued', '{}')
+compact(id)
 if idem then
   redis.call('HSET', idem, 'body', ARGV[13], 'job', id)
   redis.call('EXPIRE', idem, ARGV[14])

@@ -54,6 +54,20 @@ def test_submitted_job_has_row_samples_and_message(redis_client, ledger, submit)
     assert len(raw) < 1500 and b"context" not in raw
 
 
+def test_a_waiting_and_a_finished_job_take_little_memory(redis_client, ledger, submit):
+    before = redis_client.info("memory")["used_memory"]
+    ids = [submit([Sample([n], [1, 2])]) for n in range(200)]
+    waiting = (redis_client.info("memory")["used_memory"] - before) / len(ids)
+    redis_client.delete(*ledger.messages.queue_keys())
+    for job_id in ids:
+        lease = ledger.claim(job_id, "w1")
+        run_steps(ledger, lease, 0, 3)
+        ledger.finish(lease, "succeeded")
+    finished = (redis_client.info("memory")["used_memory"] - before) / len(ids)
+    # Row, samples, events, indexes and (waiting) the message; a stream alone would start with more than 4 kB
+    assert waiting < 4500 and finished < 4500
+
+
 def test_same_key_and_body_is_the_same_job(redis_client, ledger, submit):
     first = submit(idempotency_key="default:k1")
     assert submit(idempotency_key="default:k1") == first
