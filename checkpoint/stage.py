@@ -5,12 +5,14 @@ kept from one sync to the next: touching fresh pages costs far more than the cop
 during the pause, at the speed of the page cache, so a larger budget means a shorter pause.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from hogwild.checkpoint.constants import BLOCK, FRAME_BLOCKS
 from hogwild.checkpoint.durable import FileIo, Handle
@@ -19,6 +21,18 @@ from hogwild.checkpoint.layout import TensorSpec
 
 CHUNK = 64 << 20
 """Bytes of one allocation: few system calls, and at most this much unused at the end."""
+
+
+def available_memory() -> int:
+    """Bytes that this process may still take: what the machine has free, less if its control group allows less."""
+    free = int(psutil.virtual_memory().available)
+    group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):  # no control groups version 2, or "max": no limit
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+        fields = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        free = min(free, limit - used + int(fields.get("file", 0)))  # page cache makes room
+    return max(0, free)
 
 
 class Arena:

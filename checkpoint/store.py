@@ -40,15 +40,12 @@ from hogwild.checkpoint.layout import Layout
 from hogwild.checkpoint.records import Commit, Kind
 from hogwild.checkpoint.reports import RestoreReport, RollbackReport, SyncReport, VerifyReport
 from hogwild.checkpoint.snapshot import Snapshot
-from hogwild.checkpoint.stage import Arena, Stage
+from hogwild.checkpoint.stage import Arena, Stage, available_memory
 from hogwild.checkpoint.transaction import Deadline, apply, write_logs
 from hogwild.errors import CheckpointError, CheckpointForeign, Conflict, NotFound
 
 if TYPE_CHECKING:
     from hogwild.checkpoint.views import Views
-
-HOST_BUDGET = 4 << 30
-"""Bytes of host memory for changed blocks; what is beyond goes to a spill file during the pause."""
 
 READER_PATIENCE = 60.0
 """Seconds that a sync waits for readers of the files before it leaves the last step to the next sync or open."""
@@ -87,7 +84,7 @@ class CheckpointStore:
         source: Path | str | None = None,
         keep_last: int = 8,
         read_only: bool = False,
-        host_budget: int = HOST_BUDGET,
+        host_budget: int | None = None,
         reader_patience: float = READER_PATIENCE,
         io: FileIo = OS_IO,
     ) -> "CheckpointStore":
@@ -97,7 +94,8 @@ class CheckpointStore:
             source: model to clone when the directory is empty; the same directory, or None: work in place.
             keep_last: earlier generations that can be rolled back to.
             read_only: list, verify and export only; works beside a running worker.
-            host_budget: bytes of host memory for changed blocks.
+            host_budget: bytes of host memory for changed blocks, default half of what is free now; what is beyond goes
+                to a spill file during the pause.
             reader_patience: seconds a sync waits for `export` and other readers.
 
         Raises CheckpointLayout (no safetensors model there), CheckpointCorrupt, CheckpointError (locked, not writable,
@@ -110,7 +108,7 @@ class CheckpointStore:
             directory,
             keep_last=keep_last,
             io=io,
-            host_budget=host_budget,
+            host_budget=available_memory() // 2 if host_budget is None else host_budget,
             reader_patience=reader_patience,
             read_only=read_only,
         )
@@ -391,7 +389,7 @@ class CheckpointStore:
                 )
                 written += apply(self._io, self.directory, self._generations, logs.replaced, frames)
                 self._io.unlink(self._history.path(generation, "redo"))
-        self._history.prune(self.keep_last)
+                self._history.prune(self.keep_last)  # while nobody reads an old generation
         self._stale = False
         return commit, written, durable, alone
 

@@ -366,6 +366,35 @@ def test_reader_beside_a_writer_sees_one_generation(store, model, io, tmp_path, 
     assert len(seen) > 3
 
 
+def test_generation_that_is_being_exported_is_not_pruned(model, tmp_path, io, helpers, monkeypatch):
+    """Given an export of the oldest generation, which the next sync would prune, held up half-way."""
+    options = {"keep_last": 1, "io": io, "reader_patience": 0.1}
+    with CheckpointStore.open(tmp_path / "c", source=model.directory, **options) as store:
+        change(model.views, 1)
+        store.sync(model.views, weight_version=1)
+        reader = CheckpointStore.open(store.directory, read_only=True, **options)
+        snapshot = reader._snapshot
+
+        def slow(generation):
+            # When two syncs come in between
+            for version in (2, 3):
+                change(model.views, 1)
+                if version == 2:
+                    assert not store.sync(model.views, weight_version=version).applied
+                else:
+                    with pytest.raises(CheckpointError, match="is being read"):
+                        store.sync(model.views, weight_version=version)
+            return snapshot(generation)
+
+        monkeypatch.setattr(reader, "_snapshot", slow)
+        reader.export(tmp_path / "e", 0)
+        # Then the export is generation 0 all the same
+        helpers.assert_equal(helpers.weights_on_disk(tmp_path / "e"), helpers.weights_on_disk(model.directory))
+        store.sync(model.views, weight_version=4)
+        assert store.verify(model.views).ok
+        assert len(store.generations()) == 2
+
+
 def test_reader_in_the_way_does_not_lose_the_generation(model, tmp_path, io, helpers):
     with CheckpointStore.open(tmp_path / "c", source=model.directory, io=io, reader_patience=0.1) as store:
         before = helpers.weights_on_disk(store.directory)

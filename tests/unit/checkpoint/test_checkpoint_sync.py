@@ -164,6 +164,24 @@ def test_changes_beyond_the_memory_budget_are_spilled(model, tmp_path, io, helpe
         assert not spill.exists()
 
 
+def test_default_budget_is_bounded_by_the_machine_and_the_control_group(monkeypatch, tmp_path):
+    import pathlib
+
+    import psutil
+
+    from hogwild.checkpoint import stage
+
+    free = stage.available_memory()
+    assert 0 < free <= psutil.virtual_memory().total
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("700000\n")
+    (tmp_path / "memory.stat").write_text("anon 400000\nfile 300000\n")
+    monkeypatch.setattr(stage, "Path", lambda _: pathlib.Path(tmp_path))
+    assert stage.available_memory() == 600_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert stage.available_memory() > 600_000
+
+
 def test_time_limit_leaves_the_generation_before(store, model, helpers):
     before = helpers.weights_on_disk(store.directory)
     model.views["head.weight"] += 1
