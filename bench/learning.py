@@ -2,17 +2,20 @@
 
     python bench/learning.py --model .cache/models/SmolLM2-135M-Instruct             the defaults
     python bench/learning.py --device cuda --cases defaults,optimizers,pushed --plot docs/learning.svg
-    python bench/learning.py --device cuda --cases sweep                                    how the defaults were found
+    python bench/learning.py --device cuda --cases sweep                             how the defaults were found
 
 Cases:
 
-    defaults     what a job gets that names nothing, beside the model's own text (replay)
+    defaults     what a job gets that names nothing, with replay
     optimizers   the four optimizers at their default rates
     pushed       what happens beyond: four times the rate, no replay, twice the epochs
-    sweep        rates for every optimizer, with and without replay
+    sweep        rates for every optimizer, with and without replay, all weights or only those of the MLPs
 
-`learning_task.py` says what recall, drift and replay are. Every case starts from the same weights; `--every` sets how
-often recall and drift are looked at on the way. Weights are float32 on CPU and bf16 (stochastically rounded) on CUDA.
+`learning_task.py` says what recall, drift and replay are. A job with replay r holds the facts once for each epoch and,
+shuffled among them, r tokens of the model's own text for each token of facts, every one of them once: text that is
+seen again and again is learned by heart and stops saying "stay as you are". Every case starts from the same weights;
+`--every` sets how often recall and drift are looked at. Weights are float32 on CPU, and bf16 with stochastic rounding
+on CUDA.
 """
 
 import argparse
@@ -38,32 +41,32 @@ SWEEP_RATES = {
     "sgd": (1e-3, 3e-3, 1e-2, 3e-2),
 }
 
-Case = tuple[str, dict[str, Any], bool]
+MLP = ["*.mlp.*"]
+
+Case = tuple[str, dict[str, Any], float]
 
 
-def cases(names: list[str], epochs: int | None) -> list[Case]:
-    """(name, training options, whether the model's own text is replayed) of each run."""
-    more = {} if epochs is None else {"epochs": epochs}
+def cases(names: list[str], replay: float, epochs: int) -> list[Case]:
+    """(name, training options, replay) of each run."""
     out: list[Case] = []
     for name in names:
         if name == "defaults":
-            out.append(("defaults", dict(more), True))
+            out.append(("defaults", {}, replay))
         elif name == "optimizers":
-            out += [(f"optimizer {o}", {"optimizer": o, **more}, True) for o in OPTIMIZERS]
+            out += [(f"optimizer {o}", {"optimizer": o}, replay) for o in OPTIMIZERS]
         elif name == "pushed":
-            base = TrainConfig()
-            twice = 2 * (epochs or DEFAULT_EPOCHS)
             out += [
-                ("pushed: no replay", dict(more), False),
-                ("pushed: 4x rate", {"learning_rate": 4 * base.peak_rate, **more}, True),
-                ("pushed: 2x epochs", {"epochs": twice}, True),
+                ("pushed: no replay", {}, 0.0),
+                ("pushed: 4x rate", {"learning_rate": 4 * TrainConfig().peak_rate}, replay),
+                ("pushed: 2x epochs", {"epochs": 2 * epochs}, replay),
             ]
         elif name == "sweep":
             out += [
-                (f"sweep{' replay' if replay else ''}", {"optimizer": o, "learning_rate": rate, **more}, replay)
+                ("sweep", {"optimizer": o, "learning_rate": rate, **part}, r)
                 for o, rates in SWEEP_RATES.items()
                 for rate in rates
-                for replay in (True, False)
+                for part in ({}, {"trainable": MLP})
+                for r in (0.0, replay)
             ]
         else:
             raise SystemExit(f"unknown case {name}: defaults, optimizers, pushed, sweep")
@@ -82,19 +85,22 @@ class Bench:
         self.model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(args.device).train()
         self.weights = {k: v.clone() for k, v in self.model.state_dict().items()}
         self.task: Task = load_task(self.tokenizer, args.facts)
-        self.replay: list[Sample] = replay_samples(self.model, self.tokenizer)
-        self.batch_tokens: int = args.max_tokens_per_step
+        self.replay: list[Sample] = []
+        """The model's own text, made when a case first needs so much of it."""
         trainer = Trainer(self.model)
         self.loss_before = ordinary_loss(trainer.forward, self.task.heldout)
         trainer.close()
         self.recall_before = recall(self.model, self.tokenizer, self.task)
 
     def run(self, case: Case) -> dict[str, Any]:
-        name, options, with_replay = case
+        name, options, replay = case
         self.model.load_state_dict(self.weights)
+        options = {"epochs": self.args.epochs} | options
+        samples = self.task.facts * options["epochs"]
+        samples = samples + self.own_text(int(replay * sum(s.input_tokens for s in samples)))
         trainer = Trainer(self.model)
-        config = TrainConfig(max_tokens_per_step=self.batch_tokens, **options)
-        plan = trainer.plan(self.task.facts + (self.replay if with_replay else []), config)
+        config = TrainConfig.from_dict(options | {"epochs": 1, "max_tokens_per_step": self.args.max_tokens_per_step})
+        plan = trainer.plan(samples, config)
         every = max(1, round(plan.n_steps * self.args.every))
         curve: list[dict[str, float]] = []
         trained = 0.0
@@ -115,13 +121,26 @@ class Bench:
         looks = [p for p in curve if "recall" in p]
         reached = next((p["step"] for p in looks if p["recall"] >= GOAL_RECALL), None)
         return {
-            "name": name, "options": options, "replay": with_replay, "optimizer": config.optimizer,
+            "name": name, "options": options, "replay": replay, "optimizer": config.optimizer,
             "learning_rate": config.peak_rate, "steps": plan.n_steps, "tokens": plan.tokens,
             "recall": looks[-1]["recall"], "drift": looks[-1]["drift"], "steps_to_goal_recall": reached,
             "good": looks[-1]["recall"] >= GOAL_RECALL and looks[-1]["drift"] <= GOAL_DRIFT,
             "seconds": trained, "optimizer_bytes": result.optimizer_bytes, "peak_bytes": result.peak_bytes,
             "curve": curve,
         }  # fmt: skip
+
+    def own_text(self, tokens: int) -> list[Sample]:
+        """So many tokens of text by the untouched model; the live weights must be untouched too."""
+        while sum(s.input_tokens for s in self.replay) < tokens:
+            self.replay += replay_samples(self.model, self.tokenizer, seed=len(self.replay))
+        chosen: list[Sample] = []
+        have = 0
+        for sample in self.replay:
+            if have >= tokens:
+                break
+            chosen.append(sample)
+            have += sample.input_tokens
+        return chosen
 
     def look(self, trainer: Trainer) -> dict[str, float]:
         loss = ordinary_loss(trainer.forward, self.task.heldout)
@@ -159,8 +178,9 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--cases", default="defaults")
     parser.add_argument("--facts", type=int, help="facts of each of the six relations (default: all four)")
-    parser.add_argument("--epochs", type=int, help="default: what a job gets")
-    parser.add_argument("--max-tokens-per-step", type=int, default=384)
+    parser.add_argument("--epochs", type=int, default=DEFAULT_EPOCHS)
+    parser.add_argument("--replay", type=float, default=2.0, help="tokens of the model's own text for each of facts")
+    parser.add_argument("--max-tokens-per-step", type=int, default=1024)
     parser.add_argument("--every", type=float, default=0.25, help="share of the steps between looks")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", type=Path, help="write the results here")
@@ -177,16 +197,18 @@ def main() -> None:
         "machine": torch.cuda.get_device_name() if args.device == "cuda" else platform.machine(),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "facts": bench.task.n_facts, "questions": len(bench.task.questions), "recall_before": bench.recall_before,
-        "ordinary_loss_before": bench.loss_before, "replay_samples": len(bench.replay), "cases": [],
+        "ordinary_loss_before": bench.loss_before, "cases": [],
     }  # fmt: skip
-    for case in cases(args.cases.split(","), args.epochs):
+    for case in cases(args.cases.split(","), args.replay, args.epochs):
         record["cases"].append(bench.run(case))
         record["seconds"] = time.time() - started
         if args.json:  # after every case: a run that is cut short leaves what it had
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(record, indent=1) + "\n")
     for c in record["cases"]:
-        print(f"{c['name']:32s} {c['optimizer']:12s} {c['learning_rate']:8.1e}  {c['steps']:4d} steps  "
+        part = ",".join(c["options"].get("trainable", ["all"]))
+        print(f"{c['name']:20s} {c['optimizer']:12s} {c['learning_rate']:8.1e} replay {c['replay']:g} {part:10s} "
+              f"{c['steps']:4d} steps  "
               f"recall {c['recall']:.3f}  drift {c['drift']:+.4f}  {'good' if c['good'] else ''}")  # fmt: skip
     if args.plot:
         plot(record, args.plot)
