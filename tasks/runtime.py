@@ -266,6 +266,9 @@ class Runtime:
             else:
                 self.ledger.finish(lease, "succeeded")
             finally:
+                weights = live.attachment.weights
+                if self._live is live and weights.torn:  # a step that ran out of memory half-way
+                    weights.set_version(weights.version)
                 self._status.clear()
                 self.heartbeat()
             return {"job_id": job_id, "state": self._state_of(job_id)}
