@@ -26,7 +26,9 @@ _COUNTERS = {  # name in Redis → (metric, help)
     "sync_seconds": ("hogwild_sync_seconds", "Seconds spent in syncs."),
     "sync_pause_seconds": ("hogwild_sync_pause_seconds", "Seconds for which training waited for a sync."),
 }
-WORKER_STATES = ("detached", "attaching", "attached", "training", "syncing", "lost")
+# Of hogwild.gpu_worker.lifecycle (which imports torch), and what an attached worker is busy with.
+WORKER_STATES = ("detached", "waiting", "attaching", "verified", "training", "syncing", "lost", "refused")
+ATTACHED = ("verified", "training", "syncing")
 
 
 class _Snapshot(Collector):
@@ -94,6 +96,8 @@ def _collect(service: Service) -> list[Metric]:
         gauge("hogwild_checkpoint_generation", "Newest checkpoint generation.", dirty.generation)
     alive = bool(worker.get("alive"))
     gauge("hogwild_worker_up", "1: the worker reports.", 1 if alive else 0)
+    gauge("hogwild_worker_attached", "1: the worker reports and holds vLLM's weights.",
+          1 if alive and worker.get("state") in ATTACHED else 0)
     attached = GaugeMetricFamily("hogwild_worker_state", "1 at the state that the worker is in.",
                                  labels=["state"])
     for name in WORKER_STATES:

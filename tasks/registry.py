@@ -88,8 +88,7 @@ class Registry:
     def heartbeat(self, worker_id: str, status: Mapping[str, Any], *, alive_s: int = ALIVE_S) -> None:
         """Say that the worker lives, and how it is.
 
-        `status`: JSON; by agreement `host`, `pid`, `state` (detached | attaching | attached | training | syncing |
-        lost), `weight_version`, `job_id`, `step`, `steps`, `optimizer`, `memory`, `last_sync`.
+        `status`: JSON; by agreement `host`, `pid`, `state` (of the lifecycle, or training | syncing), `weight_version`, `job_id`, `step`, `steps`, `optimizer`, `memory`, `last_sync`.
         """
         pipe = self.client.pipeline(transaction=True)
         pipe.set(self.keys("alive", worker_id), "1", ex=alive_s)
