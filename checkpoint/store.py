@@ -37,6 +37,7 @@ from hogwild.checkpoint.fingerprints import Table, differing, fingerprints, tabl
 from hogwild.checkpoint.frames import FrameFile
 from hogwild.checkpoint.history import History
 from hogwild.checkpoint.layout import Layout
+from hogwild.checkpoint.memo import FingerprintMemo
 from hogwild.checkpoint.records import Commit, Kind
 from hogwild.checkpoint.reports import RestoreReport, RollbackReport, SyncReport, VerifyReport
 from hogwild.checkpoint.snapshot import Snapshot
@@ -66,6 +67,7 @@ class CheckpointStore:
         self._writer = FileLock(self._store / WRITER_LOCK)
         self._reader_patience = reader_patience
         self._arena = Arena(host_budget)
+        self._memo = FingerprintMemo()
         self._mutex = threading.RLock()
         self._pending: PendingSync | None = None
         self._stale = False  # something failed half-way: read everything from disk again before the next step
@@ -293,7 +295,7 @@ class CheckpointStore:
             stage = self._new_stage()
             try:
                 with explained("the sync", self.directory, kept=self._still()):
-                    live.stage_changed(self.layout, views, self._table, stage)
+                    live.stage_changed(self.layout, views, self._table, stage, self._memo)
             except BaseException:
                 stage.close()
                 raise

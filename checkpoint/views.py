@@ -14,6 +14,7 @@ from torch import Tensor
 from hogwild.checkpoint.constants import BLOCK, PIECE
 from hogwild.checkpoint.fingerprints import Bytes, Indices, Table, differing, fingerprints
 from hogwild.checkpoint.layout import Layout, TensorSpec
+from hogwild.checkpoint.memo import FingerprintMemo
 from hogwild.checkpoint.stage import Stage
 from hogwild.errors import CheckpointError, CheckpointLayout
 
@@ -100,7 +101,7 @@ def take_blocks(data: Bytes, blocks: Indices, out: Bytes) -> None:
         out[len(whole) * BLOCK :] = data[full * BLOCK :]
 
 
-def stage_changed(layout: Layout, views: Views, table: Table, stage: Stage) -> None:
+def stage_changed(layout: Layout, views: Views, table: Table, stage: Stage, memo: FingerprintMemo) -> None:
     """Fingerprint every view and stage the blocks that differ from `table`. Training must be paused meanwhile."""
     on_device: dict[str, Tensor] = {}
     for spec in layout.tensors:
@@ -108,7 +109,7 @@ def stage_changed(layout: Layout, views: Views, table: Table, stage: Stage) -> N
         if view is None:
             continue
         if view.device.type == "cpu":
-            _stage_cpu(spec, view, table[spec.first_block : spec.first_block + spec.blocks], stage)
+            _stage_cpu(spec, view, table[spec.first_block : spec.first_block + spec.blocks], stage, memo)
         elif view.device.type == "cuda":
             on_device[spec.name] = view
         else:
@@ -119,11 +120,12 @@ def stage_changed(layout: Layout, views: Views, table: Table, stage: Stage) -> N
         device.stage_changed(layout, on_device, table, stage)
 
 
-def _stage_cpu(spec: TensorSpec, view: Tensor, table: Table, stage: Stage) -> None:
+def _stage_cpu(spec: TensorSpec, view: Tensor, table: Table, stage: Stage, memo: FingerprintMemo) -> None:
+    memo.begin(spec)
     for offset, part in pieces(view, PIECE):
         data = host_bytes(part)
         first = offset // BLOCK
-        now = fingerprints(data)
+        now = memo.fingerprints(spec, first, data)
         changed = differing(now, table[first : first + len(now)])
         if not len(changed):
             continue

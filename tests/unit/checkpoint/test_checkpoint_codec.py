@@ -97,6 +97,7 @@ from hogwild.checkpoint import device, views as live
 from hogwild.checkpoint.blockfile import file_table
 from hogwild.checkpoint.durable import OS_IO
 from hogwild.checkpoint.layout import Layout
+from hogwild.checkpoint.memo import FingerprintMemo
 from hogwild.checkpoint.stage import Arena, Stage
 
 torch.cuda.synchronize = lambda *_: None  # the only things here that want a GPU
@@ -120,9 +121,9 @@ views["scalar"].zero_()
 views["whole"][::20] += 1
 for budget in (1 << 24, 3 * 4096):
     found = []
-    for stage_changed in (live.stage_changed, device.stage_changed):
-        stage = Stage(Arena(budget), OS_IO, root / stage_changed.__module__)
-        stage_changed(layout, views, table, stage)
+    for where, arguments in ((live, [FingerprintMemo()]), (device, [])):
+        stage = Stage(Arena(budget), OS_IO, root / where.__name__)
+        where.stage_changed(layout, views, table, stage, *arguments)
         frames = sorted(stage.frames, key=lambda frame: (frame.spec.number, frame.blocks[0]))
         found.append([(f.spec.name, f.blocks.tolist(), f.table.tolist(), stage.read(f).tobytes()) for f in frames])
     assert found[0] == found[1] and len({frame[0] for frame in found[0]}) == 5, [frame[:2] for frame in found[0]]
