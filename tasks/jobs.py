@@ -60,9 +60,14 @@ class Job:
             loss_first=_float(h, "loss_first"), loss_last=_float(h, "loss_last"),
             weight_version_first=_int(h, "weight_version_first"), weight_version_last=_int(h, "weight_version_last"),
             attempts=int(h["attempts"]), paused=h["paused"] == "1", requested=h["requested"],
-            worker=h.get("worker", ""), error=json.loads(h["error"]) if h.get("error") else None,
+            worker=h.get("worker", ""), error=load_json(h["error"]) if h.get("error") else None,
             payload=h["payload"], api_key=h["api_key"], config=json.loads(h["config"]),
             metadata=json.loads(h["metadata"]), extra=json.loads(h["extra"]) if h.get("extra") else {})
+
+
+def load_json(text: str | bytes) -> Any:
+    """JSON of a worker's report: a NaN (of a loss, say), which is no JSON for anybody else, becomes None."""
+    return json.loads(text, parse_constant=lambda _: None)
 
 
 def _float(h: dict[str, str], name: str) -> float | None:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from hogwild.errors import NotFound
 from hogwild.tasks.app import ROLLBACK, SYNC
 from hogwild.tasks.connections import Client
-from hogwild.tasks.jobs import error_json
+from hogwild.tasks.jobs import error_json, load_json
 from hogwild.tasks.keys import Keys
 from hogwild.tasks.messages import MOST_URGENT, Messages
 
@@ -181,5 +181,5 @@ def _from_hash(row: Mapping[bytes, bytes]) -> Operation:
         state=h["state"], created_at=float(h["created_at"]),
         started_at=float(h["started_at"]) if h.get("started_at") else None,
         finished_at=float(h["finished_at"]) if h.get("finished_at") else None, attempts=int(h["attempts"]),
-        result=json.loads(h["result"]) if h.get("result") else None,
-        error=json.loads(h["error"]) if h.get("error") else None)
+        result=load_json(h["result"]) if h.get("result") else None,
+        error=load_json(h["error"]) if h.get("error") else None)

@@ -12,6 +12,7 @@ from typing import Any
 
 from hogwild.errors import AlreadyAttached, ServiceUnavailable
 from hogwild.tasks.connections import Client
+from hogwild.tasks.jobs import load_json
 from hogwild.tasks.keys import Keys
 
 HEARTBEAT_S = 5.0  # how often a worker says that it lives
@@ -88,7 +89,8 @@ class Registry:
     def heartbeat(self, worker_id: str, status: Mapping[str, Any], *, alive_s: int = ALIVE_S) -> None:
         """Say that the worker lives, and how it is.
 
-        `status`: JSON; by agreement `host`, `pid`, `state` (of the lifecycle, or training | syncing), `weight_version`, `job_id`, `step`, `steps`, `optimizer`, `memory`, `last_sync`.
+        `status`: JSON; by agreement `host`, `pid`, `state` (of the lifecycle, or training | syncing),
+        `weight_version`, `job_id`, `step`, `steps`, `optimizer`, `memory`, `last_sync`.
         """
         pipe = self.client.pipeline(transaction=True)
         pipe.set(self.keys("alive", worker_id), "1", ex=alive_s)
@@ -104,7 +106,7 @@ class Registry:
         raw = self.client.get(self.keys("worker"))
         if raw is None:
             return None
-        status: dict[str, Any] = json.loads(raw)
+        status: dict[str, Any] = load_json(raw)
         return {**status, "alive": bool(self.client.exists(self.keys("alive", status["worker_id"])))}
 
     def publish_checkpoint(self, document: Mapping[str, Any]) -> None:
@@ -119,4 +121,4 @@ class Registry:
     def checkpoint(self) -> dict[str, Any] | None:
         """What the worker published last about the checkpoint."""
         raw = self.client.get(self.keys("checkpoint"))
-        return None if raw is None else dict(json.loads(raw))
+        return None if raw is None else dict(load_json(raw))

@@ -1,6 +1,7 @@
 """POST /train and the control of jobs over HTTP, on a real ledger."""
 
 import json
+import math
 
 import pytest
 from fastapi.testclient import TestClient
@@ -187,7 +188,9 @@ def test_status_shows_the_running_job_and_the_worker(client, ledger, redis_clien
     registry.register_worker("w", "host")
     registry.heartbeat("w", {"host": "host", "state": "training", "weight_version": 4})
     ledger.claim(job_id, "w")
+    registry.heartbeat("w", {"host": "host", "state": "training", "weight_version": 4, "loss": math.nan})
     status = client.get("/train/status").json()
+    assert status["worker"]["loss"] is None
     assert status["running"]["id"] == job_id and status["queue_depth"] == 1 and status["weight_version"] == 4
     assert status["worker"]["alive"] is True and status["model"]["vocab_size"] == 100
     assert "/models" not in json.dumps(status)
