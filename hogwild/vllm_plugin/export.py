@@ -61,8 +61,12 @@ def resolve(
 ) -> dict[str, Resolved]:
     """For every checkpoint tensor that passed by: its live view if it has one, its status and, if not shared, why.
 
-    `places`, `layouts`: where parameters were, and in which layout, while the trace was taken. Must run in no_grad.
+    `places`, `layouts`: where parameters were, and in which layout, when the trace began; parameters that were made
+    since are looked up now. Must run in no_grad, and before the trace forgets: its weak references keep the identity
+    of a storage from being used again.
     """
+    places = {**places_by_storage(model), **places}
+    layouts = {**layouts_of(model), **layouts}
     landings: dict[str, list[Landing]] = defaultdict(list)
     for landing in trace.landings:
         landings[landing.name].append(landing)
@@ -256,7 +260,7 @@ def place(resolved: Mapping[str, Resolved], device: torch.device, arena: Arena |
                     status="derived",
                     stride=(),
                     hash=None,
-                    reason="its live values were moved out of the shared memory after loading",
+                    reason="its live values are outside the shared memory: made or moved while loading",
                 )
             else:
                 records[name] = entry.record if offset is None else replace(entry.record, allocation=0, offset=offset)

@@ -344,8 +344,8 @@ class Load:
         from hogwild.weight_state import FILE_NAME, WeightState
 
         started = time.monotonic()
-        self._trace.forget_sources()
         resolved = export.resolve(model, self._trace, self._places, self._layouts, logger)
+        self._trace.forget_sources()
         device = next(model.parameters()).device
         memory = export.place(resolved, device, self._arena)
         self.seconds += time.monotonic() - started

@@ -4,7 +4,7 @@
 
 For each model: transformers makes it, vLLM loads it in this process, another process attaches to it, builds the Hugging
 Face model on the live memory and compares its logits with `from_pretrained`. Then, for every shared tensor, that process
-changes the memory and this one asks the vLLM module for its output: it must change, or vLLM serves something else.
+changes the memory and this one asks the vLLM module for its output: if that stays, something else is served.
 `--table` rewrites this device's part of docs/architectures.md.
 """
 
@@ -243,7 +243,7 @@ class Worker:
         self._process.join(20)
 
 
-# --- one model ---------------------------------------------------------------------------------------------------------
+# --- one model -------------------------------------------------------------------------------------------------------
 
 
 def examine(name: str, server: Server, other: Worker, base: Path) -> dict[str, Any]:
@@ -282,7 +282,7 @@ def examine(name: str, server: Server, other: Worker, base: Path) -> dict[str, A
                 row["not_served"].append(tensor)
     finally:
         other.ask("detach")
-    row["why"] = answer["refused"] or "; ".join(sorted({text for text in row["reasons"].values()}))
+    row["why"] = answer["refused"] or "; ".join(sorted(set(row["reasons"].values())))
     row["result"] = "refused by the worker" if answer["refused"] else "trains"
     return row
 

@@ -1,7 +1,7 @@
 """The learned map on small modules that load as vLLM's do: what is found, and every trap that must not fool it.
 
-Each test is one load: a checkpoint passes by, `load` copies it into a module, something happens afterwards; then the map
-is resolved and compared. The hidden danger is always the same: a view that is called shared and isn't what is served.
+Each test is one load: a checkpoint passes by, `load` copies it into a module, something happens afterwards; then the
+map is resolved and compared. The danger is always the same: a view that is called shared and is not what is served.
 """
 
 import logging
@@ -43,7 +43,6 @@ class Loading:
     def resolve(self) -> dict[str, export.Resolved]:
         self.digests.close()
         assert self.trace.failed is None
-        self.trace.forget_sources()
         with torch.no_grad():
             return export.resolve(self.model, self.trace, self.places, self.layouts, logger)
 
@@ -247,7 +246,8 @@ def test_contents_permuted_in_place_after_loading() -> None:
 
 def test_one_element_changed_after_loading() -> None:
     model = one(4, 6)
-    found = status(model, {"w": random(4, 6)}, lambda _, t: model.w.data.copy_(t), lambda: model.w.data[2, 3].add_(1e-6))
+    found = status(model, {"w": random(4, 6)}, lambda _, t: model.w.data.copy_(t),
+                   lambda: model.w.data[2, 3].add_(1e-6))
     assert found["w"][0] == "unequal"
 
 
@@ -422,6 +422,27 @@ def test_an_error_of_ours_while_tracing_does_not_end_the_load(monkeypatch: pytes
     assert isinstance(loading.trace.failed, ZeroDivisionError)
     assert torch.equal(model.qkv[:4], tensors["q"])
     loading.digests.close()
+
+
+def test_parameter_made_while_loading() -> None:
+    """It was not there to be moved into shared memory: found, and left out on a CPU."""
+    model = one(4, 6)
+
+    def load(name: str, tensor: torch.Tensor) -> None:
+        if name == "bias":
+            model.bias = nn.Parameter(torch.empty(4), requires_grad=False)
+        getattr(model, name).data.copy_(tensor)
+
+    loading = Loading(model)
+    loading.run({"w": random(4, 6), "bias": random(4)}, load)
+    resolved = loading.resolve()
+    assert resolved["bias"].record.status == "shared"
+
+    memory = export.place(resolved, torch.device("cpu"), loading.arena)
+
+    assert memory.records["w"].status == "shared"
+    assert memory.records["bias"].status == "derived"
+    assert "outside the shared memory" in str(memory.records["bias"].reason)
 
 
 def test_rehoming_keeps_values_identity_ties_and_aliases() -> None:

@@ -1,4 +1,4 @@
-"""The manifest against everything that could be in that file: either every view is inside its memory, or a clear error."""
+"""The manifest against everything that could be in that file: every view is inside its memory, or a clear error."""
 
 import copy
 import json
@@ -207,7 +207,7 @@ def test_a_hostile_manifest_is_a_clear_error_or_a_safe_one(source: Any) -> None:
             size = manifest.allocations[record.allocation].size
             item = 4 if record.dtype == "float32" else 2
             if record.dtype in ("float32", "bfloat16"):
-                assert 0 <= record.offset
+                assert record.offset >= 0
                 assert record.offset + span(record.shape, record.stride) * item <= size
 
 
