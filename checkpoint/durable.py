@@ -10,7 +10,7 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from hogwild.errors import CheckpointError
@@ -165,8 +165,8 @@ OS_IO = FileIo()
 
 
 @contextlib.contextmanager
-def explained(doing: str, directory: Path, *, kept: str) -> Iterator[None]:
-    """Turn an OSError into a CheckpointError that says what to do and what state the checkpoint is in."""
+def explained(doing: str, directory: Path, *, kept: Callable[[], str]) -> Iterator[None]:
+    """Turn an OSError into a CheckpointError that says what to do and, by `kept`, what state the checkpoint is in."""
     try:
         yield
     except OSError as error:
@@ -182,7 +182,7 @@ def explained(doing: str, directory: Path, *, kept: str) -> Iterator[None]:
             )
         else:
             advice = f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
-        raise CheckpointError(f"{doing} failed: {advice}. {kept}", errno=error.errno) from error
+        raise CheckpointError(f"{doing} failed: {advice}. {kept()}", errno=error.errno) from error
 
 
 class FileLock:

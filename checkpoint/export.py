@@ -41,7 +41,7 @@ def export(
         return
     path = Path(target)
     kept = f"The export in {path} is incomplete: remove it. The checkpoint itself was not touched."
-    with explained("the export", path.parent, kept=kept):
+    with explained("the export", path.parent, kept=lambda: kept):
         if path.suffix == ".tar":
             if path.exists():
                 raise CheckpointError(f"{path} exists already: choose another name.")

@@ -57,14 +57,12 @@ class History:
             kept.append(commit)
         return kept[::-1]
 
-    def add(self, commit: Commit, blocks: Indices | None, rows: Table) -> int:
-        """Write the record that makes a generation exist; bytes written."""
-        if blocks is not None and len(blocks) * 20 >= commit.blocks_total * 16:
-            # The full table is smaller than numbers (4 bytes) and fingerprints (16 bytes) of the changed blocks.
-            table = self.table(commit.parent)
-            table[blocks] = rows
-            blocks, rows = None, table
-        written = write_record(self._io, self.path(commit.generation, "commit"), Record(commit, blocks, rows))
+    def add(self, commit: Commit, blocks: Indices, table: Table) -> int:
+        """Write the record that makes a generation exist; bytes written. `blocks`: those that changed."""
+        # The full table is smaller where numbers (4 bytes) and fingerprints (16 bytes) of the changed blocks exceed it.
+        full = len(blocks) * 20 >= len(table) * 16
+        record = Record(commit, None, table) if full else Record(commit, blocks, table[blocks])
+        written = write_record(self._io, self.path(commit.generation, "commit"), record)
         self._commits.append(commit)
         return written
 

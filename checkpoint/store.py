@@ -10,6 +10,7 @@ be committed or abandoned before the next one. docs/checkpoint-format.md has eve
 """
 
 import contextlib
+import math
 import os
 import threading
 import time
@@ -117,10 +118,10 @@ class CheckpointStore:
         if read_only:
             store._load_read_only()
             return store
-        with explained(f"opening the checkpoint {directory}", directory, kept="Nothing was changed."):
+        with explained(f"opening the checkpoint {directory}", directory, kept=lambda: "Nothing was changed."):
             store._prepare()
         try:
-            with explained(f"opening the checkpoint {directory}", directory, kept="No generation was lost."):
+            with explained(f"opening the checkpoint {directory}", directory, kept=lambda: "No generation was lost."):
                 if not History.exists(store._generations):
                     store._first_generation(None if source is None else Path(source))
                 store._recover()
@@ -163,7 +164,7 @@ class CheckpointStore:
         refuse_links(self.directory, self.layout)
         table = file_table(self._io, self.directory, self.layout)
         self._history = History(self._io, self._generations, [])
-        self._history.add(self._commit_of(0, 0, "clone", table, weight_version=0), None, table)
+        self._history.add(self._commit_of(0, 0, "clone", table, weight_version=0), np.arange(len(table)), table)
         self._io.unlink(mark)
 
     def _commit_of(self, generation: int, parent: int, kind: Kind, table: Table, *, weight_version: int) -> Commit:
@@ -184,7 +185,7 @@ class CheckpointStore:
             base_model=table_digest(table),
         )
 
-    def _recover(self) -> None:
+    def _recover(self, patience: float = math.inf) -> None:
         """Read the generations; put the last one's contents in place if they are not; remove what was not committed."""
         self._history = History.read(self._io, self._generations)
         head = self._history.head
@@ -195,16 +196,16 @@ class CheckpointStore:
         if self.layout.id != head.layout or {file.name: file.header for file in self.layout.files} != head.files:
             self._foreign = f"the tensors in {self.directory} are not those of generation {head.generation}"
         else:
-            self._apply_pending(head)
+            self._apply_pending(head, patience)
         self._table = self._history.table(head.generation)
         self._io.unlink(self._store / CLONING_MARK)
         self._stale = False
 
-    def _apply_pending(self, head: Commit) -> None:
+    def _apply_pending(self, head: Commit, patience: float = math.inf) -> None:
         """Bring a committed generation into the files, from its redo file and new files."""
         if not self._history.unapplied(head):
             return
-        with self._readers_excluded() as alone:
+        with self._readers_excluded(patience) as alone:
             if not alone:
                 raise CheckpointError(
                     f"{self.directory} is being read (an export?), and the last sync has to be "
@@ -294,7 +295,7 @@ class CheckpointStore:
                 self._arena.allocate = device.pinned
             stage = self._new_stage()
             try:
-                with explained("the sync", self.directory, kept=self._still()):
+                with explained("the sync", self.directory, kept=self._still):
                     live.stage_changed(self.layout, views, self._table, stage, self._memo)
             except BaseException:
                 stage.close()
@@ -315,8 +316,13 @@ class CheckpointStore:
         return self._commit_of(head + 1, head, kind, self._table, weight_version=weight_version)
 
     def _still(self) -> str:
-        """What is said when something fails before it is committed."""
-        return f"The checkpoint is still generation {self.head.generation}, whole."
+        """What is said of the checkpoint when something failed."""
+        if self._history.unapplied(self.head):
+            return (
+                f"Generation {self.head.generation} is safe; its files are brought up to it by the next sync or start."
+            )
+        still = f"The checkpoint is still generation {self.head.generation}, whole"
+        return f"{still}; the next sync writes what this one could not."
 
     def _new_stage(self) -> Stage:
         return Stage(self._arena, self._io, self._generations / "stage.spill")
@@ -329,10 +335,10 @@ class CheckpointStore:
             raise CheckpointError(f"{self.directory} was closed.")
         if self._pending is not None:
             raise Conflict("another sync or rollback of this checkpoint is under way.")
-        with explained("repairing the checkpoint", self.directory, kept="No generation was lost."):
+        with explained("repairing the checkpoint", self.directory, kept=lambda: "No generation was lost."):
             if self._stale:
-                self._recover()
-            self._apply_pending(self.head)
+                self._recover(patience=0)
+            self._apply_pending(self.head, patience=0)  # training is paused: no waiting for readers
         if self._foreign:
             raise CheckpointForeign(f"{self._foreign}: `hogwild checkpoint adopt` accepts the files as they are.")
 
@@ -373,7 +379,7 @@ class CheckpointStore:
             base_model=self.head.base_model,
         )
         try:
-            written = logs.bytes_written + self._history.add(commit, blocks, rows)
+            written = logs.bytes_written + self._history.add(commit, blocks, table)
         except OSError:
             if not self._history.path(generation, "commit").exists():
                 with contextlib.suppress(OSError):
@@ -382,7 +388,7 @@ class CheckpointStore:
             raise
         durable = time.perf_counter()
         self._table = table
-        with self._readers_excluded() as alone:
+        with self._readers_excluded(deadline.remaining()) as alone:
             if alone:
                 frames = (
                     (frame.spec, frame.blocks, stage.read(frame))
@@ -406,10 +412,10 @@ class CheckpointStore:
         return self._reflinks
 
     @contextlib.contextmanager
-    def _readers_excluded(self) -> Iterator[bool]:
-        """Hold the readers' lock alone; yields False when a reader did not finish in time."""
+    def _readers_excluded(self, patience: float = math.inf) -> Iterator[bool]:
+        """Hold the readers' lock alone; yields False when a reader did not finish in `patience` seconds."""
         lock = FileLock(self._store / READERS_LOCK)
-        end = time.monotonic() + self._reader_patience
+        end = time.monotonic() + min(patience, self._reader_patience)
         while not lock.acquire():
             if time.monotonic() > end:
                 yield False
@@ -479,7 +485,7 @@ class CheckpointStore:
             try:
                 version = self.head.weight_version if weight_version is None else weight_version
                 commit = replace(self._next("rollback", version), restores=generation, jobs=tuple(jobs))
-                with explained("the rollback", self.directory, kept=self._still()):
+                with explained("the rollback", self.directory, kept=self._still):
                     changed = self._stage_generation(generation, stage)
                     written, blocks = 0, stage.blocks
                     if stage.frames:
@@ -594,7 +600,7 @@ class CheckpointStore:
                 raise Conflict("a sync of this checkpoint is under way.")
             if self.read_only:
                 raise CheckpointError(f"{self.directory} was opened for reading only.")
-            with explained("adopting the files", self.directory, kept="No generation was lost."):
+            with explained("adopting the files", self.directory, kept=lambda: "No generation was lost."):
                 self.layout = Layout.read(self.directory)
                 refuse_links(self.directory, self.layout)
                 table = file_table(self._io, self.directory, self.layout)
@@ -606,7 +612,7 @@ class CheckpointStore:
                 version = head.weight_version if weight_version is None else weight_version
                 commit = self._commit_of(generation, generation, "adopt", table, weight_version=version)
                 self._stale = True
-                self._history.add(replace(commit, base_model=head.base_model), None, table)
+                self._history.add(replace(commit, base_model=head.base_model), np.arange(len(table)), table)
                 self._recover()
                 self._history.prune(self.keep_last)
                 return self.head
@@ -635,8 +641,7 @@ class PendingSync:
             try:
                 commit, written, durable, applied = store.head, 0, time.perf_counter(), True
                 if stage.frames:
-                    kept = f"{store._still()} The next sync writes what this one could not."
-                    with explained("the sync", store.directory, kept=kept):
+                    with explained("the sync", store.directory, kept=store._still):
                         commit, written, durable, applied = store._write(stage, self._commit, Deadline(time_limit))
                 return SyncReport(
                     generation=commit.generation,

@@ -13,6 +13,7 @@ file, or, where at least half of a file changes or the file system can reflink, 
 old one.
 """
 
+import math
 import os
 import struct
 import threading
@@ -47,6 +48,10 @@ class Deadline:
     def __init__(self, seconds: float | None) -> None:
         self._end = None if seconds is None else time.monotonic() + seconds
         self._seconds = seconds
+
+    def remaining(self) -> float:
+        """Seconds left."""
+        return math.inf if self._end is None else max(0.0, self._end - time.monotonic())
 
     def check(self) -> None:
         """Raise CheckpointError when the time is over."""
