@@ -140,6 +140,28 @@ def test_too_large_a_body_is_refused_with_or_without_a_length(settings, attached
         assert_problem(http.post("/train", content=chunks, headers=json_type), 413, "payload-too-large")
 
 
+def test_too_large_an_upload_is_refused(settings, attached):
+    with TestClient(create_app(settings.model_copy(update={"max_body_bytes": 2000}))) as http:
+        content = b'{"prompt": "a", "completion": "b"}\n' * 200
+        response = http.post("/v1/files", files={"file": ("a.jsonl", content)}, data={"purpose": "fine-tune"})
+        assert_problem(response, 413, "payload-too-large")
+        chunks = iter([b"--b\r\nContent-Disposition: form-data; name=\"file\"; filename=\"a\"\r\n\r\n", content])
+        response = http.post("/v1/files", content=chunks, headers={"content-type": "multipart/form-data; boundary=b"})
+        assert_problem(response, 413, "payload-too-large")
+        assert http.get("/v1/files").json()["data"] == []
+
+
+@pytest.mark.parametrize("change", [
+    '"metadata": {"\\ud800": "x"}', '"metadata": {"x": "\\udfff"}', '"\\ud800": 1', '"optimizer": "\\ud800"',
+    '"trainable": ["\\ud800"]', '"metadata": {"a\\u0000b": "\\u0000"}'])
+def test_half_characters_are_refused_or_taken_but_break_nothing(client, change):
+    body = '{"context_ids": [1], "continuation_ids": [2], ' + change + "}"
+    response = client.post("/train", content=body, headers={"content-type": "application/json"})
+    assert response.status_code in (202, 422)
+    for path in ("/train", "/train/status"):
+        assert client.get(path).status_code == 200
+
+
 def test_idempotency_key_gives_the_same_job(client, ledger):
     first = client.post("/train", json=BODY, headers={"Idempotency-Key": "k"})
     again = client.post("/train", json=BODY, headers={"Idempotency-Key": "k"})
