@@ -3,8 +3,9 @@
 The kernel computes XXH3-128 of each 4 KB block, the very value that the xxhash library gives, so that a checkpoint
 written from a GPU is verified on any machine. Written from the specification
 (https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md, XXH3 for inputs above 240 bytes). A 4 KB block is four
-rounds of 16 stripes of 8 lanes; within a round the lanes only add up, so a round is one (16, 8) tile and a sum; three
-rounds end with a scramble, the last with the merge. Imported only where there is CUDA (or Triton's interpreter).
+rounds of 16 stripes of 8 lanes, one GPU thread per lane; within a round the lanes only add up, so that lanes exchange
+inputs once a round; three rounds end with a scramble, the last with the merge. Imported only where there is CUDA (or
+Triton's interpreter).
 """
 
 from functools import lru_cache
@@ -34,7 +35,7 @@ _P64_1, _P64_2, _P64_3 = 0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E377
 _P64_4, _P64_5 = 0x85EBCA77C2B2AE63, 0x27D4EB2F165667C5
 _MASK = (1 << 64) - 1
 
-BLOCKS_PER_PROGRAM = 8
+BLOCKS_PER_PROGRAM = 16
 WARPS = 4
 
 
@@ -51,19 +52,20 @@ def _xxh3_128(  # type: ignore[no-untyped-def]  # Triton's own argument types
     N: tl.constexpr,  # blocks per program
 ):
     lane = tl.arange(0, 8)
-    stripe = tl.arange(0, 16)
     row = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
     inside = row < blocks
-    tile = stripe[:, None] * 8 + lane[None, :]  # (16, 8)
     acc = tl.load(consts + lane)[None, :] + tl.zeros((N, 8), tl.int64)
     for part in tl.static_range(4):
-        keys = tl.load(consts + (136 if part == 3 else 8) + tile)  # (16, 8)
-        place = row[:, None, None] * 512 + part * 128 + tile[None, :, :]  # (N, 16, 8)
-        value = tl.load(data + place, mask=inside[:, None, None], other=0)
-        keyed = (value ^ keys[None, :, :]).to(tl.uint64, bitcast=True)
-        product = keyed.to(tl.uint32).to(tl.uint64) * (keyed >> 32)
-        acc += tl.sum(product.to(tl.int64, bitcast=True), axis=1)
-        even, odd = tl.split(tl.reshape(tl.sum(value, axis=1), (N, 4, 2)))
+        inputs = tl.zeros((N, 8), tl.int64)
+        for stripe in tl.static_range(16):  # independent loads: all sixteen are under way at once
+            key = tl.load(consts + (136 if part == 3 else 8) + stripe * 8 + lane)[None, :]
+            value = tl.load(
+                data + row[:, None] * 512 + part * 128 + stripe * 8 + lane[None, :], mask=inside[:, None], other=0
+            )
+            keyed = (value ^ key).to(tl.uint64, bitcast=True)
+            acc += (keyed.to(tl.uint32).to(tl.uint64) * (keyed >> 32)).to(tl.int64, bitcast=True)
+            inputs += value
+        even, odd = tl.split(tl.reshape(inputs, (N, 4, 2)))
         acc += tl.reshape(tl.join(odd, even), (N, 8))  # each lane takes its neighbour's input
         if part < 3:
             mixed = acc.to(tl.uint64, bitcast=True)

@@ -131,7 +131,27 @@ print("equal")
 """
 
 
-@pytest.mark.parametrize("code", [KERNEL, STAGING], ids=["kernel", "staging"])
+COMPILES = """
+import os
+del os.environ["TRITON_INTERPRET"]
+import warnings
+warnings.simplefilter("ignore")
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from hogwild.checkpoint import device
+
+constants = {"start_low": -1, "start_high": 1 << 62, "PRIME32_1": device._P32_1, "AVALANCHE": 0x165667919E3779F9,
+             "N": device.BLOCKS_PER_PROGRAM}
+signature = dict.fromkeys(("data", "consts", "out"), "*i64") | {"blocks": "i32"} | dict.fromkeys(constants, "constexpr")
+source = ASTSource(fn=device._xxh3_128, signature=signature, constexprs=constants)
+kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": device.WARPS})
+assert len(kernel.asm["cubin"]) > 1000
+print("equal")
+"""
+
+
+@pytest.mark.parametrize("code", [KERNEL, STAGING, COMPILES], ids=["kernel", "staging", "compiles for Hopper"])
 def test_what_cuda_would_do(code, tmp_path):
     """The Triton kernel and the staging of CUDA weights, run by Triton's interpreter, against library and CPU path."""
     pytest.importorskip("triton")
