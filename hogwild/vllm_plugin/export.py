@@ -62,8 +62,8 @@ def resolve(
     """For every checkpoint tensor that passed by: its live view if it has one, its status and, if not shared, why.
 
     `places`, `layouts`: where parameters were, and in which layout, when the trace began; parameters that were made
-    since are looked up now. Must run in no_grad, and before the trace forgets: its weak references keep the identity
-    of a storage from being used again.
+    since are looked up now. Must run in no_grad, and while the trace lives: its weak references keep the identity of a
+    storage from being used again.
     """
     places = {**places_by_storage(model), **places}
     layouts = {**layouts_of(model), **layouts}

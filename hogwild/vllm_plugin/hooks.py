@@ -22,15 +22,29 @@ import logging
 import os
 import secrets
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
 
 from hogwild.config import Settings, slug
+from hogwild.manifest import Manifest, Refusal, manifest_path, refusal_path
 from hogwild.preflight import SUPPORTED_VLLM, Facts, Problem, checkpoint_facts, environment_facts, problems
+from hogwild.runtime_files import boot_id, private_dir, process_start_time, remove_at_exit
+from hogwild.strided import Layout
+from hogwild.tensors import BackgroundDigests
+from hogwild.vllm_plugin import export
+from hogwild.vllm_plugin.arena import Arena, rehome
+from hogwild.vllm_plugin.export import Place
+from hogwild.vllm_plugin.trace import Landing, LoadTrace
+from hogwild.weight_state import FILE_NAME as STATE_FILE
+from hogwild.weight_state import WeightState
 
+T = TypeVar("T")
 logger = logging.getLogger("vllm.hogwild")
 
 _LOADERS = "vllm.model_executor.model_loader"
@@ -152,20 +166,32 @@ def _wrap(hook: Hook, wrapper: Callable[..., Any]) -> None:
     setattr(owner, hook.name, wrapped)
 
 
-# --- the wrappers: nothing of ours may raise in here -----------------------------------------------------------------
+# --- the wrappers: nothing of ours may raise out of here -------------------------------------------------------------
 
 _current: "Load | None" = None
 _exported: list["Load"] = []
 
 
+def _guarded(load: "Load", step: Callable[..., T], *args: Any, default: T) -> T:
+    """A step of ours inside vLLM's code: what it raises ends sharing, not vLLM."""
+    if load.failed is not None:
+        return default
+    try:
+        return step(*args)
+    except Exception as error:
+        load.failed = error
+        logger.exception("hogwild: sharing failed; vLLM serves, training is off")
+        return default
+
+
 def _load_model(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     global _current
-    outer, _current = _current, None
+    outer, load = _current, None
     try:
-        _current = _begin(original, self, args, kwargs)
+        load = _begin(original, self, args, kwargs)
     except Exception:
         logger.exception("hogwild: sharing could not begin; vLLM serves, training is off")
-    load = _current
+    _current = load
     try:
         model = original(self, *args, **kwargs)
     finally:
@@ -173,16 +199,28 @@ def _load_model(original: Callable[..., Any], self: Any, *args: Any, **kwargs: A
         if load is not None:
             load.release()
     if load is not None:
-        load.finish(model)
+        _guarded(load, load.finish, model, default=None)
+        load.forget()
+        if load.failed is not None:
+            _report_failure(load, load.failed)
     return model
 
 
+def _report_failure(load: "Load", error: BaseException) -> None:
+    try:
+        load.refuse([Problem(check="internal", message=f"sharing failed: {error!r}; vLLM's log has the details")])
+    except Exception:
+        logger.exception("hogwild: nor could the report of that be written")
+
+
 def _load_weights(original: Callable[..., Any], self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-    if _current is None:
-        for load in _exported:
-            load.overwritten(model)
+    load = _current
+    if load is None:
+        for export in _exported:
+            _guarded(export, export.overwritten, model, default=None)
         return original(self, model, *args, **kwargs)
-    with _current.prepare(model):
+    untraced: AbstractContextManager[Any] = nullcontext()
+    with _guarded(load, load.prepare, model, default=untraced):
         return original(self, model, *args, **kwargs)
 
 
@@ -190,13 +228,14 @@ def _get_all_weights(original: Callable[..., Any], self: Any, *args: Any, **kwar
     load = _current
     for name, tensor in original(self, *args, **kwargs):
         if load is not None:
-            load.seen(name, tensor)
+            _guarded(load, load.seen, name, tensor, default=None)
         yield name, tensor
 
 
 def _dispatch_cpu_gemm(original: Callable[..., Any], layer: Any, *args: Any, **kwargs: Any) -> Any:
     # Packing (oneDNN, sgl-kernel, zentorch) keeps a private copy: writes to the weight would not be served.
-    if _current is not None and _current.keeps_plain_linear(layer):
+    load = _current
+    if load is not None and _guarded(load, load.keep_plain_linear, layer, default=False):
         return None
     return original(layer, *args, **kwargs)
 
@@ -216,139 +255,87 @@ def _load_endpoint_plugins(original: Callable[..., Any], *args: Any, **kwargs: A
 
 
 class Load:
-    """The load of the served model, from before its weights arrive until they are exported. No method raises."""
+    """The load of the served model, from before its weights arrive until they are exported."""
 
-    def __init__(self, vllm_config: Any, model_config: Any, runtime_dir: Path) -> None:
-        self.vllm_config = vllm_config
+    def __init__(self, model_config: Any, runtime_dir: Path) -> None:
         self.model_config = model_config
         self.runtime_dir = runtime_dir
         self.rank, self.size = tensor_parallel()
         self.export_id = secrets.token_hex(16)
-        self.seconds = 0.0  # what sharing added to vLLM's load
-        self._failed: BaseException | None = None
-        self._arena: Any = None
-        self._trace: Any = None
-        self._digests: Any = None
-        self._places: Any = None
-        self._layouts: Any = None
-        self._refusals: list[Problem] = []
-
-    def refuse(self, refusals: list[Problem]) -> None:
-        """Log why the weights are not shared and leave the report where the manifest would be."""
-        from hogwild.manifest import Refusal, manifest_path, refusal_path
-        from hogwild.runtime_files import boot_id, process_start_time, remove_at_exit
-
-        for problem in refusals:
-            logger.warning(
-                "hogwild: the weights of %s are not shared: %s [%s]",
-                served_name(self.model_config),
-                problem.message,
-                problem.check,
-            )
-        manifest_path(self.runtime_dir, self.rank).unlink(missing_ok=True)
-        path = refusal_path(self.runtime_dir, self.rank)
-        pid = os.getpid()
-        Refusal(
-            reasons=tuple((p.check, p.message) for p in refusals),
-            pid=pid,
-            boot_id=boot_id(),
-            served_model_name=served_name(self.model_config),
-            vllm_version=vllm_version(),
-            process_start_time=process_start_time(pid),
-        ).write(path)
-        remove_at_exit(path)
+        self.seconds = 0.0  # what sharing added to vLLM's load, less the hashing beside it
+        self.failed: BaseException | None = None
+        self._arena: Arena | None = None
+        self._trace: LoadTrace | None = None
+        self._digests: BackgroundDigests | None = None
+        self._places: dict[int, list[Place]] = {}
+        self._layouts: dict[Place, Layout] = {}
+        self._model: weakref.ReferenceType[Any] | None = None  # once exported
 
     def prepare(self, model: Any) -> AbstractContextManager[Any]:
         """Before the weights arrive: shared memory on CPU, then the trace to load under."""
         started = time.monotonic()
-        try:
-            import torch
+        with torch.no_grad():
+            if any(parameter.device.type == "cpu" for parameter in model.parameters()):
+                self._arena = rehome(model, slug(served_name(self.model_config)))
+            self._places = export.places_by_storage(model)
+            self._layouts = export.layouts_of(model)
+        digests = self._digests = BackgroundDigests()
 
-            from hogwild import tensors
-            from hogwild.vllm_plugin import arena, export, trace
+        def landed(landing: Landing, source: torch.Tensor) -> None:
+            landing.digest = digests.submit(source)
 
-            with torch.no_grad():
-                if any(p.device.type == "cpu" for p in model.parameters()):
-                    self._arena = arena.rehome(model, slug(served_name(self.model_config)))
-                self._places = export.places_by_storage(model)
-                self._layouts = export.layouts_of(model)
-            self._digests = tensors.BackgroundDigests()
-
-            def landed(landing: Any, source: Any) -> None:
-                landing.digest = self._digests.submit(source)
-
-            self._trace = trace.LoadTrace(landed)
-        except Exception as error:
-            self._fail(error)
+        self._trace = LoadTrace(landed)
         self.seconds += time.monotonic() - started
-        return self._trace if self._trace is not None else nullcontext()
+        return self._trace
 
     def seen(self, name: str, tensor: Any) -> None:
         """A checkpoint tensor is about to be loaded."""
-        if self._trace is None:
-            return
-        try:
+        if self._trace is not None:
             self._trace.seen(name, tensor)
-        except Exception as error:
-            self._fail(error)
 
-    def keeps_plain_linear(self, layer: Any) -> bool:
+    def keep_plain_linear(self, layer: Any) -> bool:
         """Give a CPU layer with a two-dimensional weight plain F.linear; False to let vLLM decide."""
-        try:
-            if self._arena is None or self._failed is not None or layer.weight.ndim != 2 or layer.weight.is_meta:
-                return False
-            import torch
-
-            layer.cpu_linear = torch.nn.functional.linear
-        except Exception as error:
-            self._fail(error)
+        if self._arena is None or layer.weight.ndim != 2 or layer.weight.is_meta:
             return False
+        layer.cpu_linear = torch.nn.functional.linear
         return True
 
     def release(self) -> None:
-        """The load is over, well or not: end the hashing thread."""
-        try:
-            if self._digests is not None:
-                self._digests.close()
-        except Exception as error:
-            self._fail(error)
+        """The load is over, well or not: end the hashing thread. Never raises."""
+        if self._digests is not None:
+            self._digests.close()
 
     def finish(self, model: Any) -> None:
-        """Resolve, compare, write the manifest."""
-        try:
-            import torch
+        """Resolve, compare, write the manifest.
 
-            if self._trace is not None and self._trace.failed is not None:
-                self._fail(self._trace.failed)
-            if self._failed is None and self._trace is None:
-                self.refuse([Problem(check="loader", message="vLLM's default loader was not used for these weights")])
-            elif self._failed is None:
-                with torch.no_grad():
-                    self._export(model)
-        except Exception as error:
-            self._fail(error)
-        finally:
-            self._trace = self._places = self._layouts = self._digests = None
-        if self._failed is not None:
-            try:
-                self.refuse(
-                    [Problem(check="internal", message=f"sharing failed: {self._failed!r}; the log has the details")]
-                )
-            except Exception:
-                logger.exception("hogwild: nor could the report of that be written")
-
-    def _export(self, model: Any) -> None:
-        from hogwild.manifest import Manifest, manifest_path, refusal_path
-        from hogwild.runtime_files import boot_id, private_dir, process_start_time, remove_at_exit
-        from hogwild.vllm_plugin import export
-        from hogwild.weight_state import FILE_NAME, WeightState
-
+        Raises:
+            HogwildError, OSError: and whatever went wrong while tracing.
+        """
         started = time.monotonic()
-        resolved = export.resolve(model, self._trace, self._places, self._layouts, logger)
-        self._trace.forget_sources()
-        device = next(model.parameters()).device
-        memory = export.place(resolved, device, self._arena)
+        if self._trace is None:
+            self.refuse([Problem(check="loader", message="vLLM's default loader did not load these weights")])
+            return
+        if self._trace.failed is not None:
+            raise self._trace.failed
+        with torch.no_grad():
+            resolved = export.resolve(model, self._trace, self._places, self._layouts, logger)
+            memory = export.place(resolved, next(model.parameters()).device, self._arena)
         self.seconds += time.monotonic() - started
+        path = self._publish(memory)
+        self._model = weakref.ref(model)
+        _exported.append(self)
+        for name, record in memory.records.items():
+            if record.status != "shared":
+                logger.warning("hogwild: %s is %s: %s", name, record.status, record.reason)
+        logger.info(
+            "hogwild: %s can be trained while it is served: %s; found and compared in %.2f s; %s",
+            served_name(self.model_config),
+            export.summary(memory.records),
+            self.seconds,
+            path,
+        )
+
+    def _publish(self, memory: export.Memory) -> Path:
         private_dir(self.runtime_dir)
         pid = os.getpid()
         manifest = Manifest(
@@ -372,37 +359,40 @@ class Load:
             tensors=memory.records,
         )
         if self.rank == 0:
-            WeightState.create(self.runtime_dir / FILE_NAME, self.export_id).close()
+            WeightState.create(self.runtime_dir / STATE_FILE, self.export_id).close()
         path = manifest_path(self.runtime_dir, self.rank)
         refusal_path(self.runtime_dir, self.rank).unlink(missing_ok=True)
         manifest.write(path)
         remove_at_exit(path)
-        _exported.append(self)
-        for name, record in memory.records.items():
-            if record.status != "shared":
-                logger.warning("hogwild: %s is %s: %s", name, record.status, record.reason)
-        logger.info(
-            "hogwild: %s can be trained while it is served: %s; found and compared in %.2f s; %s",
-            manifest.served_model_name,
-            export.summary(memory.records),
-            self.seconds,
-            path,
-        )
+        return path
+
+    def refuse(self, refusals: list[Problem]) -> None:
+        """Log why the weights are not shared and leave the report where the manifest would be."""
+        name = served_name(self.model_config)
+        for problem in refusals:
+            logger.warning("hogwild: the weights of %s are not shared: %s [%s]", name, problem.message, problem.check)
+        manifest_path(self.runtime_dir, self.rank).unlink(missing_ok=True)
+        path, pid = refusal_path(self.runtime_dir, self.rank), os.getpid()
+        Refusal(
+            reasons=tuple((p.check, p.message) for p in refusals),
+            pid=pid,
+            boot_id=boot_id(),
+            served_model_name=name,
+            vllm_version=vllm_version(),
+            process_start_time=process_start_time(pid),
+        ).write(path)
+        remove_at_exit(path)
+
+    def forget(self) -> None:
+        """Everything but the shared memory itself has done its work."""
+        self._trace = self._digests = None
+        self._places, self._layouts = {}, {}
 
     def overwritten(self, model: Any) -> None:
-        """vLLM loads other weights into a running model: the export does not hold any more."""
-        try:
-            from hogwild.manifest import manifest_path
-
+        """vLLM loads other weights into the exported model: the export does not hold any more."""
+        if self._model is not None and self._model() is model:
             manifest_path(self.runtime_dir, self.rank).unlink(missing_ok=True)
             logger.warning("hogwild: vLLM is loading new weights; sharing ends until vLLM is restarted")
-        except Exception:
-            logger.exception("hogwild: the manifest of overwritten weights could not be removed")
-
-    def _fail(self, error: BaseException) -> None:
-        if self._failed is None:
-            self._failed = error
-            logger.error("hogwild: sharing failed; vLLM serves, training is off", exc_info=error)
 
 
 def _begin(original: Callable[..., Any], loader: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Load | None:
@@ -411,10 +401,7 @@ def _begin(original: Callable[..., Any], loader: Any, args: tuple[Any, ...], kwa
     vllm_config, model_config = bound.arguments["vllm_config"], bound.arguments["model_config"]
     if model_config is not vllm_config.model_config:
         return None  # a draft model for speculative decoding
-    from hogwild.manifest import manifest_path, refusal_path
-    from hogwild.runtime_files import private_dir
-
-    load = Load(vllm_config, model_config, private_dir(model_runtime_dir(vllm_config)))
+    load = Load(model_config, private_dir(model_runtime_dir(vllm_config)))
     # Whatever an earlier vLLM of this name left is void from here on.
     manifest_path(load.runtime_dir, load.rank).unlink(missing_ok=True)
     refusal_path(load.runtime_dir, load.rank).unlink(missing_ok=True)
@@ -430,7 +417,6 @@ def _begin(original: Callable[..., Any], loader: Any, args: tuple[Any, ...], kwa
 
 def facts_of(vllm_config: Any, model_config: Any, loader: Any) -> Facts:
     """Preflight's facts as this vLLM knows them."""
-    import torch
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
     from vllm.platforms import current_platform
 

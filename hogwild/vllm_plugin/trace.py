@@ -100,11 +100,6 @@ class LoadTrace(TorchDispatchMode):
         whole = Piece((0,) * tensor.dim(), layout.shape, 0, layout.stride)
         self._know(tensor, Origin(name, layout, whole, tensor.dtype))
 
-    def forget_sources(self) -> None:
-        """The load is over: drop everything but the results."""
-        self._origins.clear()
-        self._alive.clear()
-
     def __torch_dispatch__(self, func: Any, types: Iterable[type], args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation and note what it did to known storages."""
         if func is aten.copy_.default:

@@ -1,0 +1,285 @@
+"""vLLM's loader in one process with something wrong each time; prints one JSON line per case.
+
+    python vllm_faults.py DIRECTORY
+
+`served` says whether vLLM loaded the model and holds the checkpoint's own values: it must, whatever happens to us.
+"""
+
+import gc
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import sys
+import threading
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+ARCHITECTURES = Path(__file__).parents[2] / "acceptance" / "architectures.py"
+
+
+class Lines(logging.Handler):
+    """What the plugin logged."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+def boom(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("injected")
+
+
+class Bench:
+    """A tiny model and vLLM's loader for it."""
+
+    def __init__(self, base: Path) -> None:
+        spec = importlib.util.spec_from_file_location("architectures", ARCHITECTURES)
+        assert spec is not None and spec.loader is not None
+        self.tools = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(self.tools)
+        self.base, self.runtime = base, Path(os.environ["HOGWILD_RUNTIME_DIR"])
+        self.tools.save_model("llama", base / "llama", "float32")
+        self.server = self.tools.Server("cpu")
+        self.log = Lines()
+        from hogwild.vllm_plugin import endpoint, hooks
+
+        # Not on vLLM's loggers: it sets those up anew with each engine config.
+        hooks.logger = endpoint.logger = logging.Logger("recorded", logging.INFO)
+        hooks.logger.addHandler(self.log)
+
+    def load(self, name: str, directory: str = "llama") -> dict[str, Any]:
+        """Load; say what came out."""
+        import torch
+        from safetensors.torch import load_file
+
+        from hogwild.manifest import Manifest, Refusal, manifest_path, refusal_path
+        from hogwild.vllm_plugin.trace import LoadTrace
+
+        self.log.lines.clear()
+        shutil.rmtree(self.runtime / name, ignore_errors=True)
+        threads = set(threading.enumerate())
+        model = self.server.load(self.base / directory, name)
+        source = self.base / directory / "model.safetensors"
+        source = source if source.exists() else self.base / "llama" / source.name
+        wanted = {key: value.float() for key, value in load_file(source).items()}
+        layer = model.model.layers[1]
+        pairs = [
+            (layer.mlp.down_proj.weight, wanted["model.layers.1.mlp.down_proj.weight"]),
+            (layer.self_attn.qkv_proj.weight[:128], wanted["model.layers.1.self_attn.q_proj.weight"]),
+            (model.model.norm.weight, wanted["model.norm.weight"]),
+        ]
+        served = all(held.numel() == 0 or torch.equal(held.float(), value) for held, value in pairs)
+        x = torch.randn(2, 256)
+        down = layer.mlp.down_proj.quant_method.apply(layer.mlp.down_proj, x.to(layer.mlp.down_proj.params_dtype))
+        served &= torch.allclose(down.float(), x @ pairs[0][1].T, atol=0.1)
+        gc.collect()
+        manifest = manifest_path(self.runtime / name)
+        records = Manifest.load(manifest).tensors if manifest.exists() else {}
+        refusal = Refusal.load(refusal_path(self.runtime / name))
+        return {
+            "served": served, "manifest": manifest.exists(), "log": self.log.lines[:],
+            "shared": sum(r.status == "shared" for r in records.values()),
+            "refused": None if refusal is None else [name for name, _ in refusal.reasons],
+            "threads": [t.name for t in threading.enumerate() if t not in threads],
+            "traces": sum(isinstance(o, LoadTrace) for o in gc.get_objects()), "model": model,
+        }  # fmt: skip
+
+
+@contextmanager
+def wrapped_attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Replace a function of vLLM (under our wrapper) for a while."""
+    from hogwild.vllm_plugin import hooks
+
+    hooks.uninstall()
+    original = owner.__dict__[name]
+    if value is None:
+        delattr(owner, name)
+    else:
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+        hooks.install()
+
+
+def cases(bench: Bench) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """(name, what to do): every hook is made to fail once, and each trap sprung."""
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    from hogwild import manifest
+    from hogwild.vllm_plugin import export, hooks, trace
+
+    def patched(target: Any, name: str, value: Any = boom) -> Callable[[], dict[str, Any]]:
+        def run() -> dict[str, Any]:
+            with mock.patch.object(target, name, value):
+                return bench.load("m")
+
+        return run
+
+    yield "fine", lambda: bench.load("m")
+    yield "load_model before", patched(hooks, "facts_of")
+    yield "load_weights rehome", patched(hooks, "rehome")
+    yield "get_all_weights seen", patched(trace.LoadTrace, "seen")
+    yield "trace copy", patched(trace.LoadTrace, "_copied")
+    yield "trace other", patched(trace.LoadTrace, "_find")
+    yield "hash", patched(hooks.BackgroundDigests, "submit")
+    yield "cpu gemm", patched(hooks.Load, "keep_plain_linear")
+    yield "load_model after", patched(export, "resolve")
+    yield "manifest write", patched(manifest.Manifest, "write")
+    yield "refusal write too", lambda: _both(bench, manifest)
+    yield "runtime directory", patched(hooks, "private_dir")
+    yield "settings", patched(hooks, "Settings")
+
+    def twice() -> dict[str, Any]:
+        hooks.install()
+        hooks.install()
+        depth, function = 0, BaseModelLoader.__dict__["load_model"]
+        while hasattr(function, "_hogwild_original"):
+            depth, function = depth + 1, function._hogwild_original
+        return {**bench.load("m"), "depth": depth}
+
+    yield "installed twice", twice
+
+    def missing(owner: Any, name: str, value: Any) -> Callable[[], dict[str, Any]]:
+        def run() -> dict[str, Any]:
+            with wrapped_attribute(owner, name, value):
+                installed, lines = hooks.install(), bench.log.lines[:]
+                if value is None:
+                    return {"served": True, "installed": installed, "log": lines, "manifest": False}
+                return {**bench.load("m"), "installed": installed, "log": lines}
+
+        return run
+
+    original = DefaultModelLoader.__dict__["load_weights"]._hogwild_original
+    yield "hook missing", missing(DefaultModelLoader, "get_all_weights", None)
+    yield "hook changed", missing(DefaultModelLoader, "load_weights", lambda self, m, c: original(self, m, c))
+
+    def disabled() -> dict[str, Any]:
+        with mock.patch.dict(os.environ, HOGWILD_DISABLE="1"):
+            hooks.uninstall()
+            installed = hooks.install()
+            row = bench.load("m")
+        hooks.install()
+        return {**row, "installed": installed}
+
+    yield "disabled", disabled
+
+    def reloaded() -> dict[str, Any]:
+        row = bench.load("m")
+        from vllm.config import LoadConfig, set_current_vllm_config
+
+        config = _config(bench, "m")
+        with set_current_vllm_config(config):
+            DefaultModelLoader(LoadConfig()).load_weights(row["model"], config.model_config)
+        path = manifest.manifest_path(bench.runtime / "m")
+        return {**row, "manifest": path.exists(), "log": bench.log.lines[:]}
+
+    yield "weights reloaded by vLLM", reloaded
+
+    def draft() -> dict[str, Any]:
+        row = bench.load("m")
+        path = manifest.manifest_path(bench.runtime / "m")
+        inode = path.stat().st_ino
+        from vllm.config import set_current_vllm_config
+        from vllm.model_executor.model_loader import get_model_loader
+
+        config, other = _config(bench, "m"), _config(bench, "m")
+        with set_current_vllm_config(config):
+            get_model_loader(config.load_config).load_model(vllm_config=config, model_config=other.model_config)
+        return {**row, "manifest": path.exists() and path.stat().st_ino == inode}
+
+    yield "draft model beside", draft
+
+    def bf16() -> dict[str, Any]:
+        bench.tools.save_model("llama", bench.base / "bf16", "bfloat16")
+        return bench.load("m", "bf16")
+
+    yield "checkpoint of another dtype", bf16
+
+    def only_bin() -> dict[str, Any]:
+        import torch
+        from safetensors.torch import load_file
+
+        target = bench.base / "bin"
+        target.mkdir(exist_ok=True)
+        (target / "config.json").write_bytes((bench.base / "llama" / "config.json").read_bytes())
+        torch.save(load_file(bench.base / "llama" / "model.safetensors"), target / "pytorch_model.bin")
+        return bench.load("m", "bin")
+
+    yield "only .bin files", only_bin
+
+    def endpoint_broken() -> dict[str, Any]:
+        import vllm.plugins
+
+        from hogwild.vllm_plugin import endpoint
+
+        with mock.patch.object(endpoint.HogwildEndpoint, "__init__", boom):
+            plugins = vllm.plugins.load_endpoint_plugins(("generate",))
+        return {"served": plugins == [], "log": bench.log.lines[:], "manifest": False}
+
+    yield "load_endpoint_plugins", endpoint_broken
+
+    def routes_broken() -> dict[str, Any]:
+        import asyncio
+
+        import vllm.plugins
+
+        (plugin,) = vllm.plugins.load_endpoint_plugins(("generate",))
+        app = mock.Mock()
+        app.post.side_effect = app.add_middleware.side_effect = app.include_router.side_effect = boom
+        plugin.attach_router(app)
+        asyncio.run(plugin.init_state(mock.Mock(), app.state, Namespace()))
+        asyncio.run(plugin.init_state(None, app.state, Namespace()))
+        return {"served": True, "log": bench.log.lines[:], "manifest": False}
+
+    yield "routes", routes_broken
+
+
+def _both(bench: Bench, manifest: Any) -> dict[str, Any]:
+    with mock.patch.object(manifest.Manifest, "write", boom), mock.patch.object(manifest.Refusal, "write", boom):
+        return bench.load("m")
+
+
+def _config(bench: Bench, name: str) -> Any:
+    from vllm.engine.arg_utils import EngineArgs
+
+    arguments = EngineArgs(model=str(bench.base / "llama"), served_model_name=[name], dtype="float32",
+                           enforce_eager=True, max_model_len=128, skip_tokenizer_init=True)  # fmt: skip
+    return arguments.create_engine_config()
+
+
+def main() -> None:
+    base = Path(sys.argv[1])
+    os.environ.update(HOGWILD_RUNTIME_DIR=str(base / "runtime"), VLLM_CPU_OMP_THREADS_BIND="nobind",
+                      VLLM_CPU_KVCACHE_SPACE="1", HF_HUB_OFFLINE="1", VLLM_LOGGING_LEVEL="ERROR")  # fmt: skip
+    bench = Bench(base)
+    from vllm.plugins import load_general_plugins
+
+    before = {thread.name for thread in threading.enumerate()}
+    load_general_plugins()
+    started = sorted({thread.name for thread in threading.enumerate()} - before)
+    print(json.dumps({"case": "registered", "served": True, "threads": started}), flush=True)
+    for name, run in cases(bench):
+        bench.log.lines.clear()
+        try:
+            row = run()
+        except Exception as error:
+            row = {"served": False, "error": repr(error)}
+        row.pop("model", None)
+        gc.collect()
+        print(json.dumps({"case": name, **row}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
