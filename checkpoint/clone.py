@@ -14,6 +14,25 @@ OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onn
 """Not copied: weights in other formats would go stale at the first sync, and a loader might prefer them."""
 
 
+def check_beginning(directory: Path, source: Path | None) -> None:
+    """Raise unless a first generation can be made: from `source`, or (None) from the model in `directory` itself.
+
+    Nothing is written, so that a wrong path leaves nothing behind.
+    """
+    unfinished = (directory / STORE_DIR / CLONING_MARK).exists()
+    if source is None:
+        if unfinished:
+            raise CheckpointError(f"{directory} is an unfinished copy of a model: open it with that model as source.")
+        refuse_links(directory, Layout.read(directory))
+        return
+    Layout.read(source)
+    if directory.exists() and not unfinished and any(not path.name.startswith(".") for path in directory.iterdir()):
+        raise CheckpointError(
+            f"{directory} holds files already, but no checkpoint of Hogwild's: choose an empty directory, or pass the "
+            "same directory as model and checkpoint to work in place."
+        )
+
+
 def clone(io: FileIo, source: Path, directory: Path) -> None:
     """Copy the model in `source`: weights of its layout, configuration, tokenizer; no sub-folders, no hidden files.
 
@@ -47,11 +66,6 @@ def _copy(io: FileIo, source: Path, target: Path, temp: Path, need: int) -> None
             io.copy_range(old, new, 0, size)
         new.fsync()
     io.rename(temp, target)
-
-
-def is_empty(directory: Path) -> bool:
-    """Whether nothing but hidden files is in `directory`."""
-    return not any(not path.name.startswith(".") for path in directory.iterdir())
 
 
 def refuse_links(directory: Path, layout: Layout) -> None:

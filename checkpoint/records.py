@@ -15,6 +15,7 @@ digest (`fingerprints` in the JSON) proves the result.
 import json
 import struct
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,8 @@ import xxhash
 
 from hogwild.checkpoint.constants import COMMIT_MAGIC, FORMAT_VERSION, HASH_NAME
 from hogwild.checkpoint.durable import FileIo
-from hogwild.checkpoint.fingerprints import Indices, Table
+from hogwild.checkpoint.fingerprints import Indices, Table, table_digest
+from hogwild.checkpoint.layout import Layout
 from hogwild.errors import CheckpointCorrupt
 
 _HEADER = struct.Struct("<8sIIQII")
@@ -53,6 +55,17 @@ class Commit:
     redo: bool = False  # changed blocks are in <generation>.redo until they are in place
     replaced: dict[str, str] = field(default_factory=dict)  # file → name of the new file that takes its place
     hash: str = HASH_NAME
+
+
+def new_commit(layout: Layout, table: Table, generation: int, parent: int, kind: Kind, weight_version: int) -> Commit:
+    """The record of a generation with the contents of `table`, of which nothing has changed yet."""
+    digest = table_digest(table)
+    return Commit(
+        generation=generation, parent=parent, kind=kind, time=datetime.now(UTC).isoformat(timespec="milliseconds"),
+        weight_version=weight_version, jobs=(), blocks_changed=0, blocks_total=layout.blocks, bytes_changed=0,
+        undo_bytes=0, layout=layout.id, files={file.name: file.header for file in layout.files}, fingerprints=digest,
+        base_model=digest,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -24,7 +23,7 @@ import numpy as np
 
 from hogwild.checkpoint import export as exporting
 from hogwild.checkpoint.blockfile import compare_files, file_table
-from hogwild.checkpoint.clone import clone, is_empty, refuse_links
+from hogwild.checkpoint.clone import check_beginning, clone, refuse_links
 from hogwild.checkpoint.constants import (
     CLONING_MARK,
     GENERATIONS_DIR,
@@ -39,7 +38,8 @@ from hogwild.checkpoint.frames import FrameFile
 from hogwild.checkpoint.history import History
 from hogwild.checkpoint.layout import Layout
 from hogwild.checkpoint.memo import FingerprintMemo
-from hogwild.checkpoint.records import Commit, Kind
+from hogwild.checkpoint.pending import PendingSync
+from hogwild.checkpoint.records import Commit, Kind, new_commit
 from hogwild.checkpoint.reports import RestoreReport, RollbackReport, SyncReport, VerifyReport
 from hogwild.checkpoint.snapshot import Snapshot
 from hogwild.checkpoint.stage import Arena, Stage, available_memory
@@ -118,12 +118,17 @@ class CheckpointStore:
         if read_only:
             store._load_read_only()
             return store
+        place = None if source is None or Path(source).resolve() == directory.resolve() else Path(source)
+        if not History.exists(store._generations):
+            check_beginning(directory, place)
         with explained(f"opening the checkpoint {directory}", directory, kept=lambda: "Nothing was changed."):
             store._prepare()
         try:
             with explained(f"opening the checkpoint {directory}", directory, kept=lambda: "No generation was lost."):
                 if not History.exists(store._generations):
-                    store._first_generation(None if source is None else Path(source))
+                    if place is not None:
+                        clone(io, place, directory)
+                    store._first_generation()
                 store._recover()
         except BaseException:
             store.close()
@@ -147,43 +152,13 @@ class CheckpointStore:
             )
         self._writer.note(f"pid {os.getpid()}")
 
-    def _first_generation(self, source: Path | None) -> None:
-        mark = self._store / CLONING_MARK
-        if source is not None and source.resolve() != self.directory.resolve():
-            if not mark.exists() and not is_empty(self.directory):
-                raise CheckpointError(
-                    f"{self.directory} holds files already, but no checkpoint of Hogwild's: choose an empty directory, "
-                    "or pass the same directory as model and checkpoint to work in place."
-                )
-            clone(self._io, source, self.directory)
-        elif mark.exists():
-            raise CheckpointError(
-                f"{self.directory} is an unfinished copy of a model: open it with that model as source."
-            )
+    def _first_generation(self) -> None:
+        """Generation 0: the files as they are now."""
         self.layout = Layout.read(self.directory)
         refuse_links(self.directory, self.layout)
         table = file_table(self._io, self.directory, self.layout)
         self._history = History(self._io, self._generations, [])
-        self._history.add(self._commit_of(0, 0, "clone", table, weight_version=0), np.arange(len(table)), table)
-        self._io.unlink(mark)
-
-    def _commit_of(self, generation: int, parent: int, kind: Kind, table: Table, *, weight_version: int) -> Commit:
-        return Commit(
-            generation=generation,
-            parent=parent,
-            kind=kind,
-            time=datetime.now(UTC).isoformat(timespec="milliseconds"),
-            weight_version=weight_version,
-            jobs=(),
-            blocks_changed=0,
-            blocks_total=self.layout.blocks,
-            bytes_changed=0,
-            undo_bytes=0,
-            layout=self.layout.id,
-            files={file.name: file.header for file in self.layout.files},
-            fingerprints=table_digest(table),
-            base_model=table_digest(table),
-        )
+        self._history.add(new_commit(self.layout, table, 0, 0, "clone", 0), np.arange(len(table)), table)
 
     def _recover(self, patience: float = math.inf) -> None:
         """Read the generations; put the last one's contents in place if they are not; remove what was not committed."""
@@ -313,7 +288,7 @@ class CheckpointStore:
     def _next(self, kind: Kind, weight_version: int) -> Commit:
         """The record of the generation after the head, before its contents are known."""
         head = self.head.generation
-        return self._commit_of(head + 1, head, kind, self._table, weight_version=weight_version)
+        return new_commit(self.layout, self._table, head + 1, head, kind, weight_version)
 
     def _still(self) -> str:
         """What is said of the checkpoint when something failed."""
@@ -610,63 +585,9 @@ class CheckpointStore:
                     return head
                 generation = head.generation + 1
                 version = head.weight_version if weight_version is None else weight_version
-                commit = self._commit_of(generation, generation, "adopt", table, weight_version=version)
+                commit = new_commit(self.layout, table, generation, generation, "adopt", version)
                 self._stale = True
                 self._history.add(replace(commit, base_model=head.base_model), np.arange(len(table)), table)
                 self._recover()
                 self._history.prune(self.keep_last)
                 return self.head
-
-
-class PendingSync:
-    """Changed blocks, copied; training may go on. `commit` or `abandon` it."""
-
-    def __init__(self, store: CheckpointStore, stage: Stage, commit: Commit, started: float) -> None:
-        self._store, self._stage, self._commit = store, stage, commit
-        self._started = started
-        self.blocks_changed = stage.blocks
-        self.bytes_changed = stage.nbytes
-        self.pause_seconds = time.perf_counter() - started
-
-    def commit(self, *, time_limit: float | None = None) -> SyncReport:
-        """Write the generation; may run beside training, in another thread.
-
-        When it fails (disk full, files changed by somebody else, `time_limit` seconds over) the checkpoint is the
-        generation before, whole, and the changes are still in the live weights: begin another sync.
-        """
-        store, stage = self._store, self._stage
-        with store._mutex:
-            if store._pending is not self:
-                raise Conflict("this sync was committed or abandoned already.")
-            try:
-                commit, written, durable, applied = store.head, 0, time.perf_counter(), True
-                if stage.frames:
-                    with explained("the sync", store.directory, kept=store._still):
-                        commit, written, durable, applied = store._write(stage, self._commit, Deadline(time_limit))
-                return SyncReport(
-                    generation=commit.generation,
-                    weight_version=self._commit.weight_version,
-                    jobs=self._commit.jobs,
-                    blocks_changed=self.blocks_changed,
-                    blocks_total=store.layout.blocks,
-                    bytes_changed=self.bytes_changed,
-                    bytes_written=written,
-                    undo_bytes=commit.undo_bytes if stage.frames else 0,
-                    seconds=time.perf_counter() - self._started,
-                    pause_seconds=self.pause_seconds,
-                    durable_seconds=durable - self._started,
-                    applied=applied,
-                )
-            finally:
-                self._close()
-
-    def abandon(self) -> None:
-        """Forget it; the next sync finds the same changes again."""
-        with self._store._mutex:
-            if self._store._pending is self:
-                self._close()
-
-    def _close(self) -> None:
-        self._store._pending = None
-        with contextlib.suppress(OSError):
-            self._stage.close()

@@ -282,6 +282,26 @@ def test_directory_with_other_files_is_not_taken(model, tmp_path, io):
         CheckpointStore.open(tmp_path / "c", source=model.directory, io=io)
 
 
+def test_a_wrong_path_leaves_nothing_behind(tmp_path, io):
+    (tmp_path / "empty").mkdir()
+    for source in (None, tmp_path / "missing", tmp_path / "empty"):
+        with pytest.raises(CheckpointLayout):
+            CheckpointStore.open(tmp_path / "empty", source=source, io=io)
+        with pytest.raises(CheckpointLayout):
+            CheckpointStore.open(tmp_path / "new", source=source, io=io)
+    assert [path.name for path in tmp_path.rglob("*")] == ["empty"]
+
+
+def test_an_unfinished_copy_wants_its_model(model, tmp_path, faulty):
+    faulty.left = 12
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        CheckpointStore.open(tmp_path / "c", source=model.directory, io=faulty)
+    faulty.left = -1
+    with pytest.raises(CheckpointError, match="an unfinished copy of a model"):
+        CheckpointStore.open(tmp_path / "c", io=faulty)
+    CheckpointStore.open(tmp_path / "c", source=model.directory, io=faulty).close()
+
+
 def test_links_are_not_written_through(model, tmp_path, io, helpers):
     (tmp_path / "snapshot").mkdir()
     for path in model.directory.iterdir():
