@@ -176,3 +176,48 @@ def test_export_refuses_a_directory_with_files(store, tmp_path):
     (tmp_path / "full" / "x").write_text("")
     with pytest.raises(CheckpointError, match="not an empty directory"):
         store.export(tmp_path / "full")
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_any_sequence_of_actions(model, tmp_path, io, helpers, seed):
+    """Syncs, rollbacks, reopening, restoring and exporting in any order, against a plain list of what was live when."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def draw(count: int) -> int:
+        return int(torch.randint(count, (), generator=rng))
+
+    store = CheckpointStore.open(tmp_path / "c", source=model.directory, keep_last=4, io=io)
+    states = {0: model.copy()}
+    for step in range(60):
+        action = draw(6)
+        if action <= 2:
+            for name in list(model.views)[: draw(8)]:
+                share = (0.002, 0.2, 1.0)[draw(3)]
+                mask = torch.rand(model.views[name].shape, generator=rng) < share
+                model.views[name].add_(mask.to(model.views[name].dtype) * (1 + draw(5)))
+            report = store.sync(model.views, weight_version=step)
+            assert (report.generation in states) == (report.blocks_changed == 0)
+            states[report.generation] = model.copy()
+        elif action == 3:
+            kept = store.generations()
+            target = kept[draw(len(kept))].generation
+            report = store.rollback(target, model.views, weight_version=step)
+            helpers.assert_equal(model.views, states[target])
+            states[report.generation] = states[target]
+        elif action == 4:
+            store.close()
+            store = CheckpointStore.open(tmp_path / "c", keep_last=4, io=io)
+            model.views["embed.weight"].zero_()
+            store.restore(model.views)
+            helpers.assert_equal(model.views, states[store.head.generation])
+        else:
+            kept = store.generations()
+            target = kept[draw(len(kept))].generation
+            store.export(tmp_path / f"export{step}", target)
+            exported = helpers.weights_on_disk(tmp_path / f"export{step}")
+            exported.pop("rotary.inv_freq")
+            helpers.assert_equal(exported, states[target])
+        assert store.verify(model.views).ok
+        assert len(store.generations()) <= 5
+    store.close()
+    assert len(states) > 15
