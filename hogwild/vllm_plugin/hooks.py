@@ -16,6 +16,7 @@ where it would enter vLLM's code: sharing fails, serving goes on.
 """
 
 import functools
+import hashlib
 import importlib
 import inspect
 import logging
@@ -261,7 +262,7 @@ class Load:
         self.model_config = model_config
         self.runtime_dir = runtime_dir
         self.rank, self.size = tensor_parallel()
-        self.export_id = secrets.token_hex(16)
+        self.export_id = secrets.token_hex(16) if self.size == 1 else shared_export_id()
         self.seconds = 0.0  # what sharing added to vLLM's load, less the hashing beside it
         self.failed: BaseException | None = None
         self._arena: Arena | None = None
@@ -479,6 +480,12 @@ def tensor_parallel() -> tuple[int, int]:
     from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
     return int(get_tensor_model_parallel_rank()), int(get_tensor_model_parallel_world_size())
+
+
+def shared_export_id() -> str:
+    """One export id for all tensor-parallel ranks: they are children of one executor, and nothing else is."""
+    parent = os.getppid()
+    return hashlib.blake2b(f"{boot_id()} {parent} {process_start_time(parent)}".encode(), digest_size=16).hexdigest()
 
 
 def vllm_version() -> str:
