@@ -1,5 +1,6 @@
 """The product's promises, on the real stack. The tests run in this order: each finds what the one before left."""
 
+import json
 import signal
 import time
 from collections.abc import Callable
@@ -122,6 +123,34 @@ def test_what_cannot_be_trained_is_refused_by_name_before_anything_is_queued(
         if limit is not None:
             assert str(limit) in response.text
     assert live.api.get("/train").json() == before
+
+
+def test_the_openai_client_drives_a_fine_tune_of_the_served_model(live: Any) -> None:
+    import openai
+
+    chats = [
+        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": "It leaves from Quay Nine."}]}
+        for q in ("Where does the ferry leave?", "Which quay is the ferry's?")
+    ]
+    content = "\n".join(json.dumps(chat) for chat in chats).encode()
+    with openai.OpenAI(base_url=f"{live.stack.api_url}/v1", api_key="acceptance-key", max_retries=0) as client:
+        file = client.files.create(file=("ferry.jsonl", content), purpose="fine-tune")
+        job = client.fine_tuning.jobs.create(
+            model=MODEL_NAME,
+            training_file=file.id,
+            method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 6}}},
+        )
+        wait_for(lambda: client.fine_tuning.jobs.retrieve(job.id).finished_at is not None, 200, "the fine-tune")
+        done = client.fine_tuning.jobs.retrieve(job.id)
+        events = client.fine_tuning.jobs.list_events(job.id, limit=50).data
+    assert done.status == "succeeded", done.error
+    assert MODEL_NAME in done.fine_tuned_model
+    assert str(live.status()["weight_version"]) in done.fine_tuned_model
+    assert events
+    answer = live.vllm.post("/v1/chat/completions", json={
+        "model": MODEL_NAME, "messages": [{"role": "user", "content": "Where does the ferry leave?"}], "temperature": 0,
+        "max_tokens": 12})  # fmt: skip
+    assert "Quay Nine" in answer.json()["choices"][0]["message"]["content"]
 
 
 def test_flower_asks_for_the_key_and_shows_the_tasks_without_their_tokens(live: Any) -> None:
