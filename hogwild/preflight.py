@@ -19,6 +19,7 @@ SUPPORTED_VLLM = "0.26 to 0.33"
 
 # Fields of a config.json that hold the number of experts.
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -220,7 +221,10 @@ def checkpoint_facts(directory: Path) -> dict[str, Any]:
 def _dtype_bytes(path: Path) -> Counter[str]:
     """Bytes of each dtype in a safetensors file, from its header (the format: 8 bytes of length, then JSON)."""
     with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        length = int.from_bytes(file.read(8), "little")
+        if length > MAX_HEADER_BYTES:
+            raise ValueError(f"the header of {path.name} says it is {length} bytes long")
+        header = json.loads(file.read(length))
     found: Counter[str] = Counter()
     for name, entry in header.items():
         if name != "__metadata__":
