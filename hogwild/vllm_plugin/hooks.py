@@ -37,7 +37,7 @@ from hogwild.manifest import Manifest, Refusal, manifest_path, refusal_path
 from hogwild.preflight import SUPPORTED_VLLM, Facts, Problem, checkpoint_facts, environment_facts, problems
 from hogwild.runtime_files import boot_id, private_dir, process_start_time, remove_at_exit
 from hogwild.strided import Layout
-from hogwild.tensors import BackgroundDigests
+from hogwild.tensors import BackgroundDigests, release_staging
 from hogwild.vllm_plugin import export
 from hogwild.vllm_plugin.arena import Arena, rehome
 from hogwild.vllm_plugin.export import Place
@@ -386,6 +386,7 @@ class Load:
 
     def forget(self) -> None:
         """Everything but the shared memory itself has done its work."""
+        release_staging()
         self._trace = self._digests = None
         self._places, self._layouts = {}, {}
 
