@@ -22,7 +22,8 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from hogwild.checkpoint.constants import BLOCK, END_OF_FRAMES, FORMAT_VERSION, FRAME_MAGIC
+from hogwild.checkpoint.codec import DELTA, RAW
+from hogwild.checkpoint.constants import BLOCK, END_OF_FRAMES, FORMAT_VERSION, FRAME_MAGIC, UNDO_MAGIC
 from hogwild.checkpoint.durable import FileIo, Handle
 from hogwild.checkpoint.fingerprints import Indices
 from hogwild.errors import CheckpointCorrupt
@@ -142,6 +143,8 @@ class FrameFile:
             head_sum, payload_sum = _SUMS.unpack(head[_FRAME.size :])
             if head_sum != xxhash.xxh3_64_intdigest(head[: _FRAME.size] + numbers):
                 raise CheckpointCorrupt(f"{self.path}: the frame at byte {offset} does not match its checksum.")
+            if not end and encoding != (DELTA if magic == UNDO_MAGIC else RAW):
+                raise CheckpointCorrupt(f"{self.path}: the encoding {encoding} is not known to this Hogwild.")
             if end:
                 if blocks != len(frames) or raw_bytes != raw:
                     raise CheckpointCorrupt(f"{self.path}: frames are missing.")

@@ -17,7 +17,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import xxhash
 
 from hogwild.checkpoint.constants import BLOCK, MAX_HEADER
@@ -88,11 +87,6 @@ class Layout:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(spec.nbytes for spec in self.tensors)
-
-    @cached_property
-    def first_blocks(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """first_block of each tensor: to find the tensor of a block by bisection."""
-        return np.fromiter((spec.first_block for spec in self.tensors), np.int64, len(self.tensors))
 
     @cached_property
     def id(self) -> str:

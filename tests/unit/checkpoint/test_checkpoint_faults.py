@@ -356,6 +356,30 @@ def test_damaged_undo_file_refuses_the_rollback_and_changes_nothing(store, model
     assert store.sync(model.views, weight_version=2).generation == 2
 
 
+def test_undo_file_of_a_later_format_is_refused(store, model):
+    """Given a valid frame in an encoding of the future, and a file of a later version."""
+    import struct
+
+    import xxhash
+
+    change(model.views, 1)
+    store.sync(model.views, weight_version=1)
+    path = store.directory / ".hogwild/generations/00000001.undo"
+    data = bytearray(path.read_bytes())
+    blocks = struct.unpack_from("<I", data, 64 + 8)[0]
+    data[64 + 12] = 7
+    head = bytes(data[64 : 64 + 32]) + bytes(data[64 + 48 : 64 + 48 + 4 * blocks])
+    struct.pack_into("<Q", data, 64 + 32, xxhash.xxh3_64_intdigest(head))
+    path.write_bytes(data)
+    with pytest.raises(CheckpointCorrupt, match="the encoding 7 is not known"):
+        store.rollback(0)
+    struct.pack_into("<I", data, 8, 2)
+    struct.pack_into("<Q", data, 56, xxhash.xxh3_64_intdigest(bytes(data[:56])))
+    path.write_bytes(data)
+    with pytest.raises(CheckpointCorrupt, match="has format version 2"):
+        store.rollback(0)
+
+
 # --- readers ----------------------------------------------------------------------------------------------------------
 
 

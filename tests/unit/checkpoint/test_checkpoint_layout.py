@@ -4,7 +4,6 @@ import contextlib
 import json
 import struct
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -155,12 +154,3 @@ def test_ambiguous_directories_are_refused(tmp_path):
     index.write_text('{"weight_map": {"w": "a.safetensors"}}')
     with pytest.raises(CheckpointLayout, match="loaders disagree"):
         Layout.read(tmp_path)
-
-
-def test_first_blocks_find_the_tensor_of_a_block(model):
-    layout = Layout.read(model.directory)
-    for block in range(layout.blocks):
-        spec = layout.tensors[int(np.searchsorted(layout.first_blocks, block, side="right")) - 1]
-        while not spec.blocks:  # an empty tensor shares its first block with the next one
-            spec = layout.tensors[spec.number - 1]
-        assert spec.first_block <= block < spec.first_block + spec.blocks
