@@ -5,6 +5,7 @@ what can be checked without the memory, `shm` and `cuda_ipc` the rest).
 """
 
 import fcntl
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +26,9 @@ from hogwild.weight_state import FILE_NAME as STATE_FILE
 from hogwild.weight_state import WeightState
 
 LOCK_FILE = "worker.lock"
+PROGRESS_S = 5.0
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -62,22 +66,28 @@ class Attachment:
 
         Once anything was written into the live weights they are meant to differ: then only the export id says that
         this is the memory the manifest describes, and the caller compares with its last checkpoint generation.
-        `progress(done, total)` is called with bytes.
+        `progress(done, total)` is called with bytes; without one, a long comparison says now and then where it is.
 
         Raises:
             AttachRefused: the weights were not trained, yet differ from what vLLM exported.
         """
         if not self.weights.untouched:
             return Verification(against="export id: trained since export", tensors=0, nbytes=0, seconds=0.0)
-        started = time.monotonic()
+        started = said = time.monotonic()
         total = sum(v.nbytes for v in self.views.values())
+
+        def say(done: int, total: int) -> None:
+            nonlocal said
+            if time.monotonic() - said > PROGRESS_S:
+                said = time.monotonic()
+                logger.info("comparing weights with vLLM's: %.1f of %.1f GB", done / 1e9, total / 1e9)
+
         done, different = 0, []
         for name, view in self.views.items():
             if digest(view) != self.manifest.tensors[name].hash:
                 different.append(name)
             done += view.nbytes
-            if progress is not None:
-                progress(done, total)
+            (progress or say)(done, total)
         if different and self.weights.untouched:
             raise AttachRefused(
                 f"{len(different)} of {len(self.views)} tensors differ from what vLLM exported though nothing was "

@@ -3,7 +3,7 @@
     python tests/acceptance/architectures.py [--device cpu|cuda] [--only llama,gemma2] [--json FILE] [--table FILE]
 
 For each model: transformers makes it, vLLM loads it in this process, another process attaches to it, builds the Hugging
-Face model on the live memory and compares its logits with `from_pretrained`. Then, for every shared tensor, that process
+Face model on the live memory and compares its logits with `from_pretrained`. Then, for every shared tensor, that one
 changes the memory and this one asks the vLLM module for its output: if that stays, something else is served.
 `--table` rewrites this device's part of docs/architectures.md.
 """
@@ -13,6 +13,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -282,9 +283,21 @@ def examine(name: str, server: Server, other: Worker, base: Path) -> dict[str, A
                 row["not_served"].append(tensor)
     finally:
         other.ask("detach")
-    row["why"] = answer["refused"] or "; ".join(sorted(set(row["reasons"].values())))
+    row["why"] = grouped(row["reasons"])
+    if answer["refused"]:
+        row["why"] += " (a matrix of the model)"
     row["result"] = "refused by the worker" if answer["refused"] else "trains"
     return row
+
+
+def grouped(reasons: dict[str, str]) -> str:
+    """Tensor → reason, told once for all layers."""
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        alike = re.sub(r"\d+", "*", name)
+        if alike not in names.setdefault(reason, []):
+            names[reason].append(alike)
+    return "; ".join(f"{', '.join(alike)}: {reason}" for reason, alike in names.items())
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
@@ -294,7 +307,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         counts = " | ".join(str(row.get(status, 0)) for status in ("shared", "derived", "unequal", "ignored"))
         difference = row.get("difference")
         logits = "–" if difference is None else "equal" if difference == 0 else f"differ by {difference:.1e}"
-        lines.append(f"| {name} | {row['result']} | {counts} | {logits} | {row['why'].replace('|', '/')} |")
+        lines.append(f"| {name} | {row['result']} | {counts} | {logits} | {row['why'].replace('*', chr(92) + '*')} |")
     return TABLE_HEAD + "\n".join(lines) + "\n"
 
 

@@ -214,6 +214,30 @@ def test_a_manifest_that_names_another_file(exporter: Exporter, runtime_dir: Pat
     refuses(runtime_dir, ShareError, "not the shared memory|can't open|does not hold")
 
 
+def test_a_container_that_may_not_look_into_vllm(
+    exporter: Exporter, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ptrace restricted, or another user namespace: the kernel answers EACCES for /proc/<pid>/fd."""
+    really = os.open
+
+    def refuse(path: Any, *rest: Any, **more: Any) -> int:
+        if str(path).startswith(f"/proc/{exporter.process.pid}/fd/"):
+            raise PermissionError(13, "Permission denied")
+        return really(path, *rest, **more)
+
+    monkeypatch.setattr(os, "open", refuse)
+    refuses(runtime_dir, AttachRefused, "Permission denied.*as vLLM's user.*share the PID namespace")
+
+
+def test_a_long_verification_says_where_it_is(
+    exporter: Exporter, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("hogwild.gpu_worker.attach.PROGRESS_S", 0.0)
+    with attach(runtime_dir) as attachment, caplog.at_level("INFO"):
+        attachment.verify()
+    assert "comparing weights with vLLM's: 0.0 of 0.0 GB" in caplog.text
+
+
 def test_a_manifest_of_another_export_than_the_weight_state(exporter: Exporter, runtime_dir: Path) -> None:
     WeightState.create(runtime_dir / "weights.state", "0" * 32).close()
     refuses(runtime_dir, ManifestError, "another export")
