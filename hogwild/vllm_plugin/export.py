@@ -19,7 +19,7 @@ from hogwild.manifest import Allocation, Status, TensorRecord
 from hogwild.strided import Layout, fit
 from hogwild.tensors import digest, layout_of, storage_key
 from hogwild.vllm_plugin.arena import Arena
-from hogwild.vllm_plugin.trace import Landing, LoadTrace
+from hogwild.vllm_plugin.trace import Landing, LoadTrace, tensors_in
 
 PROGRESS_S = 5.0  # how often a long comparison says where it is
 
@@ -207,23 +207,32 @@ def _compare(
 def private_copies(model: torch.nn.Module) -> dict[str, str]:
     """Parameters that may be served from a private copy made after loading: name → reason.
 
-    A module that keeps, as a plain attribute, a floating tensor of at least two dimensions on a storage of its own, has
-    computed something from the parameters in it (absorbed MLA projections, packed weights): writing to the parameter
-    would not change what is served.
+    A module that keeps, as a plain attribute, a floating tensor of at least two dimensions on a storage of its own, and
+    that isn't empty scratch space, has computed something from the parameters in it (absorbed MLA projections, packed
+    weights): writing to the parameter would not change what is served.
     """
     own = {storage_key(t) for t in (*model.parameters(), *model.buffers()) if t.device.type != "meta"}
     found: dict[str, str] = {}
     for name, module in model.named_modules():
-        for attribute, value in vars(module).items():
-            if not isinstance(value, torch.Tensor) or value.device.type == "meta":
-                continue
-            if value.is_floating_point() and sum(n > 1 for n in value.shape) >= 2 and storage_key(value) not in own:
-                for parameter, _ in module.named_parameters():
-                    if parameter.count(".") <= 1:  # its own and its children's: deeper ones are served by their modules
-                        found[".".join(filter(None, (name, parameter)))] = (
-                            f"vLLM serves it through {name}.{attribute}, a copy made after loading"
-                        )
+        plain = {key: value for key, value in vars(module).items() if key not in _MODULE_DICTS}
+        kept = [key for key, value in plain.items() if any(_computed(tensor, own) for tensor in tensors_in(value))]
+        for attribute in kept:
+            for parameter, _ in module.named_parameters():
+                if parameter.count(".") <= 1:  # its own and its children's: deeper ones are served by their modules
+                    where = ".".join(filter(None, (name, attribute)))
+                    reason = f"vLLM serves it through {where}, a copy made after loading"
+                    found[".".join(filter(None, (name, parameter)))] = reason
     return found
+
+
+_MODULE_DICTS = ("_parameters", "_buffers", "_modules")
+
+
+def _computed(tensor: torch.Tensor, own: set[int]) -> bool:
+    """Whether a tensor that a module keeps may stand for weights: values, in two dimensions, on memory of its own."""
+    if tensor.device.type == "meta" or not tensor.is_floating_point() or sum(n > 1 for n in tensor.shape) < 2:
+        return False
+    return storage_key(tensor) not in own and bool(tensor.any())
 
 
 def layouts_of(model: torch.nn.Module) -> dict[Place, Layout]:

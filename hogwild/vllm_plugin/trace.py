@@ -10,6 +10,7 @@ Storages are told apart by the address of their StorageImpl, which a weak refere
 nothing is kept alive here: the trace costs no memory beyond its records.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +54,27 @@ class Origin:
     changed: str | None = None
 
 
+class Regions:
+    """The origins that lie in one storage, by offset: a whole file in memory, or a parameter of many experts."""
+
+    def __init__(self) -> None:
+        self._offsets: list[int] = []
+        self._origins: list[Origin] = []
+
+    def add(self, origin: Origin) -> None:
+        """A later origin at the same offset goes before an earlier one."""
+        at = bisect_right(self._offsets, origin.base.offset)
+        self._offsets.insert(at, origin.base.offset)
+        self._origins.insert(at, origin)
+
+    def find(self, offset: int) -> Origin | None:
+        """The origin that begins nearest before this element and reaches it."""
+        for at in range(bisect_right(self._offsets, offset) - 1, -1, -1):
+            if offset < self._offsets[at] + max(self._origins[at].base.extent, 1):
+                return self._origins[at]
+        return None
+
+
 @dataclass(slots=True)
 class Landing:
     """One copy of (a box of) checkpoint tensor `name` into the storage `storage` at `layout`."""
@@ -86,7 +108,7 @@ class LoadTrace(TorchDispatchMode):
         self.tensors: dict[str, Seen] = {}
         self.landings: list[Landing] = []
         self.duplicates: set[str] = set()
-        self._origins: dict[int, list[Origin]] = {}
+        self._origins: dict[int, Regions] = {}
         self._alive: dict[int, StorageWeakRef] = {}
         self._on_landing = on_landing
         self.failed: Exception | None = None  # an error of ours; the load itself goes on untraced
@@ -122,18 +144,13 @@ class LoadTrace(TorchDispatchMode):
         key = storage_key(tensor)
         if key not in self._alive:
             self._alive[key] = StorageWeakRef(tensor.untyped_storage())
-        self._origins.setdefault(key, []).append(origin)
+            self._origins[key] = Regions()
+        self._origins[key].add(origin)
 
     def _find(self, tensor: torch.Tensor) -> Origin | None:
-        """The origin of a tensor; several checkpoint tensors can share one storage (a whole file in memory)."""
-        origins = self._origins.get(storage_key(tensor))
-        if not origins:
-            return None
-        at = tensor.storage_offset()
-        for origin in reversed(origins):
-            if origin.base.offset <= at < origin.base.offset + max(origin.base.extent, 1):
-                return origin
-        return None
+        """The origin of a tensor, when anything is known of its storage."""
+        regions = self._origins.get(storage_key(tensor))
+        return None if regions is None else regions.find(int(tensor.storage_offset()))
 
     def _box(self, origin: Origin, source: torch.Tensor, target: Layout) -> Piece | None:
         """Which box of the checkpoint tensor `source` is, addressed in `target`."""
@@ -171,17 +188,18 @@ class LoadTrace(TorchDispatchMode):
             self._know(target, Origin(origin.name, layout, None, target.dtype, changed or "rearranged"))
 
     def _ran(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        read = list(_tensors((args, kwargs)))
-        origins = [(t, o) for t in read if (o := self._find(t)) is not None]
+        read = list(tensors_in((args, kwargs)))
+        keys = {storage_key(t) for t in read}
+        outs = [out for out in tensors_in(result) if out.numel() and out.device.type != "meta"]
+        if func._schema.is_mutable:
+            for out in outs:
+                self._mutated(func, out)
+        outs = [out for out in outs if storage_key(out) not in keys]  # a view needs no note: it is on the same storage
+        origins = [(t, o) for t in read if (o := self._find(t)) is not None] if outs else []
         if not origins:
             return
-        keys = {storage_key(t) for t in read}
-        for out in _tensors((result,)):
-            if out.numel() == 0 or out.device.type == "meta" or storage_key(out) in keys:
-                if func._schema.is_mutable:
-                    self._mutated(func, out)
-                continue
-            source, origin = origins[0]
+        source, origin = origins[0]
+        for out in outs:
             exact = func in EXACT_COPIES and out.dtype == source.dtype and out.shape == source.shape
             piece = self._box(origin, source, layout_of(out)) if exact else None
             if piece is not None:
@@ -197,22 +215,22 @@ class LoadTrace(TorchDispatchMode):
                     self._know(out, Origin(name, layout_of(out), None, out.dtype, what))
 
     def _mutated(self, func: Any, out: torch.Tensor) -> None:
-        """A known storage was written in place by something that is no copy: what it holds is not the tensor any
-        more."""
+        """A known storage was written in place by something that is no copy: it doesn't hold the tensor any more."""
         origin = self._find(out)
-        if origin is not None and func is not aten.copy_.default:
+        if origin is not None:
             self._know(out, Origin(origin.name, layout_of(out), None, out.dtype, f"changed in place by {_name(func)}"))
 
 
-def _tensors(value: Any) -> Iterable[torch.Tensor]:
+def tensors_in(value: Any) -> Iterable[torch.Tensor]:
+    """The tensors in a value: itself, or those in nested lists, tuples and dicts."""
     if isinstance(value, torch.Tensor):
         yield value
-    elif isinstance(value, (list, tuple)):
+    elif isinstance(value, list | tuple):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors_in(item)
 
 
 def _name(func: Any) -> str:

@@ -294,6 +294,44 @@ def test_private_copy_kept_in_an_attribute() -> None:
     assert "W_UK, a copy made after loading" in str(found["w"][1])
 
 
+def test_private_copy_kept_in_a_list() -> None:
+    model = one(4, 6)
+
+    def pack() -> None:
+        model.packed = [{"w": model.w.data.t().contiguous()}]
+
+    found = status(model, {"w": random(4, 6)}, lambda _, t: model.w.data.copy_(t), pack)
+    assert "packed, a copy made after loading" in str(found["w"][1])
+
+
+def test_scratch_space_in_an_attribute_is_no_copy() -> None:
+    model = one(4, 6)
+
+    def reserve() -> None:
+        model.hidden = torch.zeros(16, 6)
+
+    found = status(model, {"w": random(4, 6)}, lambda _, t: model.w.data.copy_(t), reserve)
+    assert found["w"] == ("shared", None)
+
+
+def test_hundreds_of_experts_in_one_parameter_cost_little() -> None:
+    import time
+
+    model = nn.Module()
+    model.register_parameter("w13", nn.Parameter(torch.empty(512, 8, 4), requires_grad=False))
+    loading = Loading(model)
+    tensors = {f"{e}.{half}": random(4, 4) for e in range(512) for half in (0, 1)}
+
+    def load(name: str, tensor: torch.Tensor) -> None:
+        expert, half = map(int, name.split("."))
+        model.w13.data[expert].narrow(0, 4 * half, 4).copy_(tensor)
+
+    started = time.process_time()
+    loading.run(tensors, load)
+    assert time.process_time() - started < 2  # 1,024 tensors: no scan of all landings for each operation
+    assert all(entry.record.status == "shared" for entry in loading.resolve().values())
+
+
 def test_view_of_a_parameter_in_an_attribute_is_no_copy() -> None:
     model = one(4, 6)
 
