@@ -1,0 +1,124 @@
+"""The routes on vLLM's own port, on an application like vLLM's."""
+
+import asyncio
+from argparse import Namespace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+
+from hogwild.frontend import TOKEN_HEADER, Frontend
+from hogwild.vllm_plugin.endpoint import HogwildEndpoint, api_keys
+from hogwild.weight_state import FILE_NAME, WeightState
+
+
+class Engine:
+    """As much of vLLM's engine client as is used."""
+
+    vllm_config = "config"
+
+    def __init__(self, answer: bool) -> None:
+        self.answer, self.asked = answer, 0
+
+    async def reset_prefix_cache(self) -> bool:
+        self.asked += 1
+        return self.answer
+
+
+def serving(runtime_dir: Path, engine: Engine | None = None, **options: Any) -> tuple[TestClient, Frontend | None]:
+    """An application that went through both phases of vLLM's wiring."""
+    fields = {"model": "/models/m", "served_model_name": ["m"], "host": None, "port": 8000, "api_key": None, **options}
+    app, args = FastAPI(), Namespace(**fields)
+    app.state.args = args
+    app.get("/v1/models")(lambda: {})
+    plugin = HogwildEndpoint(lambda config: runtime_dir if config == "config" else None)
+    plugin.attach_router(app)
+    asyncio.run(plugin.init_state(engine, app.state, args))
+    return TestClient(app), Frontend.load(runtime_dir)
+
+
+@pytest.fixture
+def runtime_dir(tmp_path: Path) -> Path:
+    return tmp_path / "m"
+
+
+@pytest.mark.parametrize("answer", [True, False])
+def test_the_token_resets_the_prefix_cache_and_nothing_else_does(answer: bool, runtime_dir: Path) -> None:
+    engine = Engine(answer)
+    client, frontend = serving(runtime_dir, engine, api_key=["secret"])
+    assert frontend is not None
+    assert frontend.api_key_required
+    for headers in ({}, {TOKEN_HEADER: ""}, {TOKEN_HEADER: "wrong"}, {"Authorization": "Bearer secret"}):
+        assert client.post("/hogwild/prefix_cache/reset", headers=headers).status_code == 403
+    assert engine.asked == 0
+    response = client.post("/hogwild/prefix_cache/reset", headers={TOKEN_HEADER: frontend.token})
+    assert response.json() == {"reset": answer}
+    assert engine.asked == 1
+    assert (runtime_dir / "frontend.json").stat().st_mode & 0o777 == 0o600
+
+
+def test_two_api_servers_on_one_port_take_the_same_token(runtime_dir: Path) -> None:
+    first, _ = serving(runtime_dir, Engine(True))
+    second, frontend = serving(runtime_dir, Engine(True))
+    assert frontend is not None
+    for client in (first, second):
+        assert client.post("/hogwild/prefix_cache/reset", headers={TOKEN_HEADER: frontend.token}).status_code == 200
+
+
+def test_a_server_without_an_engine_publishes_nothing(runtime_dir: Path) -> None:
+    client, frontend = serving(runtime_dir, None)
+    assert frontend is None
+    assert client.post("/hogwild/prefix_cache/reset", headers={TOKEN_HEADER: ""}).status_code == 403
+
+
+@pytest.mark.parametrize(
+    ("options", "url"),
+    [
+        ({}, "http://127.0.0.1:8000"),
+        ({"host": "0.0.0.0"}, "http://127.0.0.1:8000"),
+        ({"host": "::"}, "http://[::1]:8000"),
+        ({"host": "10.0.0.7", "port": 81}, "http://10.0.0.7:81"),
+        ({"host": "fe80::1"}, "http://[fe80::1]:8000"),
+        ({"ssl_keyfile": "key.pem"}, "https://127.0.0.1:8000"),
+        ({"root_path": "/llm/"}, "http://127.0.0.1:8000/llm"),
+        ({"uds": "/run/vllm.sock"}, "http://localhost"),
+    ],
+)
+def test_the_address_that_is_published(options: dict[str, Any], url: str, runtime_dir: Path) -> None:
+    _, frontend = serving(runtime_dir, Engine(True), **options)
+    assert frontend is not None
+    assert frontend.url == url
+    assert frontend.uds == options.get("uds")
+
+
+def test_vllms_own_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    assert api_keys(Namespace(api_key=["a", "b", ""])) == ("a", "b")
+    assert api_keys(Namespace(api_key=None)) == ()
+    monkeypatch.setenv("VLLM_API_KEY", "c")
+    assert api_keys(Namespace()) == ("c",)
+
+
+def test_training_routes_obey_vllms_key(runtime_dir: Path) -> None:
+    client, _ = serving(runtime_dir, Engine(True), api_key=["secret"])
+    assert client.get("/train/status").status_code == 401
+    assert client.post("/checkpoint").status_code == 401
+
+
+def test_the_weight_version_is_on_every_answer_once_exported(runtime_dir: Path) -> None:
+    client, _ = serving(runtime_dir, Engine(True))
+    assert "x-hogwild-weight-version" not in client.get("/v1/models").headers
+    client, _ = serving(runtime_dir, Engine(True))
+    state = WeightState.create(runtime_dir / FILE_NAME, "0" * 32)
+    state.set_version(41)
+    assert client.get("/v1/models").headers["x-hogwild-weight-version"] == "41"
+
+
+def test_an_application_that_breaks_every_route_is_left_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    plugin = HogwildEndpoint(lambda config: 1 / 0)
+    plugin.attach_router(SimpleNamespace())  # type: ignore[arg-type]
+    asyncio.run(plugin.init_state(Engine(True), None, Namespace()))
+    assert "vLLM serves without" in caplog.text
