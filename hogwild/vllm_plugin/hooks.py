@@ -333,9 +333,11 @@ class Load:
         for name, record in memory.records.items():
             if record.status != "shared":
                 logger.warning("hogwild: %s is %s: %s", name, record.status, record.reason)
+        what = "can be trained while it is served" if self.size == 1 else f"rank {self.rank} of {self.size} is exported"
         logger.info(
-            "hogwild: %s can be trained while it is served: %s; found and compared in %.2f s; %s",
+            "hogwild: %s %s: %s; found and compared in %.2f s; %s",
             served_name(self.model_config),
+            what,
             export.summary(memory.records),
             self.seconds,
             path,
