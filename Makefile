@@ -71,7 +71,6 @@ test-unit test-integration test-acceptance test-gpu: test-%: $(STAMP) $(MODEL)/c
 
 check: $(STAMP)
 	@$(BIN)/ruff check .
-	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
 format: $(STAMP)
