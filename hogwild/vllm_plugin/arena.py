@@ -8,7 +8,9 @@ whoever is killed: the memory goes when the last process that maps it goes. A wo
 import mmap
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 
 # One parameter per page group: pages are the unit in which memory is given and taken, and 4 KB blocks of the checkpoint
@@ -60,7 +62,7 @@ def rehome(model: torch.nn.Module, name: str) -> Arena:
     for key, tensors in storages.items():
         count = tensors[0].untyped_storage().nbytes()
         block = torch.frombuffer(mapping, dtype=torch.uint8, count=count, offset=starts[key])
-        block.copy_(torch.empty(0, dtype=torch.uint8).set_(tensors[0].untyped_storage(), 0, (count,), (1,)))
+        _copy_touched(torch.empty(0, dtype=torch.uint8).set_(tensors[0].untyped_storage(), 0, (count,), (1,)), block)
         for tensor in tensors:
             item = tensor.element_size()
             flat = block[: count // item * item].view(tensor.dtype)
@@ -89,6 +91,31 @@ def _storages(model: torch.nn.Module) -> dict[int, list[torch.Tensor]]:
                 if group is not None and all(value is not t for t in group):
                     group.append(value)
     return storages
+
+
+def _copy_touched(source: torch.Tensor, target: torch.Tensor) -> None:
+    """Copy bytes into fresh shared memory, leaving out pages that were never touched.
+
+    Parameters that wait for their checkpoint are mostly such: reading them would map each page only to copy zeros over
+    zeros, and cost as much as the load itself.
+    """
+    page, address, count = mmap.PAGESIZE, source.data_ptr(), source.numel()
+    first = address // page
+    pages = (address + count - 1) // page - first + 1
+    try:
+        with Path("/proc/self/pagemap").open("rb", buffering=0) as pagemap:
+            entries = np.frombuffer(os.pread(pagemap.fileno(), pages * 8, first * 8), dtype=np.uint64)
+    except OSError:
+        entries = np.empty(0, dtype=np.uint64)
+    if len(entries) != pages:  # not told: copy everything
+        target.copy_(source)
+        return
+    touched = np.flatnonzero(entries >> np.uint64(62))  # bit 63: present, bit 62: swapped out
+    for run in np.split(touched, np.flatnonzero(np.diff(touched) > 1) + 1):
+        if len(run):
+            begin = max(0, (first + int(run[0])) * page - address)
+            end = min(count, (first + int(run[-1]) + 1) * page - address)
+            target[begin:end].copy_(source[begin:end])
 
 
 def _advise_huge_pages(mapping: mmap.mmap) -> None:

@@ -483,6 +483,24 @@ def test_parameter_made_while_loading() -> None:
     assert "outside the shared memory" in str(memory.records["bias"].reason)
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_rehoming_copies_what_was_touched_wherever_it_lies(told: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large fresh memory is mostly pages that were never touched; what was written must come along all the same."""
+    if not told:
+        monkeypatch.setattr("os.pread", lambda *_: b"")  # a kernel that doesn't say
+    model, size = nn.Module(), 3_000_001
+    for name in "abc":
+        model.register_parameter(name, nn.Parameter(torch.empty(size), requires_grad=False))
+    model.a[0], model.a[-1], model.a[1_000_003:1_002_000] = 1, 2, 3
+    model.b.fill_(4)
+    wanted = {name: parameter.clone() for name, parameter in model.named_parameters() if name != "c"}
+
+    rehome(model, "test")
+
+    for name, value in wanted.items():  # bits, not numbers: fresh memory may hold a NaN
+        assert torch.equal(getattr(model, name).view(torch.int32), value.view(torch.int32))
+
+
 def test_rehoming_keeps_values_identity_ties_and_aliases() -> None:
     model = Tied()
     model.head.w = model.embed.w
