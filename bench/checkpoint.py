@@ -14,8 +14,9 @@ then each of these saves the same weights to the same disk, in turn:
     rsync           save_file to memory-backed storage, then rsync of that file over the old copy, and an fsync
 
 "Pause" is how long the weights must not change. Memory is the growth of the process' peak resident size (the host's;
-page cache not counted); for hogwild the staging memory that it keeps from sync to sync is added. The disk's write rate (one new file, then fsync), and one pass of fingerprints with nothing
-changed, are measured in the same run. The result goes to bench/results/checkpoint-<device>.json.
+page cache not counted); for hogwild the staging memory that it keeps from sync to sync is added. The disk's write rate
+(one new file, then fsync), and one pass of fingerprints with nothing changed, are measured in the same run. The result
+goes to bench/results/checkpoint-<device>.json.
 """
 
 import argparse

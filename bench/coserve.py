@@ -169,9 +169,8 @@ class Training:
 
     def _follow(self) -> None:
         for event in self.client.events(self.job_id):
-            if event.kind == "step":
-                at = int(event.id.partition("-")[0]) / 1e3  # a Redis stream's ids begin with milliseconds
-                self.steps.append((at, int(event.data["tokens"]), float(event.data["seconds"])))
+            if event.type == "step":
+                self.steps.append((event.time, int(event.data["tokens"]), float(event.data["seconds"])))
 
     def wait_steps(self, n: int) -> None:
         """Until `n` steps are done."""
