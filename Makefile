@@ -10,7 +10,9 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help install demo up test test-unit test-integration test-acceptance test-gpu check format bench lock clean distclean
 
-PYTHON ?= $(shell command -v python3.12 || command -v python3.11 || command -v python3)
+# The first that runs and is new enough: a name on PATH may be a version manager's shim for nothing.
+PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
+  $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
 DEVICE ?= $(shell test -e /dev/nvidia0 && echo cuda || echo cpu)
 VENV := .venv
 BIN := $(VENV)/bin
@@ -27,7 +29,7 @@ install: $(STAMP)
 # The core packages of a Debian without python3-venv: only as root, otherwise pip's own message says what is missing.
 $(BIN)/python:
 	$(say) 'making .venv with $(PYTHON)'
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Hogwild needs Python 3.11 or newer: make PYTHON=/path/to/python3.11")'
+	@test -n '$(PYTHON)' || { echo 'Hogwild needs Python 3.11 to 3.13: make PYTHON=/path/to/python3.11' >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get update -qq \
 	  && apt-get install -y -qq python3-venv && $(PYTHON) -m venv --clear $(VENV); }
 
