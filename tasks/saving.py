@@ -19,6 +19,7 @@ from hogwild.errors import AttachRefused, HogwildError
 from hogwild.gpu_worker.config import TrainConfig
 from hogwild.gpu_worker.engine import Trainer
 from hogwild.tasks.dirty import Dirty
+from hogwild.tasks.metrics import SyncFigures, record_sync
 from hogwild.tasks.operations import Operation, Operations
 from hogwild.tasks.registry import Registry
 
@@ -163,6 +164,14 @@ class Saver:
             self._failures, self._not_before, self.error = 0, 0.0, None
             self.last = {**asdict(report), "reason": reason, "at": time.time()}
             self._dirty.clear(report.generation, version)
+            figures = SyncFigures(
+                bytes_written=report.bytes_written,
+                seconds=report.seconds,
+                pause_seconds=report.pause_seconds,
+                undo_bytes=report.undo_bytes,
+                blocks_changed=report.blocks_changed,
+            )
+            record_sync(self._dirty.client, self._settings.model_name, figures)
             self.publish()
             if operation is not None:
                 self._operations.finish(operation, self.last)

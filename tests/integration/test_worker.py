@@ -20,6 +20,7 @@ from hogwild.errors import Conflict
 from hogwild.stack.services import settings_env
 from hogwild.tasks.dirty import Dirty
 from hogwild.tasks.ledger import Ledger
+from hogwild.tasks.metrics import counters
 from hogwild.tasks.operations import Operations
 from hogwild.tasks.payloads import Sample, pack
 from hogwild.tasks.registry import Registry
@@ -159,6 +160,8 @@ def test_a_job_trains_is_saved_is_rolled_back_and_rolled_forward_again(site: Sit
     assert saved.result["jobs"] == [job.id]
     assert not same(trained, before)
     assert not site.dirty.state().dirty
+
+    assert counters(site.dirty.client, "tiny")["sync_bytes"] == saved.result["bytes_written"] > 0
 
     undone = site.operate("rollback", generation=0)
     assert undone.state == "succeeded", undone.error
