@@ -20,6 +20,10 @@ FINGERPRINT_BYTES: Final = 16
 HASH_NAME: Final = "xxh3-128"
 
 FORMAT_VERSION: Final = 1
+"""Of undo and redo files."""
+RECORD_VERSION: Final = 2
+"""Of commit records. 2: `deferred`, old files that wait to become undo data; who knows 1 would lose the history."""
+RECORDS_READ: Final = (1, 2)
 COMMIT_MAGIC: Final = b"HOGWCMIT"
 UNDO_MAGIC: Final = b"HOGWUNDO"
 REDO_MAGIC: Final = b"HOGWREDO"

@@ -1,6 +1,6 @@
 """Every durable write of the checkpoint room goes through here.
 
-`FileIo` is the whole vocabulary: create, write at an offset, truncate, fsync, rename, unlink, mkdir, fsync of a
+`FileIo` is the whole vocabulary: create, write at an offset, truncate, fsync, link, rename, unlink, mkdir, fsync of a
 directory, reflink. The crash test puts a recorder in its place, replays every prefix of what was recorded as a disk
 that lost power might have kept it, and opens the checkpoint again.
 """
@@ -18,6 +18,12 @@ from hogwild.errors import CheckpointError
 FICLONE = 0x40049409
 """ioctl request of linux/fs.h: make this file share the other's extents (btrfs, XFS, bcachefs, some overlays)."""
 
+RWF_DONTCACHE = 0x80
+"""Flag of preadv2 and pwritev2 (linux/fs.h, since Linux 6.14): begin to write at once, drop the pages afterwards."""
+
+STREAM = 256 << 10
+"""Bytes of a write from which it pays to go round the page cache."""
+
 _NO_REFLINK = {errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.ETXTBSY}
 
 
@@ -27,12 +33,33 @@ class Handle:
     def __init__(self, path: Path, fd: int) -> None:
         self.path = path
         self.fd = fd
+        self.once = False  # what is read is read only once: it need not stay in the page cache
 
     def pwrite(self, data: bytes | bytearray | memoryview, offset: int) -> None:
         """Write all of `data` at `offset`."""
+        self._write(memoryview(data).cast("B"), offset, 0)
+
+    def stream(self, data: bytes | bytearray | memoryview, offset: int) -> None:
+        """`pwrite` of much that nobody reads soon: it goes to the disk at once and does not stay in memory.
+
+        So writing overlaps with what the caller does next, `fsync` has little left to wait for, and a model that is
+        saved does not push everything else out of the page cache.
+        """
         view = memoryview(data).cast("B")
+        if len(view) < STREAM:
+            self.pwrite(view, offset)
+            return
+        try:
+            self._write(view, offset, RWF_DONTCACHE)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+            self._write(view, offset, 0)
+            os.posix_fadvise(self.fd, offset, len(view), os.POSIX_FADV_DONTNEED)  # begins to write the range out
+
+    def _write(self, view: memoryview, offset: int, flags: int) -> None:
         while view:
-            written = os.pwrite(self.fd, view, offset)
+            written = os.pwritev(self.fd, [view], offset, flags)
             view = view[written:]
             offset += written
 
@@ -52,7 +79,13 @@ class Handle:
         """Fill `buffer` from `offset`; the number of bytes read, fewer only at the end of the file."""
         done = 0
         while done < len(buffer):
-            count = os.preadv(self.fd, [buffer[done:]], offset + done)
+            try:
+                count = os.preadv(self.fd, [buffer[done:]], offset + done, RWF_DONTCACHE if self.once else 0)
+            except OSError as error:
+                if not self.once or error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                    raise
+                self.once = False
+                continue
             if not count:
                 break
             done += count
@@ -93,6 +126,10 @@ class FileIo:
     def open(self, path: Path, *, write: bool = False) -> Handle:
         """An existing file."""
         return Handle(path, os.open(path, (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC))
+
+    def link(self, source: Path, target: Path) -> None:
+        """Give the file `source` a second name. Raises OSError where the file system has no hard links."""
+        target.hardlink_to(source)
 
     def rename(self, source: Path, target: Path) -> None:
         """Put `source` in the place of `target`, atomically."""

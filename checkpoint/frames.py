@@ -69,7 +69,7 @@ class FrameWriter:
                 self._buffer += part
                 continue
             self._flush()
-            self.handle.pwrite(part, self.bytes)
+            self.handle.stream(part, self.bytes)
             self.bytes += len(part)
         if len(self._buffer) >= _FLUSH:
             self._flush()
@@ -77,7 +77,7 @@ class FrameWriter:
     def _flush(self) -> None:
         if not self._buffer:
             return
-        self.handle.pwrite(self._buffer, self.bytes)
+        self.handle.stream(self._buffer, self.bytes)
         self.bytes += len(self._buffer)
         self._buffer = bytearray()
 

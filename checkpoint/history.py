@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from hogwild.checkpoint.durable import FileIo
@@ -9,7 +10,7 @@ from hogwild.checkpoint.fingerprints import Indices, Table, empty_table, table_d
 from hogwild.checkpoint.records import Commit, Record, read_record, write_record
 from hogwild.errors import CheckpointCorrupt
 
-_NAME = re.compile(r"(\d{8})\.(?:(commit|undo|redo)|\d+\.new)")
+_NAME = re.compile(r"(\d{8})\.(?:(commit|undo|redo|part)|\d+\.(?:new|old))")
 
 
 class History:
@@ -51,11 +52,17 @@ class History:
         kept = [self.head]
         for commit in reversed(self._commits[:-1]):
             newer = kept[-1]
-            undo = self.path(newer.generation, "undo")
-            if len(kept) > keep_last or newer.parent != commit.generation or not undo.exists():
+            known = self.path(newer.generation, "undo").exists() or self.uncompacted(newer)
+            if len(kept) > keep_last or newer.parent != commit.generation or not known:
                 break
             kept.append(commit)
-        return kept[::-1]
+        return [self._with_undo(commit) for commit in reversed(kept)]
+
+    def _with_undo(self, commit: Commit) -> Commit:
+        """A commit with the size of its undo file, which may be younger than the record."""
+        with contextlib.suppress(OSError):
+            return replace(commit, undo_bytes=self.path(commit.generation, "undo").stat().st_size)
+        return commit
 
     def add(self, commit: Commit, blocks: Indices, table: Table) -> int:
         """Write the record that makes a generation exist; bytes written. `blocks`: those that changed."""
@@ -90,15 +97,22 @@ class History:
             (self._generations / temp).exists() for temp in commit.replaced.values()
         )
 
+    def uncompacted(self, commit: Commit) -> bool:
+        """Whether a generation's undo file is still to be made, or what it was made of to be removed."""
+        return bool(commit.deferred) and self.path(commit.generation, "part").exists()
+
     def remove_uncommitted(self) -> None:
-        """Remove files of generations that never came to be, old redo files, and temporary ones."""
-        head = self.head.generation
+        """Remove files of generations that never came to be, and what finished ones need no more."""
+        head, finished = self.head.generation, not self.uncompacted(self.head)
         for path in self._generations.iterdir():
             match = _NAME.fullmatch(path.name)
             if match is None:
-                if path.suffix in (".tmp", ".spill"):
-                    self._io.unlink(path)
-            elif int(match[1]) > head or (int(match[1]) < head and match[2] not in ("commit", "undo")):
+                leftover = path.suffix in (".tmp", ".spill")
+            elif int(match[1]) == head:
+                leftover = path.suffix == ".old" and finished
+            else:
+                leftover = int(match[1]) > head or match[2] not in ("commit", "undo")
+            if leftover:
                 self._io.unlink(path)
 
     def prune(self, keep_last: int) -> None:

@@ -8,7 +8,7 @@ from hogwild.checkpoint.durable import explained
 from hogwild.checkpoint.records import Commit
 from hogwild.checkpoint.reports import SyncReport
 from hogwild.checkpoint.stage import Stage
-from hogwild.checkpoint.transaction import Deadline
+from hogwild.checkpoint.transaction import Deadline, Written
 from hogwild.errors import Conflict
 
 if TYPE_CHECKING:
@@ -36,23 +36,23 @@ class PendingSync:
             if store._pending is not self:
                 raise Conflict("this sync was committed or abandoned already.")
             try:
-                commit, written, durable, applied = store.head, 0, time.perf_counter(), True
+                done = Written(store.head, 0, durable=time.perf_counter(), applied=True)
                 if stage.frames:
                     with explained("the sync", store.directory, kept=store._still):
-                        commit, written, durable, applied = store._write(stage, self._commit, Deadline(time_limit))
+                        done = store._write(stage, self._commit, Deadline(time_limit))
                 return SyncReport(
-                    generation=commit.generation,
+                    generation=done.commit.generation,
                     weight_version=self._commit.weight_version,
                     jobs=self._commit.jobs,
                     blocks_changed=self.blocks_changed,
                     blocks_total=store.layout.blocks,
                     bytes_changed=self.bytes_changed,
-                    bytes_written=written,
-                    undo_bytes=commit.undo_bytes if stage.frames else 0,
+                    bytes_written=done.bytes,
+                    undo_bytes=done.commit.undo_bytes if stage.frames else 0,
                     seconds=time.perf_counter() - self._started,
                     pause_seconds=self.pause_seconds,
-                    durable_seconds=durable - self._started,
-                    applied=applied,
+                    durable_seconds=done.durable - self._started,
+                    applied=done.applied,
                 )
             finally:
                 self._close()

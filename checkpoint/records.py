@@ -22,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 import xxhash
 
-from hogwild.checkpoint.constants import COMMIT_MAGIC, FORMAT_VERSION, HASH_NAME
+from hogwild.checkpoint.constants import COMMIT_MAGIC, HASH_NAME, RECORD_VERSION, RECORDS_READ
 from hogwild.checkpoint.durable import FileIo
 from hogwild.checkpoint.fingerprints import Indices, Table, table_digest
 from hogwild.checkpoint.layout import Layout
@@ -54,6 +54,7 @@ class Commit:
     base_model: str = ""  # digest of the table of the first generation: which model this all began with
     redo: bool = False  # changed blocks are in <generation>.redo until they are in place
     replaced: dict[str, str] = field(default_factory=dict)  # file → name of the new file that takes its place
+    deferred: dict[str, str] = field(default_factory=dict)  # file → name that its old contents keep until the undo file
     hash: str = HASH_NAME
 
 
@@ -86,7 +87,7 @@ def write_record(io: FileIo, path: Path, record: Record) -> int:
     """Write atomically; bytes written."""
     text = json.dumps(asdict(record.commit), separators=(",", ":")).encode()
     kind = FULL if record.blocks is None else CHANGED
-    parts = [_HEADER.pack(COMMIT_MAGIC, FORMAT_VERSION, len(text), len(record.table), kind, 0), text]
+    parts = [_HEADER.pack(COMMIT_MAGIC, RECORD_VERSION, len(text), len(record.table), kind, 0), text]
     if record.blocks is not None:
         parts.append(record.blocks.astype("<u4").tobytes())
     parts.append(record.table.astype("<u8").tobytes())
@@ -104,8 +105,10 @@ def read_record(path: Path) -> Record:
     if len(data) < _HEADER.size + 16 or xxhash.xxh3_128_digest(memoryview(data)[:-16]) != data[-16:]:
         raise CheckpointCorrupt(f"{path} does not match its checksum.")
     magic, version, length, entries, kind, _ = _HEADER.unpack(data[: _HEADER.size])
-    if magic != COMMIT_MAGIC or version != FORMAT_VERSION:
-        raise CheckpointCorrupt(f"{path} is no commit record of format version {FORMAT_VERSION}.")
+    if magic != COMMIT_MAGIC or version not in RECORDS_READ:
+        raise CheckpointCorrupt(
+            f"{path} is no commit record that this Hogwild reads: format version {version}, not {RECORDS_READ}."
+        )
     position = _HEADER.size + length
     fields: dict[str, Any] = json.loads(data[_HEADER.size : position])
     fields["jobs"] = tuple(fields["jobs"])

@@ -16,7 +16,7 @@ class SyncReport:
     blocks_total: int
     bytes_changed: int
     bytes_written: int  # to the disk, logs included
-    undo_bytes: int
+    undo_bytes: int  # of files that were replaced, undo data is made later: CheckpointStore.compact
     seconds: float  # all of it, the pause included
     pause_seconds: float  # fingerprints and the copy of changed blocks: training waits for this alone
     durable_seconds: float  # until a power cut could not lose it any more

@@ -1,5 +1,6 @@
 """The contents of an earlier generation: the files of today, less what the undo files say has changed since."""
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,17 +12,20 @@ from hogwild.checkpoint.constants import BLOCK, UNDO_MAGIC
 from hogwild.checkpoint.durable import FileIo, Handle
 from hogwild.checkpoint.fingerprints import Bytes, Indices
 from hogwild.checkpoint.frames import FrameFile, FrameInfo
+from hogwild.checkpoint.history import History
 from hogwild.checkpoint.layout import Layout, TensorSpec
+from hogwild.checkpoint.records import Commit
 
 
 class Snapshot:
     """Reads generation `generation`, `head` being what the files hold.
 
+    Files that the last sync replaced, and of which no undo data has been made yet, are read from their old contents.
     Memory: one frame per generation in between; reading in ascending order decodes each frame once.
     """
 
     def __init__(
-        self, io: FileIo, directory: Path, generations: Path, layout: Layout, generation: int, head: int
+        self, io: FileIo, directory: Path, history: History, layout: Layout, generation: int, head: Commit
     ) -> None:
         self.layout = layout
         self._io, self._directory = io, directory
@@ -30,8 +34,8 @@ class Snapshot:
         self._cache: list[tuple[FrameInfo, Bytes] | None] = []  # the last decoded frame of each undo file
         self._handles: dict[str, Handle] = {}
         try:
-            for number in range(head, generation, -1):
-                undo = FrameFile(io, generations / f"{number:08d}.undo", UNDO_MAGIC, number, layout.id)
+            for number in range(head.generation, generation, -1):
+                undo = self._undo(history, number, head)
                 self._undos.append(undo)
                 by_tensor: dict[int, list[FrameInfo]] = {}
                 for frame in undo.frames:
@@ -41,6 +45,21 @@ class Snapshot:
         except BaseException:
             self.close()
             raise
+
+    def _undo(self, history: History, number: int, head: Commit) -> FrameFile:
+        """The undo file that leads back from a generation; where it is still to be made, its part and the old files."""
+        undo, part = history.path(number, "undo"), history.path(number, "part")
+        if number == head.generation and not undo.exists():
+            with contextlib.suppress(FileNotFoundError):  # it was made just now: then it is there
+                found = FrameFile(self._io, part, UNDO_MAGIC, number, self.layout.id)
+                try:
+                    olds = {file: self._io.open(part.with_name(name)) for file, name in head.deferred.items()}
+                except BaseException:
+                    found.close()
+                    raise
+                self._handles.update(olds)
+                return found
+        return FrameFile(self._io, undo, UNDO_MAGIC, number, self.layout.id)
 
     def read(self, spec: TensorSpec, blocks: Indices) -> Bytes:
         """Contents of `blocks` (ascending) in that generation, one after the other."""

@@ -3,6 +3,7 @@
     store = CheckpointStore.open(directory, source=model)     # clones the model the first time, repairs a torn sync
     pending = store.begin_sync(views, weight_version=7)       # training pauses for this
     report = pending.commit()                                 # ... and goes on beside this
+    store.compact()                                           # ... and beside this, which is for the disk's space only
     store.rollback(3, views, weight_version=8)
 
 One writer at a time (a lock on the directory). Methods may be called from several threads; a sync that was begun must
@@ -10,6 +11,7 @@ be committed or abandoned before the next one. docs/checkpoint-format.md has eve
 """
 
 import contextlib
+import logging
 import math
 import os
 import threading
@@ -24,6 +26,7 @@ import numpy as np
 from hogwild.checkpoint import export as exporting
 from hogwild.checkpoint.blockfile import compare_files, file_table
 from hogwild.checkpoint.clone import check_beginning, clone, refuse_links
+from hogwild.checkpoint.compact import compact
 from hogwild.checkpoint.constants import (
     CLONING_MARK,
     GENERATIONS_DIR,
@@ -33,9 +36,11 @@ from hogwild.checkpoint.constants import (
     WRITER_LOCK,
 )
 from hogwild.checkpoint.durable import OS_IO, FileIo, FileLock, explained
+from hogwild.checkpoint.filesystem import FileSystem
 from hogwild.checkpoint.fingerprints import Table, differing, fingerprints, table_digest
 from hogwild.checkpoint.frames import FrameFile
 from hogwild.checkpoint.history import History
+from hogwild.checkpoint.known import KnownFiles, stamps_of
 from hogwild.checkpoint.layout import Layout
 from hogwild.checkpoint.memo import FingerprintMemo
 from hogwild.checkpoint.pending import PendingSync
@@ -43,11 +48,13 @@ from hogwild.checkpoint.records import Commit, Kind, new_commit
 from hogwild.checkpoint.reports import RestoreReport, RollbackReport, SyncReport, VerifyReport
 from hogwild.checkpoint.snapshot import Snapshot
 from hogwild.checkpoint.stage import Arena, Stage, available_memory
-from hogwild.checkpoint.transaction import Deadline, apply, write_logs
+from hogwild.checkpoint.transaction import Deadline, Written, apply, write_logs
 from hogwild.errors import CheckpointError, CheckpointForeign, Conflict, NotFound
 
 if TYPE_CHECKING:
     from hogwild.checkpoint.views import Views
+
+logger = logging.getLogger(__name__)
 
 READER_PATIENCE = 60.0
 """Seconds that a sync waits for readers of the files before it leaves the last step to the next sync or open."""
@@ -69,7 +76,11 @@ class CheckpointStore:
         self._reader_patience = reader_patience
         self._arena = Arena(host_budget)
         self._memo = FingerprintMemo()
+        self._known = KnownFiles()
+        self._disk: FileSystem
         self._mutex = threading.RLock()
+        self._history_lock = threading.RLock()  # taken after the mutex: whoever changes files or makes undo data
+        self._closing = False
         self._pending: PendingSync | None = None
         self._stale = False  # something failed half-way: read everything from disk again before the next step
         self._foreign = ""  # why the files are not ours any more
@@ -130,6 +141,10 @@ class CheckpointStore:
                         clone(io, place, directory)
                     store._first_generation()
                 store._recover()
+            try:
+                store.compact()
+            except (CheckpointError, CheckpointForeign) as error:  # no space, for example: the next sync needs it
+                logger.warning("undo data of generation %d is not made yet: %s", store.head.generation, error.message)
         except BaseException:
             store.close()
             raise
@@ -156,7 +171,9 @@ class CheckpointStore:
         """Generation 0: the files as they are now."""
         self.layout = Layout.read(self.directory)
         refuse_links(self.directory, self.layout)
+        stamps = stamps_of(self.directory, self.layout)
         table = file_table(self._io, self.directory, self.layout)
+        self._known.keep_all(self.layout, stamps)
         self._history = History(self._io, self._generations, [])
         self._history.add(new_commit(self.layout, table, 0, 0, "clone", 0), np.arange(len(table)), table)
 
@@ -166,13 +183,14 @@ class CheckpointStore:
         head = self._history.head
         self._history.remove_uncommitted()
         self.layout = Layout.read(self.directory)
-        refuse_links(self.directory, self.layout)
         self._foreign = ""
         if self.layout.id != head.layout or {file.name: file.header for file in self.layout.files} != head.files:
             self._foreign = f"the tensors in {self.directory} are not those of generation {head.generation}"
         else:
             self._apply_pending(head, patience)
+        refuse_links(self.directory, self.layout)
         self._table = self._history.table(head.generation)
+        self._disk = FileSystem(self._io, self._store, self.directory / self.layout.files[0].name)
         self._io.unlink(self._store / CLONING_MARK)
         self._stale = False
 
@@ -193,9 +211,9 @@ class CheckpointStore:
                         (self.layout.tensors[info.tensor], info.numbers, np.frombuffer(payload, np.uint8))
                         for info, payload in redo
                     )
-                    apply(self._io, self.directory, self._generations, head.replaced, frames)
+                    apply(self._io, self.directory, self._generations, head, frames)
             else:
-                apply(self._io, self.directory, self._generations, head.replaced, ())
+                apply(self._io, self.directory, self._generations, head, ())
             self._io.unlink(redo_path)
 
     def _load_read_only(self) -> None:
@@ -206,8 +224,9 @@ class CheckpointStore:
         self._table = self._history.table(self._history.head.generation)
 
     def close(self) -> None:
-        """Give the directory up; a sync that was begun is abandoned."""
-        with self._mutex:
+        """Give the directory up; a sync that was begun is abandoned, undo data half made is left for the next open."""
+        self._closing = True
+        with self._mutex, self._history_lock:
             if self._pending is not None:
                 self._pending.abandon()
             self._writer.release()
@@ -229,7 +248,7 @@ class CheckpointStore:
         """The last generation and those that can be rolled back to, oldest first."""
         return self._history.kept(self.keep_last)
 
-    def _known(self, generation: int) -> Commit:
+    def _kept(self, generation: int) -> Commit:
         for commit in self.generations():
             if commit.generation == generation:
                 return commit
@@ -285,6 +304,36 @@ class CheckpointStore:
         """`begin_sync` and `commit` in one."""
         return self.begin_sync(views, weight_version=weight_version, jobs=jobs).commit(time_limit=time_limit)
 
+    def compact(self) -> int:
+        """Make undo data of the old files that the last sync left, and remove those; bytes written, 0: nothing to do.
+
+        May run beside training and beside `begin_sync`; a `commit` waits for it, and does it if nobody else did. Until
+        then a sync that replaced files takes as much space as they do. `close` ends it half-way, and the next open does
+        it. Raises CheckpointError (disk full; nothing is lost), CheckpointForeign.
+        """
+        with self._history_lock:
+            if self.read_only or self._stale or not self._writer.held:
+                return 0
+            with explained("making undo data", self.directory, kept=lambda: "No generation was lost."):
+                try:
+                    return self._compact(Deadline(None))
+                except CheckpointError:
+                    if self._closing:
+                        return 0
+                    raise
+
+    def _compact(self, deadline: Deadline) -> int:
+        head = self.head
+        if not self._history.uncompacted(head) or self._history.unapplied(head) or self._foreign:
+            return 0
+
+        def check() -> None:
+            deadline.check()
+            if self._closing:
+                raise CheckpointError(f"{self.directory} was closed while undo data was made: the next open makes it.")
+
+        return compact(self._io, self.directory, self._history, self.layout, head, check)
+
     def _next(self, kind: Kind, weight_version: int) -> Commit:
         """The record of the generation after the head, before its contents are known."""
         head = self.head.generation
@@ -317,51 +366,40 @@ class CheckpointStore:
         if self._foreign:
             raise CheckpointForeign(f"{self._foreign}: `hogwild checkpoint adopt` accepts the files as they are.")
 
-    def _write(self, stage: Stage, commit: Commit, deadline: Deadline) -> tuple[Commit, int, float, bool]:
-        """Make a generation: (its record, bytes written, time when it was durable, whether the files have it)."""
+    def _write(self, stage: Stage, commit: Commit, deadline: Deadline) -> Written:
+        """Make a generation of what is staged."""
+        while not self._history_lock.acquire(timeout=min(deadline.remaining(), 60)):
+            deadline.check()
+        try:
+            self._compact(deadline)
+            return self._write_alone(stage, commit, deadline)
+        finally:
+            self._history_lock.release()
+
+    def _write_alone(self, stage: Stage, commit: Commit, deadline: Deadline) -> Written:
         blocks = np.concatenate([frame.spec.first_block + frame.blocks for frame in stage.frames])
         rows = np.concatenate([frame.table for frame in stage.frames])
         table = self._table.copy()
         table[blocks] = rows
-        generation = commit.generation
         self._stale = True  # until the end: whatever fails in between, the disk is asked what happened
         try:
             logs = write_logs(
-                self._io,
-                self.directory,
-                self._generations,
-                self.layout,
-                self._table,
-                stage,
-                generation=generation,
-                parent=commit.parent,
-                deadline=deadline,
-                can_reflink=self._can_reflink(),
-            )
-        except BaseException:
-            with contextlib.suppress(OSError):
-                self._history.remove_uncommitted()
-                self._stale = False
-            raise
-        commit = replace(
-            commit,
-            blocks_changed=stage.blocks,
-            bytes_changed=stage.nbytes,
-            undo_bytes=logs.undo_bytes,
-            redo=logs.redo,
-            replaced=logs.replaced,
-            fingerprints=table_digest(table),
-            base_model=self.head.base_model,
-        )
-        try:
+                self._io, self.directory, self._generations, self.layout, self._table, stage, self._known,
+                generation=commit.generation, parent=commit.parent, deadline=deadline, disk=self._disk,
+            )  # fmt: skip
+            commit = replace(
+                commit, blocks_changed=stage.blocks, bytes_changed=stage.nbytes, undo_bytes=logs.undo_bytes,
+                redo=logs.redo, replaced=logs.replaced, deferred=logs.deferred, fingerprints=table_digest(table),
+                base_model=self.head.base_model,
+            )  # fmt: skip
             written = logs.bytes_written + self._history.add(commit, blocks, table)
-        except OSError:
-            if not self._history.path(generation, "commit").exists():
+        except BaseException:
+            if not self._history.path(commit.generation, "commit").exists():
                 with contextlib.suppress(OSError):
                     self._history.remove_uncommitted()
                     self._stale = False
             raise
-        durable = time.perf_counter()
+        done = Written(commit, written, durable=time.perf_counter())
         self._table = table
         with self._readers_excluded(deadline.remaining()) as alone:
             if alone:
@@ -370,21 +408,22 @@ class CheckpointStore:
                     for frame in stage.frames
                     if frame.spec.file not in logs.replaced
                 )
-                written += apply(self._io, self.directory, self._generations, logs.replaced, frames)
-                self._io.unlink(self._history.path(generation, "redo"))
+                done.bytes += apply(self._io, self.directory, self._generations, commit, frames)
+                self._io.unlink(self._history.path(commit.generation, "redo"))
+                done.applied = True
+                self._note_known(stage, logs.known)
                 self._history.prune(self.keep_last)  # while nobody reads an old generation
         self._stale = False
-        return commit, written, durable, alone
+        return done
 
-    def _can_reflink(self) -> bool:
-        """Whether the file system shares extents; tried once, on a file of the checkpoint."""
-        if not hasattr(self, "_reflinks"):
-            probe = self._store / "reflink.tmp"
-            name = self.layout.files[0].name
-            with self._io.open(self.directory / name) as old, self._io.create(probe) as new:
-                self._reflinks = self._io.reflink(old, new)
-            self._io.unlink(probe)
-        return self._reflinks
+    def _note_known(self, stage: Stage, before: dict[str, frozenset[int]]) -> None:
+        """Tensors of which everything was written, or was known before, are known now."""
+        written: dict[int, int] = {}
+        for frame in stage.frames:
+            written[frame.spec.number] = written.get(frame.spec.number, 0) + frame.nbytes
+        for file, known in before.items():
+            whole = {spec.number for spec in self.layout.of_file(file) if written.get(spec.number) == spec.nbytes}
+            self._known.keep(file, self.directory / file, known | whole)
 
     @contextlib.contextmanager
     def _readers_excluded(self, patience: float = math.inf) -> Iterator[bool]:
@@ -449,9 +488,9 @@ class CheckpointStore:
         Raises NotFound (not kept), CheckpointForeign, CheckpointCorrupt (undo data damaged; nothing was changed).
         """
         started = time.perf_counter()
-        with self._mutex:
+        with self._mutex, self._history_lock:
             self._ready()
-            self._known(generation)
+            self._kept(generation)
             if views is not None:
                 from hogwild.checkpoint import views as live
 
@@ -464,7 +503,7 @@ class CheckpointStore:
                     changed = self._stage_generation(generation, stage)
                     written, blocks = 0, stage.blocks
                     if stage.frames:
-                        commit, written, _, _ = self._write(stage, commit, Deadline(time_limit))
+                        written = self._write(stage, commit, Deadline(time_limit)).bytes
             finally:
                 stage.close()
             paused = time.perf_counter()
@@ -509,7 +548,10 @@ class CheckpointStore:
         """Compare disk, and live weights if given, with the fingerprints of the last generation."""
         started = time.perf_counter()
         with self._mutex, self.reading() as head:
+            stamps = stamps_of(self.directory, self.layout)
             disk = compare_files(self._io, self.directory, self.layout, self._table)
+            if not disk:
+                self._known.keep_all(self.layout, stamps)
             checked = 0
             wrong: dict[str, int] = {}
             if views is not None:
@@ -550,8 +592,7 @@ class CheckpointStore:
 
     def _snapshot(self, generation: int) -> Snapshot:
         """An earlier generation, for reading."""
-        head = self.head.generation
-        return Snapshot(self._io, self.directory, self._generations, self.layout, generation, head)
+        return Snapshot(self._io, self.directory, self._history, self.layout, generation, self.head)
 
     def export(self, target: Path | str | BinaryIO, generation: int | None = None) -> Commit:
         """Write a generation (default: the last) as a clean model directory, a `.tar` file, or a tar stream.
@@ -559,7 +600,7 @@ class CheckpointStore:
         The checkpoint's own files are not touched. Raises NotFound, CheckpointError (target not empty, disk full).
         """
         with self._mutex, self.reading() as head:
-            commit = self._known(head.generation if generation is None else generation)
+            commit = self._kept(head.generation if generation is None else generation)
             table = self._history.table(commit.generation)
             with self._snapshot(commit.generation) as snapshot:
                 exporting.export(self._io, self.directory, self.layout, snapshot, table, commit, target)
@@ -570,7 +611,7 @@ class CheckpointStore:
 
         Earlier generations are forgotten: their undo data leads back from contents that are not there any more.
         """
-        with self._mutex:
+        with self._mutex, self._history_lock:
             if self._pending is not None:
                 raise Conflict("a sync of this checkpoint is under way.")
             if self.read_only:
@@ -578,6 +619,7 @@ class CheckpointStore:
             with explained("adopting the files", self.directory, kept=lambda: "No generation was lost."):
                 self.layout = Layout.read(self.directory)
                 refuse_links(self.directory, self.layout)
+                stamps = stamps_of(self.directory, self.layout)
                 table = file_table(self._io, self.directory, self.layout)
                 head = self.head
                 same = self.layout.id == head.layout and {f.name: f.header for f in self.layout.files} == head.files
@@ -590,4 +632,5 @@ class CheckpointStore:
                 self._history.add(replace(commit, base_model=head.base_model), np.arange(len(table)), table)
                 self._recover()
                 self._history.prune(self.keep_last)
+                self._known.keep_all(self.layout, stamps)
                 return self.head

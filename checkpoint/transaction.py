@@ -1,11 +1,12 @@
 """Writing one generation so that a power cut at any byte leaves the old one or the new one.
 
-      begin ──► logs written ──► COMMITTED ──► applied
-        │   <n>.undo, <n>.redo,     │  <n>.commit   │  blocks in place, new files renamed,
-        │   new files; fsync        │  appears      │  fsync; <n>.redo removed
-        │                           │               │
-        └─ crash: generation n−1,   └─ crash: the next open applies again (idempotent), generation n
-           leftovers are removed
+      begin ──► logs written ──► COMMITTED ──► applied ──────────────────► compacted
+        │   <n>.undo or <n>.part,   │  <n>.commit   │  old files linked,     │  <n>.undo instead of
+        │   <n>.redo, new files;    │  appears      │  new ones renamed,     │  <n>.part and old files
+        │   fsync                   │               │  blocks in place;      │  (compact.py)
+        │                           │               │  fsync, no <n>.redo    │
+        └─ crash: generation n−1,   └─ crash: the next open applies again    └─ crash: the next open or sync
+           leftovers are removed       (idempotent), generation n               makes <n>.undo again
 
 A 4 KB block that was half written when the power went can't be repaired from a difference, because neither its old
 nor its new contents are known. Hence nothing is overwritten before the new contents are safe elsewhere: in the redo
@@ -13,14 +14,16 @@ file, or, where at least half of a file changes or the file system can reflink, 
 old one.
 """
 
+import functools
 import math
 import os
 import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
@@ -29,9 +32,12 @@ from hogwild.checkpoint.blockfile import check_old, read_blocks, runs, write_blo
 from hogwild.checkpoint.codec import DELTA, RAW, encode_delta, scratch
 from hogwild.checkpoint.constants import BLOCK, REDO_MAGIC, REPLACE_SHARE, UNDO_MAGIC
 from hogwild.checkpoint.durable import FileIo, Handle
+from hogwild.checkpoint.filesystem import FileSystem
 from hogwild.checkpoint.fingerprints import Bytes, Indices, Table
 from hogwild.checkpoint.frames import FrameWriter
+from hogwild.checkpoint.known import KnownFiles
 from hogwild.checkpoint.layout import Layout, TensorSpec
+from hogwild.checkpoint.records import Commit
 from hogwild.checkpoint.stage import Stage, StagedFrame
 from hogwild.errors import CheckpointError, CheckpointForeign
 
@@ -62,6 +68,16 @@ class Deadline:
             )
 
 
+@dataclass
+class Written:
+    """A generation that was written."""
+
+    commit: Commit
+    bytes: int
+    durable: float  # time.perf_counter when no power cut could lose it any more
+    applied: bool = False  # False: a reader of the files was in the way
+
+
 class NewFile:
     """A file written anew beside the old one: unchanged bytes are copied (or shared), changed ones replaced."""
 
@@ -89,7 +105,7 @@ class NewFile:
             start = spec.offset + block * BLOCK
             nbytes = spec.block_bytes(block, block + count)
             self._copy_to(start)
-            self.handle.pwrite(data[index * BLOCK : index * BLOCK + nbytes].data, start)
+            self.handle.stream(data[index * BLOCK : index * BLOCK + nbytes].data, start)
             self._cursor = start + nbytes
             self.written += nbytes
 
@@ -110,6 +126,8 @@ class Logs:
     def __init__(self) -> None:
         self.redo = False
         self.replaced: dict[str, str] = {}
+        self.deferred: dict[str, str] = {}
+        self.known: dict[str, frozenset[int]] = {}  # file → tensors whose contents were known before
         self.undo_bytes = 0
         self.bytes_written = 0
 
@@ -121,46 +139,65 @@ def write_logs(
     layout: Layout,
     table: Table,
     stage: Stage,
+    known: KnownFiles,
     *,
     generation: int,
     parent: int,
     deadline: Deadline,
-    can_reflink: bool,
+    disk: FileSystem,
 ) -> Logs:
     """Write and fsync undo file, redo file and new files of a generation; the checkpoint itself is not touched.
 
+    Of a file of which most changes, the old contents are only checked here, and only where they are not `known`: the
+    old file itself is kept (where `disk` has hard links) until `compact` has made undo data of it, after the sync.
     Raises CheckpointForeign when the old contents are not those of the last generation.
     """
     logs = Logs()
-    undo = FrameWriter(io, generations / f"{generation:08d}.undo", UNDO_MAGIC, generation, parent, layout.id)
+    by_file = {file.name: of_file(stage.frames, file.name) for file in layout.files}
+    dense = {
+        file.name
+        for file in layout.files
+        if sum(frame.nbytes for frame in by_file[file.name]) >= REPLACE_SHARE * file.size
+    }
+    deferred = dense if disk.links else set[str]()
+    # Undo data of a generation that is not complete yet has another name: a history never has holes.
+    kind = "part" if deferred else "undo"
+    undo = FrameWriter(io, generations / f"{generation:08d}.{kind}", UNDO_MAGIC, generation, parent, layout.id)
     redo: FrameWriter | None = None
     to_sync: list[Handle] = [undo.handle]
     opened: list[Handle] = []
     try:
         for number, file in enumerate(layout.files):
-            frames = sorted(
-                (frame for frame in stage.frames if frame.spec.file == file.name),
-                key=lambda frame: (frame.spec.number, frame.blocks[0]),
-            )
+            frames = by_file[file.name]
             if not frames:
                 continue
             old = io.open(directory / file.name)
             opened.append(old)
             check_header(old, file.size, file.header)
             new = None
-            if can_reflink or sum(frame.nbytes for frame in frames) >= REPLACE_SHARE * file.size:
+            if disk.reflinks or file.name in dense:
                 new = NewFile(io, old, generations / f"{generation:08d}.{number}.new")
                 to_sync.append(new.handle)
                 logs.replaced[file.name] = new.path.name
-                if can_reflink:
+                if disk.reflinks:
                     new.share()
             elif redo is None:
                 path = generations / f"{generation:08d}.redo"
                 redo = FrameWriter(io, path, REDO_MAGIC, generation, parent, layout.id)
                 to_sync.append(redo.handle)
-            for frame, data, payload in _encoded(old, frames, table, stage):
+            logs.known[file.name] = known.tensors(file.name, old.fd)
+            changed: Iterable[tuple[StagedFrame, Bytes, bytes]]
+            if file.name in deferred:
+                logs.deferred[file.name] = f"{generation:08d}.{number}.old"
+                unknown = [frame for frame in frames if frame.spec.number not in logs.known[file.name]]
+                _check(old, unknown, table, deadline)
+                changed = ((frame, stage.read(frame), b"") for frame in frames)
+            else:
+                changed = encoded(frames, functools.partial(_checked, old, table), stage.read)
+            for frame, data, payload in changed:
                 deadline.check()
-                undo.add(frame.spec.number, frame.blocks, DELTA, frame.spec.itemsize, frame.nbytes, payload)
+                if file.name not in deferred:
+                    undo.add(frame.spec.number, frame.blocks, DELTA, frame.spec.itemsize, frame.nbytes, payload)
                 if new is not None:
                     new.write(frame, data)
                 elif redo is not None:
@@ -220,25 +257,54 @@ def fsync_all(handles: list[Handle]) -> None:
         raise failures[0]
 
 
-def _encoded(
-    old: Handle, frames: list[StagedFrame], table: Table, stage: Stage
+def of_file(frames: Iterable[StagedFrame], name: str) -> list[StagedFrame]:
+    """The frames of a file, in the order of their places in it."""
+    mine = (frame for frame in frames if frame.spec.file == name)
+    return sorted(mine, key=lambda frame: (frame.spec.number, frame.blocks[0]))
+
+
+def _checked(old: Handle, table: Table, frame: StagedFrame, out: Bytes) -> Bytes:
+    """Read the old contents of a frame into `out`; raises CheckpointForeign."""
+    read_blocks(old, frame.spec, frame.blocks, out)
+    check_old(old, frame.spec, frame.blocks, out, table)
+    return out
+
+
+def _check(old: Handle, frames: list[StagedFrame], table: Table, deadline: Deadline) -> None:
+    """Check the old contents of frames, in threads; raises CheckpointForeign."""
+
+    def work(frame: StagedFrame) -> None:
+        deadline.check()
+        _checked(old, table, frame, scratch("before", frame.nbytes))
+
+    if frames:
+        with ThreadPoolExecutor(ENCODERS) as pool:
+            for _ in pool.map(work, frames):
+                pass
+
+
+def encoded(
+    frames: list[StagedFrame],
+    before: Callable[[StagedFrame, Bytes], Bytes],  # old contents of a frame, checked, put into a buffer
+    read: Callable[[StagedFrame], Bytes],  # new contents of a frame
+    *,
+    initializer: Callable[[], None] | None = None,  # of each thread
 ) -> Iterator[tuple[StagedFrame, Bytes, bytes]]:
     """(frame, new contents, undo payload) in order; reading, checking and compressing run in threads, a few ahead."""
 
-    def encode(frame: StagedFrame) -> tuple[StagedFrame, Bytes, bytes]:
-        before = read_blocks(old, frame.spec, frame.blocks, scratch("before", frame.nbytes))
-        check_old(old, frame.spec, frame.blocks, before, table)
-        data = stage.read(frame)
-        return frame, data, encode_delta(before, data, frame.spec.itemsize)
+    def work(frame: StagedFrame) -> tuple[StagedFrame, Bytes, bytes]:
+        old = before(frame, scratch("before", frame.nbytes))
+        data = read(frame)
+        return frame, data, encode_delta(old, data, frame.spec.itemsize)
 
     if sum(frame.nbytes for frame in frames) < SMALL_FRAME * len(frames):
-        yield from map(encode, frames)  # many small frames: handing them to threads takes longer than the work
+        yield from map(work, frames)  # many small frames: handing them to threads takes longer than the work
         return
-    with ThreadPoolExecutor(ENCODERS) as pool:
+    with ThreadPoolExecutor(ENCODERS, initializer=initializer) as pool:
         ahead: deque[Future[tuple[StagedFrame, Bytes, bytes]]] = deque()
         try:
             for frame in frames:
-                ahead.append(pool.submit(encode, frame))
+                ahead.append(pool.submit(work, frame))
                 if len(ahead) > 2 * ENCODERS:
                     yield ahead.popleft().result()
             while ahead:
@@ -252,12 +318,13 @@ def apply(
     io: FileIo,
     directory: Path,
     generations: Path,
-    replaced: dict[str, str],
+    commit: Commit,
     frames: Iterable[tuple[TensorSpec, Indices, Bytes]],
 ) -> int:
     """Bring a committed generation into the checkpoint's files and fsync them; the number of bytes written.
 
     `frames`: tensor, block numbers and new contents of everything that is written in place. Doing it again is harmless.
+    Old files that undo data is still to be made of get their second name before their first one is taken.
     """
     handles: dict[str, Handle] = {}
     written = 0
@@ -272,7 +339,13 @@ def apply(
     finally:
         for handle in handles.values():
             handle.close()
-    pending = {file: temp for file, temp in replaced.items() if (generations / temp).exists()}
+    pending = {file: temp for file, temp in commit.replaced.items() if (generations / temp).exists()}
+    kept = {file: commit.deferred[file] for file in pending if file in commit.deferred}
+    for file, name in kept.items():
+        if not (generations / name).exists():
+            io.link(directory / file, generations / name)
+    if kept:
+        io.fsync_dir(generations)
     for file, temp in pending.items():
         io.rename(generations / temp, directory / file)
     if pending:

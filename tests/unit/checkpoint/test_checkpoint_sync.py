@@ -204,9 +204,18 @@ def test_report_adds_up(store, model):
     model.views["head.weight"] += 1
     report = store.sync(model.views, weight_version=1)
     generations = store.directory / ".hogwild" / "generations"
-    assert report.undo_bytes == (generations / "00000001.undo").stat().st_size == store.head.undo_bytes
     assert 0 < report.pause_seconds <= report.durable_seconds <= report.seconds
     assert report.applied
     shard = (store.directory / "model-00002-of-00002.safetensors").stat().st_size
     commit = (generations / "00000001.commit").stat().st_size
-    assert report.bytes_written == report.undo_bytes + commit + shard  # six of eight blocks: the shard is written anew
+    # six of eight blocks: the shard is written anew, and its undo data is made of the old one later
+    assert report.undo_bytes == 64 + 48  # a part without frames
+    assert report.bytes_written == report.undo_bytes + commit + shard
+    assert store.compact() == (generations / "00000001.undo").stat().st_size == store.generations()[-1].undo_bytes
+    assert store.compact() == 0
+
+    # A change of one block is written in place, and its undo data at once
+    model.views["norm.weight"][0] += 1
+    report = store.sync(model.views, weight_version=2)
+    assert report.undo_bytes == (generations / "00000002.undo").stat().st_size == store.generations()[-1].undo_bytes
+    assert store.compact() == 0
