@@ -32,6 +32,11 @@ def record_sync(client: Client, model: str, figures: SyncFigures) -> None:
     pipe.execute()
 
 
+def record_undo(client: Client, model: str, nbytes: int) -> None:
+    """Called by the worker after it made undo data of files that a sync had replaced."""
+    client.hincrby(Keys(model)("counters"), "sync_undo_bytes", nbytes)
+
+
 def counters(client: Client, model: str) -> dict[str, float]:
     """All counters; those that never counted are absent."""
     return {name.decode(): float(value) for name, value in client.hgetall(Keys(model)("counters")).items()}

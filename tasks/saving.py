@@ -1,8 +1,8 @@
 """Syncs and rollbacks: what the worker does with the checkpoint store, and when.
 
 A sync pauses training only for `begin_sync` (fingerprints and the copy of changed blocks) and a small optimizer state;
-the commit runs on a thread of its own beside the next steps. The caller of every public method holds the runtime's
-`weights_lock`.
+the commit runs on a thread of its own beside the next steps, and so does making undo data of what it replaced. The
+caller of every public method holds the runtime's `weights_lock`.
 """
 
 import logging
@@ -19,7 +19,7 @@ from hogwild.errors import AttachRefused, HogwildError
 from hogwild.gpu_worker.config import TrainConfig
 from hogwild.gpu_worker.engine import Trainer
 from hogwild.tasks.dirty import Dirty
-from hogwild.tasks.metrics import SyncFigures, record_sync
+from hogwild.tasks.metrics import SyncFigures, record_sync, record_undo
 from hogwild.tasks.operations import Operation, Operations
 from hogwild.tasks.registry import Registry
 
@@ -67,8 +67,8 @@ class Saver:
     def close(self) -> None:
         """Wait for a commit that is under way and give the directory up."""
         self._join()
-        self._committer.shutdown()
         self.store.close()
+        self._committer.shutdown()
 
     def note_job(self, job_id: str) -> None:
         """Steps of this job are in the weights; the next generation names it."""
@@ -87,6 +87,7 @@ class Saver:
 
         Raises AttachRefused.
         """
+        self.store.prepare(attachment.views)
         weights, head = attachment.weights, self.store.head
         if not weights.untouched:
             if weights.torn:
@@ -185,11 +186,23 @@ class Saver:
                 report.seconds,
                 report.pause_seconds,
             )
+            self._committer.submit(self._make_undo_data)
 
         if wait:
             commit()
         else:
             self._commit = self._committer.submit(commit)
+
+    def _make_undo_data(self) -> None:
+        """What a sync leaves for later, beside the next steps; the next commit does it if this fails."""
+        try:
+            nbytes = self.store.compact()
+        except (HogwildError, OSError):
+            logger.warning("undo data was not made; the next sync tries again", exc_info=True)
+            return
+        if nbytes:
+            record_undo(self._dirty.client, self._settings.model_name, nbytes)
+            self.publish()
 
     def _failed(self, error: BaseException, jobs: list[str], operation: Operation | None) -> None:
         """Nothing is lost: the steps stay marked as unsaved, and the next try comes after a growing pause."""
@@ -233,6 +246,7 @@ class Saver:
             path.unlink(missing_ok=True)
         self._dirty.clear(self.store.head.generation, version)
         self.publish()
+        self._committer.submit(self._make_undo_data)
         return asdict(report)
 
     # --- what others see ----------------------------------------------------------------------------------------------
