@@ -4,7 +4,7 @@
 
 Trains a real model with Hogwild's own engine (without the model: a small random one), syncs, and reports the share of
 blocks and of elements that differ and the bytes of the undo file; then the weights are rolled back for the next case.
-The same differences are encoded as plain XOR too, to compare. Result: bench/results/checkpoint-delta.json.
+The same differences are encoded as plain XOR too, to compare. Result: bench/results/checkpoint-delta-cpu.json.
 """
 
 import argparse
@@ -99,6 +99,10 @@ def measure(model: torch.nn.Module, samples: list[Sample], steps: int, directory
             trained = time.perf_counter() - started
             trainer.close()
             report = store.sync(views, weight_version=number + 1)
+            started = time.perf_counter()
+            store.compact()
+            compacted = time.perf_counter() - started
+            undo_bytes = store.generations()[-1].undo_bytes
             differing = sum(int((before[name] != view).sum()) for name, view in views.items())
             sizes: dict[str, int] = {}
             for name, view in views.items():
@@ -107,9 +111,10 @@ def measure(model: torch.nn.Module, samples: list[Sample], steps: int, directory
             rows.append({
                 **case, "steps": len(result.losses), "losses": result.losses, "train_s": trained,
                 "blocks_changed": report.blocks_changed / report.blocks_total, "elements_changed": differing / total,
-                "undo_bytes": report.undo_bytes, "undo_share_of_model": report.undo_bytes / nbytes,
-                "undo_share_of_changed_blocks": report.undo_bytes / max(1, report.bytes_changed),
+                "undo_bytes": undo_bytes, "undo_share_of_model": undo_bytes / nbytes,
+                "undo_share_of_changed_blocks": undo_bytes / max(1, report.bytes_changed),
                 "encodings_bytes": sizes, "sync_s": report.seconds, "pause_s": report.pause_seconds,
+                "compact_s": compacted,
             })  # fmt: skip
             row = rows[-1]
             print(
@@ -142,7 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT / ".cache" / "models" / "SmolLM2-135M-Instruct")
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "checkpoint-delta.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "checkpoint-delta-cpu.json")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     result: dict[str, Any] = {
