@@ -3,8 +3,8 @@
 For each element, both contents taken as unsigned integers of the element's width: d = new − old (mod 2^bits), zigzag
 (small differences of either sign become small numbers), the bytes of equal significance put together, zstd level 1.
 Small weight updates move a bf16 value by a few steps of its last place, so the high bytes are nearly all zero. Against
-plain XOR, which leaves long carries (0x3f7f → 0x3f80), this is 6 to 12 % smaller at the same speed (bench/checkpoint.py
-measures both).
+XOR with its bytes together, which leaves long carries (0x3f7f → 0x3f80), this is 4 to 15 % smaller, and 1 to 37 %
+smaller than plain XOR (bench/checkpoint_delta.py measures them).
 """
 
 import threading

@@ -1,18 +1,21 @@
 """Syncs that replace whole files: what is read, what is kept of the old ones, and how undo data is made of it."""
 
 import errno
+import json
 import logging
 import os
+import struct
 import threading
 
 import pytest
+import xxhash
 
 from hogwild.checkpoint import compact as compacting
 from hogwild.checkpoint import durable
 from hogwild.checkpoint.durable import FileIo, Handle
 from hogwild.checkpoint.known import KnownFiles
 from hogwild.checkpoint.store import CheckpointStore
-from hogwild.errors import CheckpointError, CheckpointForeign
+from hogwild.errors import CheckpointCorrupt, CheckpointError, CheckpointForeign
 
 SHARD = "model-00002-of-00002.safetensors"
 
@@ -310,3 +313,35 @@ def test_streams_hold_what_was_written_on_kernels_that_can_and_cannot(tmp_path, 
     assert bytes(found[: len(data) + 3]) == b"abc" + data
     flags = {flag for name, flag in calls if name == "pwritev"}
     assert flags == {0, durable.RWF_DONTCACHE}  # the small write stays in the page cache
+
+
+def rewritten(path, version, fields):
+    """A commit record with another version and other JSON."""
+    data = path.read_bytes()
+    length, entries, kind = struct.unpack_from("<I", data, 12)[0], *struct.unpack_from("<QI", data, 16)
+    text = json.dumps(fields(json.loads(data[32 : 32 + length]))).encode()
+    body = struct.pack("<8sIIQII", b"HOGWCMIT", version, len(text), entries, kind, 0) + text + data[32 + length : -16]
+    path.write_bytes(body + xxhash.xxh3_128_digest(body))
+
+
+def test_commit_records_of_version_1_are_read_and_those_of_version_3_are_not(
+    store, model, io, generations, helpers, tmp_path
+):
+    before = on_disk(store, helpers)
+    model.views["norm.weight"][0] += 1  # written in place: nothing is deferred
+    store.sync(model.views, weight_version=1)
+    store.close()
+
+    def without(fields):
+        assert fields.pop("deferred") == {}
+        return fields
+
+    for path in generations.glob("*.commit"):
+        rewritten(path, 1, without)
+    with CheckpointStore.open(store.directory, io=io) as again:
+        helpers.assert_equal(exported(again, 0, tmp_path, helpers), before)
+        replace_shard(model.views)
+        assert again.sync(model.views, weight_version=2).generation == 2
+    rewritten(generations / "00000002.commit", 3, lambda fields: fields)
+    with pytest.raises(CheckpointCorrupt, match="format version 3"):
+        CheckpointStore.open(store.directory, io=io)
