@@ -87,6 +87,7 @@ def measure(model: torch.nn.Module, samples: list[Sample], steps: int, directory
     nbytes = sum(view.numel() * view.element_size() for view in views.values())
     rows = []
     with CheckpointStore.open(directory / "model", keep_last=2) as store:
+        store.prepare(views)
         for number, case in enumerate(CASES):
             before = {name: view.clone() for name, view in views.items()}
             trainer = Trainer(model)
@@ -125,6 +126,7 @@ def measure(model: torch.nn.Module, samples: list[Sample], steps: int, directory
                 flush=True,
             )
             store.rollback(store.head.generation - 1, views)
+            store.compact()  # or the next sync would do it first
             del before
             gc.collect()
         if not store.verify(views).ok:
