@@ -60,6 +60,10 @@ class TrainRequest(Strict):
         None, min_length=1, max_length=100, description="Shell patterns over parameter names; default: all.")
     max_tokens_per_step: StrictInt | None = Field(None, ge=1, lt=2**31, description="Input tokens in one step.")
     rank: StrictInt | None = Field(None, ge=1, le=65_536, description="Rank of APOLLO's projection.")
+    replay: FiniteFloat | None = Field(
+        None, ge=0, le=1000, description="Weight of staying as it was on text of its own (default 1); 0: no replay.")
+    replay_tokens: StrictInt | None = Field(
+        None, ge=1, le=1_000_000, description="Tokens of its own text in each step (default 256).")
     max_nonfinite_steps: StrictInt | None = Field(
         None, ge=1, le=1_000_000, description="Steps in a row without finite gradient before the job fails.")
 

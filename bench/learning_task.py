@@ -1,8 +1,7 @@
 """The learning task of `bench/learning.py`: invented facts to learn, ordinary text that must not change.
 
 *Recall* is the share of questions whose greedy answer contains the answer; the questions are phrased as no training
-sample is. *Drift* is the relative change of the mean loss on ordinary text that is never trained on. *Replay* is text
-that the untouched model wrote itself: trained beside the facts, it says "stay as you are" without any foreign data.
+sample is. *Drift* is the relative change of the mean loss on ordinary text that is never trained on.
 """
 
 import json
@@ -18,7 +17,6 @@ from hogwild.gpu_worker.forward import Forward
 
 DATA = Path(__file__).parent / "data"
 ANSWER_TOKENS = 10
-REPLAY_TOKENS = 40
 
 
 @dataclass(frozen=True)
@@ -74,16 +72,3 @@ def ordinary_loss(forward: Forward, samples: Sequence[Sample], at_once: int = 4)
     total = sum(s.total_weight for s in samples)
     parts = [samples[i : i + at_once] for i in range(0, len(samples), at_once)]
     return sum(float(forward.loss(collate(part, forward.device), total)) for part in parts)
-
-
-def replay_samples(model: Any, tokenizer: Any, seed: int = 0) -> list[Sample]:
-    """Text that the model itself continues from ordinary openings, sampled at temperature 1."""
-    prompts = (DATA / "prompts.txt").read_text().splitlines()
-    torch.manual_seed(seed)
-    out = generate(model, tokenizer, prompts, REPLAY_TOKENS, do_sample=True, temperature=1.0, top_k=0)
-    samples = []
-    for prompt, ids in zip(prompts, out, strict=True):
-        if tokenizer.eos_token_id in ids:
-            ids = ids[: ids.index(tokenizer.eos_token_id) + 1]
-        samples.append(Sample(tokenizer(prompt).input_ids, ids))
-    return samples

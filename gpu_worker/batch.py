@@ -73,23 +73,35 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Replayed:
+    """Text on which the model is to stay as it was: what it said at each of the text's T positions."""
+
+    ids: Sequence[int]  # T
+    likeliest: Tensor  # (T, k) int64
+    probabilities: Tensor  # (T, k) float32
+
+
+@dataclass(frozen=True)
 class Batch:
-    """One pack as tensors. T input tokens, P of them predict a continuation token, S samples."""
+    """One pack as tensors. T input tokens, P of them predict a continuation token, S samples; after the samples come
+    replayed texts of Q tokens, each of which has a distribution to stay at."""
 
     input_ids: Tensor  # (1, T) int64
     position_ids: Tensor  # (1, T) int64, from 0 in every sample
-    predictors: Tensor  # (P,) int64: positions in T whose next token carries loss
+    predictors: Tensor  # (P + Q,) int64: positions in T whose next token carries loss, then those of replayed texts
     targets: Tensor  # (P,) int64
     weights: Tensor  # (P,) float32
-    lengths: tuple[int, ...]  # S input lengths, summing to T
+    lengths: tuple[int, ...]  # S input lengths and those of the texts, summing to T
+    likeliest: Tensor | None = None  # (Q, k) int64
+    probabilities: Tensor | None = None  # (Q, k) float32
 
     @property
     def tokens(self) -> int:
         return self.input_ids.shape[1]
 
 
-def collate(samples: Sequence[Sample], device: torch.device) -> Batch:
-    """Samples side by side in one row."""
+def collate(samples: Sequence[Sample], device: torch.device, replay: Sequence[Replayed] = ()) -> Batch:
+    """Samples, then replayed texts, side by side in one row."""
     ids, positions, predictors, targets, weights, lengths = [], [], [], [], [], []
     start = 0
     for s in samples:
@@ -103,10 +115,17 @@ def collate(samples: Sequence[Sample], device: torch.device) -> Batch:
         weights.append(w[s.first_predicted :])
         lengths.append(n)
         start += n
+    for text in replay:
+        n = len(text.ids)
+        ids.append(np.asarray(text.ids, np.int64))
+        positions.append(np.arange(n, dtype=np.int64))
+        predictors.append(start + np.arange(n, dtype=np.int64))
+        lengths.append(n)
+        start += n
 
     def tensor(parts: list["np.ndarray[Any, Any]"], dtype: torch.dtype) -> Tensor:
         # non_blocking from pageable memory is a plain copy, but does not wait for the kernels already queued.
-        return torch.from_numpy(np.concatenate(parts)).to(dtype).to(device, non_blocking=True)
+        return torch.from_numpy(np.concatenate(parts or [np.empty(0)])).to(dtype).to(device, non_blocking=True)
 
     return Batch(
         input_ids=tensor(ids, torch.int64)[None],
@@ -115,6 +134,8 @@ def collate(samples: Sequence[Sample], device: torch.device) -> Batch:
         targets=tensor(targets, torch.int64),
         weights=tensor(weights, torch.float32),
         lengths=tuple(lengths),
+        likeliest=torch.cat([text.likeliest for text in replay]) if replay else None,
+        probabilities=torch.cat([text.probabilities for text in replay]) if replay else None,
     )
 
 

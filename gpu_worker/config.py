@@ -67,6 +67,11 @@ class TrainConfig:
     still forms a pack of its own."""
     rank: int | None = None
     """Rank of APOLLO's projection; None: `DEFAULT_RANK`. Only for `apollo`."""
+    replay: float = 1.0
+    """Weight, in the loss of every step, of staying as it was: the mean Kullback-Leibler divergence (nats a token) from
+    the model at the job's start, on text of its own. 0: no replay."""
+    replay_tokens: int = 256
+    """About how many tokens of its own text each step replays."""
     max_nonfinite_steps: int = 3
     """The job fails after this many steps in a row with a loss or gradient that is not finite."""
 
@@ -76,6 +81,7 @@ class TrainConfig:
         if self.learning_rate is not None:
             _number("learning_rate", self.learning_rate, above=0.0, most=10.0)
         _number("weight_decay", self.weight_decay, least=0.0, most=10.0)
+        _number("replay", self.replay, least=0.0, most=1000.0)
         for name, least in _INTEGERS.items():
             value = getattr(self, name)
             if value is not None:
@@ -150,7 +156,7 @@ class TrainConfig:
 
 _INTEGERS = {
     "epochs": 1, "steps": 1, "seed": 0, "warmup_steps": 0, "gradient_accumulation": 1, "max_tokens_per_step": 1,
-    "rank": 1, "max_nonfinite_steps": 1,
+    "rank": 1, "max_nonfinite_steps": 1, "replay_tokens": 1,
 }  # fmt: skip
 
 

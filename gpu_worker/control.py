@@ -27,6 +27,9 @@ class StepReport:
     learning_rate: float
     grad_norm: float
     """L2 norm over all finite gradients; 0.0 when the step was dropped."""
+    replay_divergence: float | None = None
+    """Mean divergence (nats a token) from the model at the job's start on the replayed text, before the update; None:
+    nothing was replayed."""
     nonfinite: tuple[str, ...]
     """Parameters left untouched because their gradient was not finite; `("loss",)` when the loss was not."""
     applied: bool

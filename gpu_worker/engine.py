@@ -14,7 +14,7 @@ not finite leaves its tensor as it was.
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from hogwild.errors import ConfigError, DoesNotFit, InvalidRequest, NonFinite
-from hogwild.gpu_worker.batch import Pack, Sample, Step, check_tokens, collate, plan_steps
+from hogwild.gpu_worker.batch import Pack, Replayed, Sample, Step, check_tokens, collate, plan_steps
 from hogwild.gpu_worker.config import TrainConfig
 from hogwild.gpu_worker.control import Control, StepReport, TrainResult, Unattended
 from hogwild.gpu_worker.forward import Forward
@@ -31,6 +31,7 @@ from hogwild.gpu_worker.inplace import SUPPORTED_DTYPES
 from hogwild.gpu_worker.memory import Budget, Load, Profile, budget, free_bytes, measure
 from hogwild.gpu_worker.optim import Optimizer, StepStats, build_optimizer
 from hogwild.gpu_worker.recompute import Recompute
+from hogwild.gpu_worker.replay import TEXT_TOKENS, OwnText
 from hogwild.gpu_worker.updates import Updates
 from hogwild.gpu_worker.yield_points import layers_of
 
@@ -70,6 +71,7 @@ class Trainer:
         memory_limit: most bytes that training may take beside the weights; None: what is free.
         compile_layers: run the decoder layers through torch.compile. Costs a minute at the first step, and pays on a
             GPU, where it fuses what lies between the matrix products.
+        own_text: where the text that jobs replay comes from; None: they replay nothing.
 
     Raises:
         ConfigError: a parameter's dtype can't be trained in place.
@@ -82,8 +84,10 @@ class Trainer:
         aliases: Mapping[str, Sequence[str]] | None = None,
         memory_limit: int | None = None,
         compile_layers: bool = False,
+        own_text: OwnText | None = None,
     ) -> None:
         self.model = model
+        self.own_text = own_text
         # named_parameters() gives a tied weight once, under its first name.
         self.params: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
         for name, p in self.params.items():
@@ -140,6 +144,10 @@ class Trainer:
     def _budget(self, samples: Sequence[Sample], steps: Sequence[Step], config: TrainConfig) -> Budget:
         loads = [_load([samples[i] for i in pack], config.context_grad) for pack in {p for step in steps for p in step}]
         heaviest = Load(*(max(sizes) for sizes in zip(*(astuple(load) for load in loads), strict=True)))
+        replayed = self._texts_per_step(config) * TEXT_TOKENS
+        heaviest = replace(
+            heaviest, tokens=heaviest.tokens + replayed, predictors=heaviest.predictors + replayed
+        )
         trained = self.trainable(config)
         wanted, current = build_optimizer(config, self.token_params), self.optimizer
         free = free_bytes(self.device, self.memory_limit)
@@ -199,11 +207,12 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         result = TrainResult(first_step=first_step, n_steps=plan.n_steps)
+        replay = self._replay(plan, control)
         bad_in_a_row = 0
         with Updates(self.trainable(config), self.params, optimizer) as updates:
             for step in range(first_step, plan.n_steps):
                 control.before_step(step)
-                report = self._step(plan, step, updates, control)
+                report = self._step(plan, step, replay, updates, control)
                 result.losses.append(report.loss)
                 result.tokens += report.tokens
                 result.loss_tokens += report.loss_tokens
@@ -223,17 +232,21 @@ class Trainer:
             result.peak_bytes = torch.cuda.max_memory_allocated(self.device)
         return result
 
-    def _step(self, plan: Plan, step: int, updates: Updates, control: Control) -> StepReport:
+    def _step(
+        self, plan: Plan, step: int, replay: list[Replayed], updates: Updates, control: Control
+    ) -> StepReport:
         started = time.perf_counter()
         config, packs = plan.config, plan.steps[step]
         samples = [plan.samples[i] for pack in packs for i in pack]
         total_weight = sum(s.total_weight for s in samples)
         rate = config.rate_at(step, plan.n_steps)
-        loss, stats = math.nan, StepStats(0.0, (), 0)
+        n = self._texts_per_step(config)
+        texts = [replay[(step * n + i) % len(replay)] for i in range(n)] if replay else []
+        loss, moved, stats = math.nan, math.nan, StepStats(0.0, (), 0)
         out_of_memory = None
         try:
-            loss = self._passes(plan, step, total_weight, rate, updates, control)
-            if math.isfinite(loss):
+            loss, moved = self._passes(plan, step, total_weight, rate, texts, updates, control)
+            if math.isfinite(loss + moved):
                 stats = updates.end()
         except torch.OutOfMemoryError as e:
             out_of_memory = str(e).splitlines()[0]
@@ -258,34 +271,63 @@ class Trainer:
             seconds=time.perf_counter() - started,
             learning_rate=rate,
             grad_norm=stats.grad_norm,
-            nonfinite=stats.nonfinite if math.isfinite(loss) else ("loss",),
+            replay_divergence=moved / config.replay if texts else None,
+            nonfinite=stats.nonfinite if math.isfinite(loss + moved) else ("loss",),
             applied=stats.updated > 0,
         )
 
     def _passes(
-        self, plan: Plan, step: int, total_weight: float, rate: float, updates: Updates, control: Control
-    ) -> float:
-        """Forward and backward of every pack; returns the step's loss. Stops before the backward of one that isn't
-        finite: nothing has been written then."""
+        self, plan: Plan, step: int, total_weight: float, rate: float, texts: list[Replayed], updates: Updates,
+        control: Control,
+    ) -> tuple[float, float]:  # fmt: skip
+        """Forward and backward of every pack, the last one with the replayed texts; returns the step's loss and
+        weighted divergence. Stops before the backward of one that isn't finite: nothing has been written then."""
         packs = plan.steps[step]
-        total = 0.0
+        totals = (0.0, 0.0)
         for n, pack in enumerate(packs):
             control.between_micro_steps()
-            loss = self._loss(plan, pack, total_weight)
-            total += loss.item()  # waits for the forward pass
-            if not math.isfinite(total):
-                return total
-            if n == len(packs) - 1:
+            last = n == len(packs) - 1
+            losses = self._losses(plan, pack, total_weight, texts if last else [])
+            loss, moved = losses.tolist()  # waits for the forward pass
+            totals = (totals[0] + loss, totals[1] + moved)
+            if not math.isfinite(sum(totals)):
+                return totals
+            if last:
                 updates.begin(rate, plan.config.seed)
-            torch.autograd.backward(loss)
-            del loss  # before the next forward pass: it holds the graph
-        return total
+            torch.autograd.backward(losses.sum())
+            del losses  # before the next forward pass: it holds the graph
+        return totals
 
-    def _loss(self, plan: Plan, pack: Pack, total_weight: float) -> Tensor:
+    def _losses(self, plan: Plan, pack: Pack, total_weight: float, texts: list[Replayed]) -> Tensor:
+        """(cross-entropy, weighted divergence) of one pack, float32 (2,)."""
         samples = [plan.samples[i] for i in pack]
+        weight = plan.config.replay / max(1, sum(len(text.ids) for text in texts))
+        if plan.config.context_grad and self.forward.abilities.packs:
+            return self.forward.losses(collate(samples, self.device, texts), total_weight, weight)
+        replayed = [self.forward.losses(collate([], self.device, [t]), 1.0, weight) for t in texts]
         if plan.config.context_grad:
-            return self.forward.loss(collate(samples, self.device), total_weight)
-        return torch.stack([self.forward.loss_after_frozen_context(s, total_weight) for s in samples]).sum()
+            return torch.stack([self.forward.losses(collate(samples, self.device), total_weight), *replayed]).sum(0)
+        ours = torch.stack([self.forward.loss_after_frozen_context(s, total_weight) for s in samples]).sum()
+        return torch.stack([torch.stack([ours, torch.zeros_like(ours)]), *replayed]).sum(0)
+
+    def _texts_per_step(self, config: TrainConfig) -> int:
+        if self.own_text is None or config.replay == 0:
+            return 0
+        return max(1, config.replay_tokens // TEXT_TOKENS)
+
+    def _replay(self, plan: Plan, control: Control) -> list[Replayed]:
+        """The texts of a job, with what the model says on them before its first step."""
+        per_step = self._texts_per_step(plan.config)
+        if self.own_text is None or per_step == 0:
+            return []
+        try:
+            return self.own_text.anchored(
+                self.forward, per_step * plan.n_steps, plan.config.seed, control.between_micro_steps
+            )
+        except torch.OutOfMemoryError as e:
+            out_of_memory = str(e).splitlines()[0]
+        self._free_cached()
+        raise DoesNotFit(f"Making the text to replay ran out of memory: {out_of_memory}. `replay: 0` trains without.")
 
     def _free_cached(self) -> None:
         if self.device.type == "cuda":

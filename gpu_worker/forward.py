@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from hogwild.errors import InvalidRequest
 from hogwild.gpu_worker import attention
 from hogwild.gpu_worker.batch import Batch, Sample, collate
-from hogwild.gpu_worker.loss import chunked_cross_entropy, linear_cross_entropy
+from hogwild.gpu_worker.loss import Anchor, anchor_loss, chunk_rows, chunked_losses, linear_losses, target_loss
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,11 @@ class Forward:
 
     def loss(self, batch: Batch, total_weight: float) -> Tensor:
         """Σ weight · CE over the batch's continuation tokens, divided by `total_weight`: a float32 scalar."""
-        weights = batch.weights / total_weight
+        return self.losses(batch, total_weight)[0]
+
+    def losses(self, batch: Batch, total_weight: float, replay_weight: float = 0.0) -> Tensor:
+        """(`loss`, `replay_weight` · Σ KL over the replayed positions): float32 (2,), to be summed."""
+        weights, anchor = batch.weights / total_weight, _anchor(batch, replay_weight)
         if self.abilities.head == "whole":
             logits = self.model(
                 input_ids=batch.input_ids,
@@ -97,9 +101,23 @@ class Forward:
                 use_cache=False,
                 logits_to_keep=batch.predictors,
             ).logits[0]
-            return (nn.functional.cross_entropy(logits.float(), batch.targets, reduction="none") * weights).sum()
+            n = batch.targets.shape[0]
+            kept = logits.new_zeros(()).float() if anchor is None else anchor_loss(logits[n:], anchor)
+            return torch.stack([target_loss(logits[:n], batch.targets, weights), kept])
         hidden = self.hidden(batch)[0].index_select(0, batch.predictors)
-        return self._head_loss(hidden, batch.targets, weights)
+        return self._head_losses(hidden, batch.targets, weights, anchor)
+
+    @torch.no_grad()
+    def likeliest(self, batch: Batch, k: int) -> tuple[Tensor, Tensor]:
+        """The `k` likeliest next tokens at each of the batch's T positions, and their probabilities: (T, k) each."""
+        if self.abilities.head == "whole":
+            parts = [self.model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits[0]]
+        else:
+            hidden = self.hidden(batch)[0]
+            head = self.head if self.abilities.head == "linear" else self._own_head
+            parts = [head(h) for h in hidden.split(chunk_rows(self.vocab_size))]
+        found = [logits.float().softmax(-1).topk(min(k, self.vocab_size)) for logits in parts]
+        return torch.cat([f.indices for f in found]), torch.cat([f.values for f in found])
 
     def loss_after_frozen_context(self, sample: Sample, total_weight: float) -> Tensor:
         """As `loss`, for one sample whose context runs without gradient: memory follows the continuation.
@@ -119,7 +137,7 @@ class Forward:
             use_cache=past is not None,
         ).last_hidden_state[0]
         hidden = hidden.index_select(0, batch.predictors - frozen)
-        return self._head_loss(hidden, batch.targets, batch.weights / total_weight)
+        return self._head_losses(hidden, batch.targets, batch.weights / total_weight, None)[0]
 
     def hidden(self, batch: Batch) -> Tensor:
         """Last hidden states, (1, T, H)."""
@@ -131,10 +149,10 @@ class Forward:
         ).last_hidden_state
         return out
 
-    def _head_loss(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    def _head_losses(self, hidden: Tensor, targets: Tensor, weights: Tensor, anchor: Anchor | None) -> Tensor:
         if self.abilities.head == "linear":
-            return linear_cross_entropy(hidden, self.head.weight, self.head.bias, targets, weights)
-        return chunked_cross_entropy(hidden, self._own_head, targets, weights, self.vocab_size)
+            return linear_losses(hidden, self.head.weight, self.head.bias, targets, weights, anchor)
+        return chunked_losses(hidden, self._own_head, targets, weights, anchor, self.vocab_size)
 
     def _own_head(self, hidden: Tensor) -> Tensor:
         """Logits (rows, V) for hidden states (rows, H), by the model's own forward."""
@@ -228,6 +246,12 @@ class Forward:
             return False
         error = torch.linalg.vector_norm((a - b).float()) / torch.linalg.vector_norm(b.float())
         return bool(error <= TOLERANCE.get(b.dtype, 1e-4))
+
+
+def _anchor(batch: Batch, weight: float) -> Anchor | None:
+    if batch.likeliest is None or batch.probabilities is None:
+        return None
+    return Anchor(batch.likeliest, batch.probabilities, weight)
 
 
 def _reader(keys: Tensor, values: Tensor) -> Any:

@@ -84,6 +84,10 @@ class Settings(BaseSettings):
     # --- training -------------------------------------------------------------------------------------------------
     optimizer: str = Field("apollo-mini", description="Optimizer of jobs that name none.")
     learning_rate: float | None = Field(None, gt=0, description="Rate of jobs that name none; default: by optimizer.")
+    replay: float = Field(1.0, ge=0, le=1000, description="Weight of staying as it was on text of its own, of jobs "
+                          "that name none; 0: no replay.")
+    replay_openings: Path | None = Field(None, description="Text file with an opening on each line for the text to "
+                                         "replay, in the languages and styles served; default: 32 English ones.")
     prefix_cache_policy: PrefixCachePolicy = Field("after_job", description="When vLLM forgets cached prefixes.")
     prefix_cache_steps: int = Field(10, ge=1, description="n of every_n_steps.")
     itl_budget_ms: float | None = Field(None, gt=0, description="Inter-token latency to hold, in ms; unset: no pacing.")

@@ -72,6 +72,7 @@ class JobControl:
             tokens=report.tokens,
             seconds=report.seconds,
             grad_norm=report.grad_norm,
+            replay_divergence=report.replay_divergence,
             total_steps=self._n_steps,
         )
         if report.applied:

@@ -238,10 +238,12 @@ class Ledger:
                               "" if weight_version is None else weight_version), lease, step)
 
     def applied(self, lease: Lease, step: int, weight_version: int, *, loss: float = math.nan, tokens: int = 0,
-                seconds: float = 0.0, grad_norm: float | None = None, total_steps: int | None = None) -> None:
+                seconds: float = 0.0, grad_norm: float | None = None, replay_divergence: float | None = None,
+                total_steps: int | None = None) -> None:
         """Record that step `step` is in the weights, which now have `weight_version`. Raises Conflict (lease lost)."""
         data = {"step": step, "weight_version": weight_version, "loss": _finite(loss), "tokens": tokens,
-                "seconds": round(seconds, 6), "grad_norm": _finite(grad_norm), "steps": total_steps}
+                "seconds": round(seconds, 6), "grad_norm": _finite(grad_norm),
+                "replay_divergence": _finite(replay_divergence), "steps": total_steps}
         self._held(self._call("APPLIED", lease.job_id, lease.fence, step, weight_version, f"{loss:.6g}", tokens,
                               f"{seconds:.6f}", "" if total_steps is None else total_steps, json.dumps(data)),
                    lease, step)

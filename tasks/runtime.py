@@ -29,6 +29,7 @@ from hogwild.gpu_worker.governor import Governor, GovernorConfig
 from hogwild.gpu_worker.lifecycle import Lifecycle
 from hogwild.gpu_worker.model import build_model
 from hogwild.gpu_worker.pulse import Pulse
+from hogwild.gpu_worker.replay import OwnText
 from hogwild.gpu_worker.yield_points import device_queue, install_yield_points
 from hogwild.tasks.connections import redis_url, worker_client
 from hogwild.tasks.control import JobControl, JobParked, WorkerStopping
@@ -192,7 +193,8 @@ class Runtime:
             device=device_queue(attachment.device),
         )
         remove = install_yield_points(model, governor) if pace.enabled else _nothing
-        self._live = Live(attachment, Trainer(model), self._saver, governor, remove)
+        own_text = OwnText.for_model(Path(manifest.model_path), settings.replay_openings)
+        self._live = Live(attachment, Trainer(model, own_text=own_text), self._saver, governor, remove)
         frontend = Frontend.load(settings.model_runtime_dir)
         self.registry.publish_model(
             ModelInfo(
@@ -300,9 +302,10 @@ class Runtime:
                     self._reset_prefix_cache()
 
     def _defaults(self, config: dict[str, Any]) -> dict[str, Any]:
-        if config.get("optimizer") is not None:
-            return {}
-        return {"optimizer": self.settings.optimizer, "learning_rate": self.settings.learning_rate}
+        defaults: dict[str, Any] = {"replay": self.settings.replay}
+        if config.get("optimizer") is None:
+            defaults.update(optimizer=self.settings.optimizer, learning_rate=self.settings.learning_rate)
+        return defaults
 
     def _state_of(self, job_id: str) -> str:
         try:

@@ -191,16 +191,16 @@ def test_out_of_memory_leaves_the_device_usable() -> None:
     trainer = Trainer(model)
     plan = trainer.plan(samples([30]), TrainConfig(steps=2))
     held = torch.cuda.memory_allocated()
-    original = trainer.forward.loss
+    original = trainer.forward.losses
 
     def greedy(*args: Any) -> Any:
         loss = original(*args)
         return loss + torch.empty(1 << 42, dtype=torch.uint8, device="cuda").sum()
 
-    trainer.forward.loss = greedy  # type: ignore[method-assign]
+    trainer.forward.losses = greedy  # type: ignore[method-assign]
     with pytest.raises(DoesNotFit) as e:
         trainer.run(plan)
     assert e.value.details["interrupted"] is False
-    trainer.forward.loss = original  # type: ignore[method-assign]
+    trainer.forward.losses = original  # type: ignore[method-assign]
     assert torch.cuda.memory_allocated() - held < 8 << 20
     assert trainer.run(plan).n_steps == 2

@@ -8,23 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import ARCHITECTURES, VOCAB, build, samples, weights_of
 from torch import Tensor
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GraniteConfig,
-    GraniteForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MambaConfig,
-    MambaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import MambaConfig, MambaForCausalLM
 
 from hogwild.errors import ConfigError, DoesNotFit, InvalidRequest, JobCancelled, NonFinite
 from hogwild.gpu_worker.batch import Sample, collate
@@ -33,50 +19,6 @@ from hogwild.gpu_worker.control import StepReport
 from hogwild.gpu_worker.engine import Plan, Trainer, Unattended
 
 STORED = Path(__file__).parent / "engine_losses.json"
-VOCAB = 101
-SMALL: dict[str, Any] = {
-    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 128,
-}  # fmt: skip
-# Each differs from Llama in something that the engine must not break: biases, q/k norms, soft-capped logits and sliding
-# windows, scaled logits, fused experts.
-ARCHITECTURES: dict[str, Any] = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
-    "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=True)),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL, head_dim=16)),
-    "gemma2": lambda: Gemma2ForCausalLM(
-        Gemma2Config(**SMALL, head_dim=8, sliding_window=6, query_pre_attn_scalar=8, final_logit_softcapping=2.0)
-    ),
-    "granite": lambda: GraniteForCausalLM(GraniteConfig(**SMALL, logits_scaling=4.0)),
-    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2)),
-}
-
-
-def build(name: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
-    torch.manual_seed(seed)
-    model = ARCHITECTURES[name]().to(dtype)
-    # Larger than transformers initialises: attention must be sharp for a leak between samples to show.
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.ndim > 1:
-                p.mul_(4.0)
-    return model.train()
-
-
-def samples(n: int = 5, seed: int = 0, weighted: bool = False) -> list[Sample]:
-    g = torch.Generator().manual_seed(seed)
-    out = []
-    for i in range(n):
-        context = torch.randint(0, VOCAB, (4 + 3 * i,), generator=g).tolist()
-        continuation = torch.randint(0, VOCAB, (3 + i % 3,), generator=g).tolist()
-        weights = torch.rand(len(continuation), generator=g).tolist() if weighted else None
-        out.append(Sample(context, continuation, weights))
-    return out
-
-
-def weights_of(model: Any) -> dict[str, Tensor]:
-    return {n: p.detach().clone() for n, p in model.named_parameters()}
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -383,7 +325,7 @@ def test_out_of_memory_in_forward_fails_the_job_and_nothing_else(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.forward, "loss", fail)
+        patch.setattr(trainer.forward, "losses", fail)
         with pytest.raises(DoesNotFit, match=r"20\.00 GiB") as e:
             trainer.run(plan)
     assert e.value.details["interrupted"] is False

@@ -5,9 +5,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hogwild.gpu_worker.loss import chunk_rows, chunked_cross_entropy, linear_cross_entropy
+from hogwild.gpu_worker.loss import (
+    Anchor,
+    chunk_rows,
+    chunked_cross_entropy,
+    chunked_losses,
+    linear_cross_entropy,
+    linear_losses,
+)
 
 P, H, V = 13, 8, 29
+Q, K = 6, 5  # replayed positions, tokens kept at each
 
 
 def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -81,3 +89,64 @@ def test_head_with_more_than_a_matrix_is_run_in_chunks(rows: int) -> None:
 def test_logits_of_a_chunk_stay_within_256_mb() -> None:
     assert 4 * 151_936 * chunk_rows(151_936) <= 256 << 20
     assert chunk_rows(10**12) == 1
+
+
+def anchored(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Anchor]:
+    """P positions with targets, then Q with an anchor that is off from what the model says now."""
+    hidden, weight, _, targets, weights = inputs(dtype)
+    g = torch.Generator().manual_seed(2)
+    then = torch.randn(Q, V, generator=g).softmax(-1).topk(K)
+    more = torch.randn(P + Q, H, generator=g).to(dtype).requires_grad_()
+    return more, weight, targets, weights, hidden, Anchor(then.indices, then.values, 0.7)
+
+
+def whole_divergence(logits: Tensor, anchor: Anchor) -> Tensor:
+    """KL over k + 1 events, from its definition."""
+    now = logits.double().softmax(-1)
+    q = now.gather(1, anchor.ids)
+    q = torch.cat([q, 1 - q.sum(-1, keepdim=True)], -1)
+    p = anchor.probabilities.double()
+    p = torch.cat([p, 1 - p.sum(-1, keepdim=True)], -1)
+    return (p * (p / q).log()).sum()
+
+
+@pytest.mark.parametrize("rows", [1, 4, 100])
+@pytest.mark.parametrize("head", ["linear", "own"])
+def test_divergence_and_its_gradients_equal_the_definition(rows: int, head: str) -> None:
+    hidden, weight, targets, weights, _, anchor = anchored()
+    if head == "linear":
+        got = linear_losses(hidden, weight, None, targets, weights, anchor, rows)
+    else:
+        got = chunked_losses(hidden, lambda h: h @ weight.T, targets, weights, anchor, V, rows)
+    logits = hidden @ weight.T
+    ce = (F.cross_entropy(logits[:P], targets, reduction="none") * weights).sum()
+    kl = 0.7 * whole_divergence(logits[P:], anchor)
+    torch.testing.assert_close(got, torch.stack([ce, kl.float()]), rtol=1e-4, atol=1e-5)
+    for a, b in zip(
+        torch.autograd.grad(3.0 * got.sum(), [hidden, weight]),
+        torch.autograd.grad(3.0 * (ce + kl), [hidden, weight]),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_has_not_moved_has_no_divergence_and_no_gradient() -> None:
+    hidden, weight, *_ = inputs()
+    then = (hidden @ weight.T).softmax(-1).topk(K)
+    anchor = Anchor(then.indices, then.values.detach(), 1.0)
+    none = torch.empty(0, dtype=torch.int64)
+    losses = linear_losses(hidden, weight, None, none, torch.empty(0), anchor)
+    assert losses.tolist() == pytest.approx([0.0, 0.0], abs=1e-5)
+    for gradient in torch.autograd.grad(losses.sum(), [hidden, weight]):
+        assert gradient.abs().max() < 1e-5
+
+
+def test_a_token_that_was_certain_leaves_finite_numbers() -> None:
+    hidden, weight, *_ = inputs()
+    ids = torch.arange(K).repeat(P, 1)
+    certain = torch.zeros(P, K)
+    certain[:, 0] = 1.0
+    none = torch.empty(0, dtype=torch.int64)
+    losses = linear_losses(hidden, weight, None, none, torch.empty(0), Anchor(ids, certain, 1.0))
+    assert torch.isfinite(losses).all()
+    assert all(torch.isfinite(g).all() for g in torch.autograd.grad(losses.sum(), [hidden, weight]))

@@ -1,0 +1,67 @@
+"""Tiny models of several architectures, and samples for them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from hogwild.gpu_worker.batch import Sample
+
+VOCAB = 101
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128,
+}  # fmt: skip
+# Each differs from Llama in something that the engine must not break: biases, q/k norms, soft-capped logits and sliding
+# windows, scaled logits, fused experts.
+ARCHITECTURES: dict[str, Any] = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
+    "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=True)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL, head_dim=16)),
+    "gemma2": lambda: Gemma2ForCausalLM(
+        Gemma2Config(**SMALL, head_dim=8, sliding_window=6, query_pre_attn_scalar=8, final_logit_softcapping=2.0)
+    ),
+    "granite": lambda: GraniteForCausalLM(GraniteConfig(**SMALL, logits_scaling=4.0)),
+    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2)),
+}
+
+
+def build(name: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
+    torch.manual_seed(seed)
+    model = ARCHITECTURES[name]().to(dtype)
+    # Larger than transformers initialises: attention must be sharp for a leak between samples to show.
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim > 1:
+                p.mul_(4.0)
+    return model.train()
+
+
+def samples(n: int = 5, seed: int = 0, weighted: bool = False) -> list[Sample]:
+    g = torch.Generator().manual_seed(seed)
+    out = []
+    for i in range(n):
+        context = torch.randint(0, VOCAB, (4 + 3 * i,), generator=g).tolist()
+        continuation = torch.randint(0, VOCAB, (3 + i % 3,), generator=g).tolist()
+        weights = torch.rand(len(continuation), generator=g).tolist() if weighted else None
+        out.append(Sample(context, continuation, weights))
+    return out
+
+
+def weights_of(model: Any) -> dict[str, Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
