@@ -19,6 +19,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 STAMP := $(VENV)/.installed-$(DEVICE)
 MODEL := .cache/models/SmolLM2-135M-Instruct
+# Several processes share the cores in tests, benches and the demo: waiting threads must not spin (services.py says more).
+export OMP_WAIT_POLICY ?= PASSIVE
 say = @printf '\033[1;36m==>\033[0m %s\n'
 
 help:
