@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from hogwild.gpu_worker import attention
 from hogwild.gpu_worker.batch import Sample, collate
 from hogwild.gpu_worker.forward import Forward
 
@@ -55,7 +56,8 @@ def generate(model: Any, tokenizer: Any, prompts: Sequence[str], new_tokens: int
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     tokenizer.pad_token_id = pad
     batch = tokenizer(list(prompts), return_tensors="pt", padding=True).to(model.device)
-    out = model.generate(**batch, max_new_tokens=new_tokens, pad_token_id=pad, **options)
+    with attention.unpacked(model):  # there is padding
+        out = model.generate(**batch, max_new_tokens=new_tokens, pad_token_id=pad, **options)
     return [row.tolist() for row in out[:, batch.input_ids.shape[1] :]]
 
 

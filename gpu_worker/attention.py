@@ -9,7 +9,8 @@ It is registered with transformers' public attention interface under a name of o
 probe, and goes back to SDPA with masks for a model that needs what the kernel lacks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,6 +37,19 @@ def register() -> None:
     AttentionInterface.register(NAME, packed_attention_forward)
     # As for other flash kernels: no mask unless there is padding, and there is none here.
     AttentionMaskInterface.register(NAME, flash_attention_mask)
+
+
+@contextmanager
+def unpacked(model: Any) -> Iterator[None]:
+    """The model with transformers' own attention: for batches with padding, and to generate."""
+    packed = model.config._attn_implementation == NAME
+    if packed:
+        model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        if packed:
+            model.set_attn_implementation(NAME)
 
 
 def boundaries(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:

@@ -158,8 +158,8 @@ class Trainer:
             free += current.allocated_bytes()  # goes before the first step
         whole = self.forward.abilities.head == "whole"
         return budget(
-            self.profile(), heaviest, params=trained, head=self.forward.head_weight, optimizer_bytes=state,
-            whole_logits=whole, accumulates=config.gradient_accumulation > 1, free=free,
+            self.profile(), heaviest, params=trained, tokens=self.token_params, head=self.forward.head_weight,
+            optimizer_bytes=state, whole_logits=whole, accumulates=config.gradient_accumulation > 1, free=free,
         )  # fmt: skip
 
     def profile(self) -> Profile:

@@ -4,15 +4,17 @@ Needed on top of the weights, which vLLM holds:
 
     optimizer state not yet there
     + gradients held between packs            (accumulation only)
-    + the larger of two moments of the step:
+    + the largest of three moments of the step:
         backward begins   activations of all layers + logits of one chunk + the head's gradient
         in the layers     activations of all layers + one layer recomputed and differentiated + its largest gradients
+                          (+ the head's gradient, when the head is tied: it waits for the embedding's)
+        backward ends     the embedding's gradient (tied: the head's beside it)
 
 Bytes per token are measured on the model by `measure`, not derived from a table of architectures; they were linear in
 the row's length wherever attention is fused. The rest is arithmetic on shapes.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import asdict, dataclass
 
 import psutil
@@ -72,6 +74,7 @@ class Budget:
     activations: int
     working: int
     head: int
+    embedding: int
     cache: int
     total: int
     free: int
@@ -85,7 +88,7 @@ class Budget:
         """The error to raise when it doesn't."""
         parts = ", ".join(
             f"{name} {value / 1e6:,.0f} MB" for name, value in asdict(self).items()
-            if value and name in ("optimizer", "gradients", "activations", "working", "head", "cache")
+            if value and name in ("optimizer", "gradients", "activations", "working", "head", "embedding", "cache")
         )  # fmt: skip
         return DoesNotFit(
             f"{what} needs {self.total / 1e6:,.0f} MB on top of the weights ({parts}); "
@@ -132,33 +135,41 @@ def measure(model: nn.Module, layers: list[nn.Module], forward: Callable[[int], 
 
 
 def budget(
-    profile: Profile, load: Load, *, params: Mapping[str, Tensor], head: Tensor, whole_logits: bool,
+    profile: Profile, load: Load, *, params: Mapping[str, Tensor], tokens: Set[str], head: Tensor, whole_logits: bool,
     optimizer_bytes: int, accumulates: bool, free: int,
 ) -> Budget:  # fmt: skip
     """What `load` needs, keeping the activations of as many layers as the free memory allows.
 
     Args:
         params: the trained parameters.
+        tokens: names of the embedding and of the head.
         head: the output embedding's weight, (V, H).
         whole_logits: logits are made for all predictors at once.
         optimizer_bytes: state that does not exist yet.
         accumulates: gradients are held from pack to pack.
     """
     vocabulary = head.shape[0]
-    sizes = sorted((p.numel() * p.element_size() for p in params.values()), reverse=True)
-    trains_head = any(p is head for p in params.values())
+    sizes = {name: p.numel() * p.element_size() for name, p in params.items()}
+    in_layers = sorted((size for name, size in sizes.items() if name not in tokens), reverse=True)
+    of_tokens = [size for name, size in sizes.items() if name in tokens]
+    trained_head = sum(sizes[name] for name, p in params.items() if p is head)
+    tied_head = trained_head if len(tokens) == 1 else 0
     row = profile.boundary
     # float32 logits, the same in the model's precision, and one temporary.
     logits = 3 * min(4 * vocabulary * load.predictors, 2**63 if whole_logits else CHUNK_BYTES)
-    head_bytes = logits + 2 * int(load.predictors * row) + (head.numel() * head.element_size() if trains_head else 0)
+    head_bytes = logits + 2 * int(load.predictors * row) + trained_head
     # A frozen context runs layer by layer without gradient: one layer's activations at a time.
-    working = int(BACKWARD_OF_ACTIVATIONS * profile.layer * load.tokens + profile.layer * load.frozen) + sum(sizes[:2])
-    gradients = sum(sizes) if accumulates else 0
+    working = int(BACKWARD_OF_ACTIVATIONS * profile.layer * load.tokens + profile.layer * load.frozen)
+    working += sum(in_layers[:2]) + tied_head
+    # The gradient and one temporary as large; the layers' activations are gone by then.
+    embedding = 2 * max(of_tokens, default=0) + tied_head
+    gradients = sum(sizes.values()) if accumulates else 0
     cache = int(profile.cache * load.frozen)
     least = int(load.tokens * (row * profile.layers + profile.elsewhere))
 
     def total(activations: int) -> int:
-        peak = activations + max(head_bytes, working) + gradients + cache + optimizer_bytes
+        step = max(activations + max(head_bytes, working), embedding)
+        peak = step + gradients + cache + optimizer_bytes
         return int(peak * SLACK) + FIXED_BYTES
 
     extra = max(1.0, (profile.layer - row) * load.tokens)
@@ -166,5 +177,5 @@ def budget(
     activations = least + int(kept * extra)
     return Budget(
         optimizer=optimizer_bytes, gradients=gradients, activations=activations, working=working, head=head_bytes,
-        cache=cache, total=total(activations), free=free, kept_layers=kept,
+        embedding=embedding, cache=cache, total=total(activations), free=free, kept_layers=kept,
     )  # fmt: skip

@@ -135,20 +135,15 @@ class OwnText:
             pad_token_id=0, eos_token_id=None,
         )  # fmt: skip
         ends = _ends(model)
-        packed = model.config._attn_implementation == attention.NAME
         original, model.generation_config = model.generation_config, plain
         try:
-            if packed:
-                model.set_attn_implementation("sdpa")
-            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            with attention.unpacked(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
                 torch.manual_seed(seed + made)
                 rows = model.generate(
                     input_ids=ids, attention_mask=torch.ones_like(ids), stopping_criteria=[Between()]
                 ).tolist()
         finally:
             model.generation_config = original
-            if packed:
-                model.set_attn_implementation(attention.NAME)
         return [_until_end(row, ends, ids.shape[1]) for row in rows]
 
 

@@ -34,7 +34,7 @@ def make(free: int, tokens: int = 1000) -> Budget:
     profile = Profile(layer=1000.0, elsewhere=100.0, boundary=50.0, cache=10.0, layers=10)
     params = {"w": torch.empty(100, 100)}
     return budget(
-        profile, Load(tokens, predictors=10), params=params, head=torch.empty(200, 50), whole_logits=False,
+        profile, Load(tokens, predictors=10), params=params, tokens=set(), head=torch.empty(200, 50), whole_logits=False,
         optimizer_bytes=5000, accumulates=False, free=free,
     )  # fmt: skip
 
@@ -48,6 +48,23 @@ def test_layers_keep_their_activations_as_far_as_memory_goes() -> None:
     assert all(b.fits for b in budgets)
     assert [b.kept_layers for b in budgets] == list(range(11))
     assert make(free=least - 1).fits is False
+
+
+def test_gradients_of_embedding_and_head_are_counted_when_they_exist() -> None:
+    profile = Profile(layer=10.0, elsewhere=1.0, boundary=1.0, cache=0.0, layers=10)
+    embed, head, layer = torch.empty(10_000, 50), torch.empty(10_000, 50), torch.empty(100, 100)
+
+    def need(names: set[str], **params: torch.Tensor) -> Budget:
+        return budget(
+            profile, Load(10, predictors=1), params={"w": layer, **params}, tokens=names, head=head, whole_logits=False,
+            optimizer_bytes=0, accumulates=False, free=1 << 40,
+        )  # fmt: skip
+
+    apart, tied = need({"e", "h"}, e=embed, h=head), need({"h"}, h=head)
+    assert apart.working == tied.working - head.nbytes < 50_000  # the head's is gone before the layers, unless tied
+    assert (apart.embedding, tied.embedding) == (2 * embed.nbytes, 3 * head.nbytes)
+    assert need({"e", "h"}).embedding == 0
+    assert 2 * embed.nbytes < apart.total < 3 * embed.nbytes + (64 << 20)
 
 
 def test_profile_matches_what_autograd_keeps() -> None:
