@@ -11,6 +11,7 @@ docs/sharing.md describes each field.
 import contextlib
 import json
 import re
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
@@ -61,6 +62,11 @@ class Allocation:
     fd: int = -1
     inode: int = 0
     handle: str = ""
+
+    @property
+    def crc32(self) -> int:
+        """Of the handle: CUDA can wait for ever for the owner of one that was damaged, so none is shown to it."""
+        return _crc32(self.handle)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +147,7 @@ class Manifest:
         """The manifest's file contents."""
         meta = {k: v for k, v in asdict_shallow(self).items() if k not in ("allocations", "tensors")}
         meta = {"format": FORMAT, "format_version": FORMAT_VERSION, **meta}
-        kinds = {"memfd": ("kind", "size", "pid", "fd", "inode"), "cuda_ipc": ("kind", "size", "handle")}
+        kinds = {"memfd": ("kind", "size", "pid", "fd", "inode"), "cuda_ipc": ("kind", "size", "handle", "crc32")}
         return json.dumps(
             {
                 "__metadata__": meta,
@@ -375,6 +381,10 @@ def _parse(cls: type[ManifestT], data: Any) -> ManifestT:
     )
 
 
+def _crc32(handle: str) -> int:
+    return zlib.crc32(bytes.fromhex(handle))
+
+
 def _allocation(raw: Any, index: int, device: str, pid: int) -> Allocation:
     where = f"allocations[{index}]"
     if not isinstance(raw, dict):
@@ -394,6 +404,8 @@ def _allocation(raw: Any, index: int, device: str, pid: int) -> Allocation:
         handle = raw.get("handle")
         if not isinstance(handle, str) or not re.fullmatch(r"[0-9a-f]{128}", handle):
             raise _Invalid(f"{where}.handle must be 64 bytes in hexadecimal")
+        if raw.get("crc32") != _crc32(handle):
+            raise _Invalid(f"{where}.handle is damaged: its crc32 is another")
         return Allocation(kind="cuda_ipc", size=size, handle=handle)
     raise _Invalid(f"{where}.kind {_brief(raw.get('kind'))} does not go with device {device}")
 

@@ -2,7 +2,7 @@
 
     python cuda_exporter.py MODEL_DIR RUNTIME_DIR
 
-`sum NAME`: the live sum of a parameter. `free`: bytes that are free on the card. Ends when its input does.
+`sum NAME`: the live sum of a parameter. Ends when its input does.
 """
 
 import os
@@ -46,10 +46,8 @@ def main() -> None:
     ).write(manifest_path(runtime_dir))  # fmt: skip
     print("exported", flush=True)
     for line in sys.stdin:
-        question, *rest = line.split()
         torch.cuda.synchronize()
-        answer = parameters[rest[0]].float().sum().item() if question == "sum" else torch.cuda.mem_get_info()[0]
-        print(answer, flush=True)
+        print(parameters[line.split()[1]].float().sum().item(), flush=True)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from hogwild.mps import Mps, probe
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
-# A client that multiplies matrices for ever and says how many it has done; "fault" reads far outside its memory.
+# A client that multiplies matrices for ever and says how many it has done; "fault" reads where no memory is.
 CLIENT = """
 import sys, time, torch
 x = torch.randn(2048, 2048, device="cuda", dtype=torch.bfloat16)
@@ -33,9 +33,9 @@ while True:
     n += 100
     print(n, flush=True)
     if fault and time.monotonic() - since > 1.0:
-        class Beyond:
-            __cuda_array_interface__ = dict(shape=(1 << 38,), typestr="|u1", data=(x.data_ptr(), False), version=3)
-        torch.as_tensor(Beyond(), device="cuda")[1 << 37:].sum().item()
+        class Nowhere:
+            __cuda_array_interface__ = dict(shape=(256,), typestr="|u1", data=(4096, False), version=3)
+        torch.as_tensor(Nowhere(), device="cuda").sum().item()
 """
 
 

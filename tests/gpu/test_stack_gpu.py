@@ -42,11 +42,13 @@ def until(done: Callable[[], Any], timeout: float, what: str) -> Any:
     return value
 
 
-def vllm_memory(pid: int) -> int:
-    """MiB that nvidia-smi shows for the GPU: in use by everybody (per-process figures need the host's pids)."""
-    out = subprocess.run(["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"], check=True,
-                         capture_output=True, text=True).stdout  # fmt: skip
-    return int(out.splitlines()[0])
+def memory_of(pid: int) -> int:
+    """MiB of the GPU that a process and its children hold."""
+    parent = psutil.Process(pid)
+    family = {parent.pid, *(child.pid for child in parent.children(recursive=True))}
+    command = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    return sum(int(used) for found, used in (line.split(", ") for line in lines) if int(found) in family)
 
 
 class Live:
@@ -95,7 +97,9 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
                     "--device", "cuda"], check=True)  # fmt: skip
     settings = Settings(
         model=str(data / "m"), served_model_name="m", data_dir=data / "d", runtime_dir=data / "r", redis_url=None,
-        vllm_args="--max-model-len 4096 --gpu-memory-utilization 0.5", sync_tick_s=5)  # fmt: skip
+        # A fixed cache: vLLM then doesn't mind that other tests take and give memory while it measures.
+        vllm_args="--max-model-len 4096 --gpu-memory-utilization 0.5 --kv-cache-memory-bytes 8000000000",
+        sync_tick_s=5)  # fmt: skip
     stack = Stack(settings)
     started = time.monotonic()
     with stack:
@@ -111,7 +115,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
 def test_steps_are_seen_by_cuda_graphs_at_once(live: Live) -> None:
     before = live.complete()
     assert before != LESSON
-    job = live.train(steps=12, learning_rate=0.05 if "0.6b" in SHAPE else 0.02)
+    job = live.train(steps=30, learning_rate=0.015, schedule="linear", replay=0.0)
     print("losses", job["losses"])
     assert job["state"] == "succeeded", job["error"]
     assert live.complete() == LESSON
@@ -149,9 +153,9 @@ def test_killed_workers_cost_vllm_no_memory(live: Live) -> None:
             process.send_signal(signal.SIGKILL)
         psutil.wait_procs(family, timeout=20)
         until(lambda old=parent.pid: live.pid("worker") not in (0, old) and live.stack.ready(), 120, "a new worker")
-        used.append(vllm_memory(live.pid("vllm")))
-    print("MiB in use after each restart", used)
-    assert max(used) - min(used) < 64
+        used.append(memory_of(live.pid("vllm")))
+    print("MiB that vLLM holds after each restart", used)
+    assert min(used) == max(used) > 0
     assert live.status()["weight_version"] == version
     assert live.complete() == answer
     assert live.train(steps=1, learning_rate=1e-6)["state"] == "succeeded"

@@ -171,6 +171,20 @@ def test_an_allocation_that_lies(allocation: Any) -> None:
         load(changed)
 
 
+def test_a_damaged_cuda_handle_is_not_shown_to_cuda() -> None:
+    handle = bytes(range(64)).hex()
+    changed = data()
+    changed["__metadata__"].update(device="cuda", gpu_uuid="GPU-1")
+    good = {"kind": "cuda_ipc", "size": 1 << 20, "handle": handle, "crc32": 0x100ECE8C}
+    changed["allocations"] = [good] * len(changed["allocations"])
+    assert load(changed).allocations[0].handle == handle
+    assert json.loads(load(changed).to_json())["allocations"] == changed["allocations"]
+    for lie in ({"handle": "ff" + handle[2:]}, {"crc32": 1}, {"crc32": None}):
+        changed["allocations"] = [{**good, **lie}] * len(changed["allocations"])
+        with pytest.raises(ManifestError, match="damaged"):
+            load(changed)
+
+
 scalars = st.one_of(
     st.none(), st.booleans(), st.integers(-(1 << 70), 1 << 70), st.floats(), st.text(max_size=5),
     st.lists(st.integers(-2, 10), max_size=3), st.dictionaries(st.text(max_size=2), st.integers(), max_size=2),
