@@ -11,7 +11,7 @@ from hogwild.api.schemas import FiniteFloat, Metadata, Strict
 from hogwild.api.validation import complete_config
 from hogwild.config import Settings
 from hogwild.errors import InvalidRequest
-from hogwild.gpu_worker.config import DEFAULT_LEARNING_RATE, TrainConfig
+from hogwild.gpu_worker.config import TrainConfig
 from hogwild.tasks.jobs import Job
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
@@ -165,9 +165,7 @@ def training_config(body: CreateRequest, settings: Settings) -> dict[str, Any]:
     if body.seed is not None:
         config["seed"] = body.seed
     if hyper.learning_rate_multiplier != "auto":
-        base = complete_config(config, settings)
-        rate = base.get("learning_rate") or DEFAULT_LEARNING_RATE[base["optimizer"]]
-        config["learning_rate"] = rate * hyper.learning_rate_multiplier
+        config["learning_rate_multiplier"] = hyper.learning_rate_multiplier
     return complete_config(config, settings)
 
 

@@ -36,7 +36,7 @@ class TrainRequest(Strict):
     model_config = ConfigDict(json_schema_extra={"examples": [
         {**_EXAMPLE_SAMPLE, "steps": 8},
         {"samples": [_EXAMPLE_SAMPLE, {"context_ids": [], "continuation_ids": [504, 3575], "weights": [0, 1]}],
-         "epochs": 4, "learning_rate": 1e-4, "optimizer": "apollo-mini", "metadata": {"source": "corrections"}}]})
+         "epochs": 4, "learning_rate": 1e-4, "optimizer": "apollo", "metadata": {"source": "corrections"}}]})
 
     context_ids: list[StrictInt] | None = Field(None, description="As in a sample.")
     continuation_ids: list[StrictInt] | None = Field(None, description="As in a sample.")
@@ -44,6 +44,8 @@ class TrainRequest(Strict):
     samples: list[SampleIn] | None = Field(None, description="Several samples, instead of the three fields above.")
 
     learning_rate: FiniteFloat | None = Field(None, gt=0, le=10, description="Peak rate; default: by optimizer.")
+    learning_rate_multiplier: FiniteFloat | None = Field(
+        None, gt=0, le=1e6, description="Factor of the peak rate, given or by default.")
     steps: StrictInt | None = Field(None, ge=1, le=1_000_000, description="Optimizer steps; not with epochs.")
     epochs: StrictInt | None = Field(None, ge=1, le=100_000, description="Passes over the samples; not with steps.")
     optimizer: Literal["apollo", "apollo-mini", "adamw", "sgd"] | None = Field(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hogwild.errors import InvalidRequest
-from hogwild.gpu_worker.config import DEFAULT_EPOCHS, TrainConfig
+from hogwild.gpu_worker.config import DEFAULT_EPOCHS, LEAST_STEPS, TrainConfig
 
 # Packs that stay open while samples are placed: first fit over a few keeps packs full without reordering far.
 OPEN_PACKS = 16
@@ -173,7 +173,9 @@ def plan_steps(lengths: Sequence[int], config: TrainConfig, pack_tokens: int) ->
     pending: list[Pack] = []
     epoch = 0
     while True:
-        if config.steps is None and epoch == (config.epochs or DEFAULT_EPOCHS):
+        if config.epochs is not None and epoch == config.epochs:
+            break
+        if config.steps is None and config.epochs is None and epoch >= DEFAULT_EPOCHS and len(steps) >= LEAST_STEPS:
             break
         for pack in _packs(lengths, config, epoch, pack_tokens):
             pending.append(pack)

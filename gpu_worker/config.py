@@ -5,7 +5,7 @@ Free of torch, so that the API can check a request with the same code that will 
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from hogwild.errors import InvalidRequest
@@ -16,18 +16,25 @@ ScheduleName = Literal["constant", "linear", "cosine"]
 OPTIMIZERS: tuple[str, ...] = get_args(OptimizerName)
 SCHEDULES: tuple[str, ...] = get_args(ScheduleName)
 
-# Rates of jobs that name none: measured with bench/learning.py, the table is in docs/training.md.
-DEFAULT_LEARNING_RATE: dict[str, float] = {"apollo": 5e-4, "apollo-mini": 3e-5, "adamw": 2e-5, "sgd": 5e-3}
+# Rates of jobs that name none: measured with bench/learning.py on a model of this width (docs/training.md). For wider
+# ones the adaptive optimizers' are smaller in proportion: each weight moves by about the rate, and what that does to
+# an output grows with the number of its inputs (arXiv 2203.03466, table 3).
+DEFAULT_LEARNING_RATE: dict[str, float] = {"apollo": 2.4e-4, "apollo-mini": 2.4e-4, "adamw": 2.4e-4, "sgd": 5e-3}
+REFERENCE_WIDTH = 576
 
-# Passes over the samples of a job that names neither epochs nor steps (same source).
+# A job that names neither epochs nor steps passes over its samples eight times, in four steps each time where it has
+# the samples for that, and takes at least as many steps as that makes (same source).
 DEFAULT_EPOCHS = 8
+STEPS_PER_EPOCH = 4
+LEAST_STEPS = DEFAULT_EPOCHS * STEPS_PER_EPOCH
 
 # Tokens in one packed forward pass unless the job says otherwise: enough to keep a GPU compute-bound at 8 B
 # parameters, small enough that checkpointed activations stay near 1 GB there.
 DEFAULT_PACK_TOKENS = 4096
 
-# Rank of APOLLO's auxiliary space (arXiv 2412.05270, section 5); Mini is rank 1 by definition.
-DEFAULT_RANK = {"apollo": 256, "apollo-mini": 1}
+# Rank of APOLLO's auxiliary space; Mini is rank 1 by definition. The paper's experiments use 256 (arXiv 2412.05270,
+# section 5); 32 learned as much on the task of bench/learning.py, at an eighth of the memory.
+DEFAULT_RANK = {"apollo": 32, "apollo-mini": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +45,15 @@ class TrainConfig:
         InvalidRequest: a field is out of bounds; `details["field"]` names it.
     """
 
-    optimizer: str = "apollo-mini"
+    optimizer: str = "apollo"
     """One of `apollo`, `apollo-mini`, `adamw`, `sgd`."""
     learning_rate: float | None = None
-    """Peak rate; None: `DEFAULT_LEARNING_RATE[optimizer]`."""
+    """Peak rate; None: `default_rate`."""
+    learning_rate_multiplier: float = 1.0
+    """Factor of the peak rate, given or by default."""
     epochs: int | None = None
-    """Passes over the samples. Not together with `steps`; neither: `DEFAULT_EPOCHS`."""
+    """Passes over the samples. Not together with `steps`; neither: `DEFAULT_EPOCHS`, and at least `LEAST_STEPS`
+    steps."""
     steps: int | None = None
     """Optimizer steps; the samples are repeated (and shuffled anew) until they are done."""
     context_grad: bool = True
@@ -54,7 +64,7 @@ class TrainConfig:
     """Draw a new order for every epoch; False: the order given."""
     warmup_steps: int = 0
     """Steps over which the rate rises linearly from rate/warmup_steps to its peak."""
-    schedule: str = "constant"
+    schedule: str = "linear"
     """After the warm-up: `constant`, `linear` to zero, or `cosine` to zero."""
     weight_decay: float = 0.0
     """Decoupled: each step multiplies a matrix by 1 - rate · weight_decay. Vectors are never decayed."""
@@ -63,8 +73,8 @@ class TrainConfig:
     trainable: tuple[str, ...] | None = None
     """Shell patterns (fnmatch) over parameter names; only those that match one are trained. None: all."""
     max_tokens_per_step: int | None = None
-    """Most input tokens in one optimizer step. None: `DEFAULT_PACK_TOKENS` for each pack. A single longer sample
-    still forms a pack of its own."""
+    """Most input tokens in one optimizer step. None: `DEFAULT_PACK_TOKENS` for each pack, or fewer in a job that names
+    neither epochs nor steps. A single longer sample still forms a pack of its own."""
     rank: int | None = None
     """Rank of APOLLO's projection; None: `DEFAULT_RANK`. Only for `apollo`."""
     replay: float = 1.0
@@ -80,6 +90,11 @@ class TrainConfig:
         _choice("schedule", self.schedule, SCHEDULES)
         if self.learning_rate is not None:
             _number("learning_rate", self.learning_rate, above=0.0, most=10.0)
+        _number("learning_rate_multiplier", self.learning_rate_multiplier, above=0.0, most=1e6)
+        if self.peak_rate > 10.0:
+            raise InvalidRequest(
+                f"The peak rate would be {self.peak_rate:g}; at most 10 is taken.", field="learning_rate_multiplier"
+            )
         _number("weight_decay", self.weight_decay, least=0.0, most=10.0)
         _number("replay", self.replay, least=0.0, most=1000.0)
         for name, least in _INTEGERS.items():
@@ -126,20 +141,28 @@ class TrainConfig:
 
     @property
     def peak_rate(self) -> float:
-        """The learning rate after the warm-up."""
-        return DEFAULT_LEARNING_RATE[self.optimizer] if self.learning_rate is None else self.learning_rate
+        """The learning rate after the warm-up; without one given, that of a model of `REFERENCE_WIDTH`."""
+        rate = DEFAULT_LEARNING_RATE[self.optimizer] if self.learning_rate is None else self.learning_rate
+        return rate * self.learning_rate_multiplier
+
+    def for_width(self, width: int) -> "TrainConfig":
+        """With the rate of a model of hidden size `width` spelled out, where none was given."""
+        if self.learning_rate is not None:
+            return self
+        return replace(self, learning_rate=default_rate(self.optimizer, width))
 
     @property
     def projection_rank(self) -> int:
         """Rank of APOLLO's auxiliary space; meaningless for the other optimizers."""
         return self.rank or DEFAULT_RANK.get(self.optimizer, 0)
 
-    @property
-    def pack_tokens(self) -> int:
-        """Most input tokens in one pack (one forward and backward pass)."""
-        if self.max_tokens_per_step is None:
-            return DEFAULT_PACK_TOKENS
-        return self.max_tokens_per_step // self.gradient_accumulation
+    def pack_tokens(self, total: int) -> int:
+        """Most input tokens in one pack (one forward and backward pass), for samples of `total` tokens."""
+        if self.max_tokens_per_step is not None:
+            return self.max_tokens_per_step // self.gradient_accumulation
+        if self.epochs is None and self.steps is None:
+            return min(DEFAULT_PACK_TOKENS, -(-total // (STEPS_PER_EPOCH * self.gradient_accumulation)))
+        return DEFAULT_PACK_TOKENS
 
     def rate_at(self, step: int, n_steps: int) -> float:
         """Learning rate of `step` (from 0) of a job of `n_steps` steps."""
@@ -152,6 +175,12 @@ class TrainConfig:
         if self.schedule == "linear":
             return self.peak_rate * (1.0 - position)
         return self.peak_rate * 0.5 * (1.0 + math.cos(math.pi * position))
+
+
+def default_rate(optimizer: str, width: int) -> float:
+    """Peak rate of a job that names none, for a model of hidden size `width`."""
+    scale = 1.0 if optimizer == "sgd" else min(1.0, REFERENCE_WIDTH / width)
+    return DEFAULT_LEARNING_RATE[optimizer] * scale
 
 
 _INTEGERS = {

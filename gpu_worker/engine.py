@@ -128,8 +128,9 @@ class Trainer:
             raise InvalidRequest("There are no samples to train on.", field="samples")
         check_tokens(samples, self.forward.vocab_size, self.forward.max_tokens)
         self.trainable(config)
+        config = config.for_width(self.forward.head_weight.shape[1])
         lengths = [s.input_tokens for s in samples]
-        size = config.pack_tokens if pack_tokens is None else pack_tokens
+        size = config.pack_tokens(sum(lengths)) if pack_tokens is None else pack_tokens
         if not self.forward.abilities.packs:
             size = 0
         while True:

@@ -48,7 +48,7 @@ def test_job_is_accepted_and_can_be_polled(client, ledger):
     assert job.headers["retry-after"] == "1"
     shown = job.json()
     assert (shown["state"], shown["samples"], shown["tokens"], shown["metadata"]) == ("queued", 1, 5, {"a": "b"})
-    assert shown["config"] == {"optimizer": "apollo-mini", "steps": 3, "learning_rate": 1e-3}
+    assert shown["config"] == {"optimizer": "apollo", "steps": 3, "learning_rate": 1e-3}
     lease = ledger.claim(shown["id"], "w")
     [sample] = ledger.samples(lease)
     assert (list(sample.context_ids), list(sample.continuation_ids)) == ([1, 2, 3], [4, 5])
@@ -74,7 +74,7 @@ def test_job_is_accepted_and_can_be_polled(client, ledger):
     ({"steps": 0}, "steps", "/steps", 1),
     ({"steps": 3, "epochs": 3}, "steps", "/steps", None),
     ({"optimizer": "adam"}, "optimizer", "/optimizer", None),
-    ({"rank": 4}, "rank", "/rank", None),
+    ({"rank": 4, "optimizer": "sgd"}, "rank", "/rank", None),
     ({"priority": 10}, "priority", "/priority", 9),
     ({"metadata": {"a": 1}}, "a", "/metadata/a", None),
     ({"metadata": {str(i): "" for i in range(17)}}, "metadata", "/metadata", 16),

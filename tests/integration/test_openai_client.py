@@ -99,7 +99,8 @@ def test_a_whole_fine_tune(client, ledger, words, run_job, redis_client):
     assert job.status == "queued" and job.object == "fine_tuning.job" and job.fine_tuned_model is None
     # Then its samples hold the loss on the assistant's words alone
     shown = ledger.get(job.id)
-    assert shown.config == {"optimizer": "sgd", "shuffle": False, "epochs": 3, "seed": 7, "learning_rate": 0.01}
+    assert shown.config == {"optimizer": "sgd", "shuffle": False, "epochs": 3, "seed": 7,
+                            "learning_rate_multiplier": 2.0}
     lease = ledger.claim(job.id, "peek")
     one, two = ledger.samples(lease)
     assert words.decode(one.continuation_ids) == "tangerine <|end|>"

@@ -93,3 +93,17 @@ def test_epochs_differ_in_order_unless_told_not_to_shuffle() -> None:
 
 def test_steps_repeat_the_samples_until_done() -> None:
     assert len(plan_steps([10, 10, 10], TrainConfig(steps=7), 20)) == 7
+
+
+@pytest.mark.parametrize(
+    ("samples", "per_epoch", "steps"), [(1, 1, 32), (3, 3, 33), (4, 4, 32), (96, 4, 32), (6000, 15, 120)]
+)
+def test_a_job_that_names_no_length_takes_eight_epochs_in_at_least_as_many_steps_as_they_should_have(
+    samples: int, per_epoch: int, steps: int
+) -> None:
+    config, lengths = TrainConfig(), [10] * samples
+    plan = plan_steps(lengths, config, config.pack_tokens(sum(lengths)))
+    assert len(plan) == steps
+    assert sorted(i for step in plan[:per_epoch] for pack in step for i in pack) == list(range(samples))
+    # Whoever names a length gets full packs.
+    assert TrainConfig(steps=3).pack_tokens(10) == TrainConfig(epochs=3).pack_tokens(10) == 4096

@@ -100,7 +100,7 @@ def test_update_inside_backward_equals_a_step_after_it_bit_for_bit(name: str, ki
     # Given the same model twice; one is trained by the engine, with `kept` layers not checkpointed
     ours, theirs = build(name), build(name)
     data = samples()
-    config = TrainConfig(optimizer=kind, learning_rate=1e-2, steps=3, shuffle=False)
+    config = TrainConfig(optimizer=kind, learning_rate=1e-2, steps=3, shuffle=False, schedule="constant")
     trainer = Trainer(ours)
     plan = trainer.plan(data, config)
     object.__setattr__(plan.budget, "kept_layers", kept)
@@ -467,7 +467,8 @@ def twenty_losses(kind: str) -> list[float]:
     torch.set_num_threads(1)
     try:
         trainer = Trainer(build("llama-tied", seed=1234))
-        config = TrainConfig(optimizer=kind, learning_rate=2e-3, steps=20, max_tokens_per_step=48, warmup_steps=3)
+        config = TrainConfig(optimizer=kind, learning_rate=2e-3, steps=20, max_tokens_per_step=48, warmup_steps=3,
+                             schedule="constant")
         plan: Plan = trainer.plan(samples(8, seed=99, weighted=True), config)
         return trainer.run(plan).losses
     finally:

@@ -3,7 +3,7 @@
 import pytest
 
 from hogwild.errors import InvalidRequest
-from hogwild.gpu_worker.config import DEFAULT_LEARNING_RATE, OPTIMIZERS, TrainConfig
+from hogwild.gpu_worker.config import DEFAULT_LEARNING_RATE, OPTIMIZERS, REFERENCE_WIDTH, TrainConfig
 
 
 @pytest.mark.parametrize(
@@ -26,13 +26,21 @@ from hogwild.gpu_worker.config import DEFAULT_LEARNING_RATE, OPTIMIZERS, TrainCo
         ("trainable", "*.mlp.*"),
         ("max_tokens_per_step", 0),
         ("max_nonfinite_steps", 0),
-        ("rank", 4),  # without the optimizer that it belongs to
+        ("rank", 0),
+        ("replay", -1.0),
+        ("replay_tokens", 0),
+        ("learning_rate_multiplier", 0.0),
     ],
 )
 def test_field_out_of_bounds_is_refused_by_name(field: str, value: object) -> None:
     with pytest.raises(InvalidRequest) as e:
         TrainConfig.from_dict({field: value})
     assert e.value.details["field"] == field
+
+
+def test_rank_without_the_optimizer_that_it_belongs_to_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="'apollo'"):
+        TrainConfig(optimizer="sgd", rank=4)
 
 
 def test_unknown_option_is_refused() -> None:
@@ -53,6 +61,19 @@ def test_json_of_a_job_becomes_a_config() -> None:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_has_a_default_rate(optimizer: str) -> None:
     assert TrainConfig(optimizer=optimizer).peak_rate == DEFAULT_LEARNING_RATE[optimizer] > 0
+    half = TrainConfig(optimizer=optimizer, learning_rate_multiplier=0.5)
+    assert half.peak_rate == 0.5 * DEFAULT_LEARNING_RATE[optimizer]
+
+
+def test_default_rates_of_adaptive_optimizers_fall_with_the_width() -> None:
+    assert TrainConfig().for_width(REFERENCE_WIDTH).peak_rate == TrainConfig().peak_rate
+    assert TrainConfig().for_width(8 * REFERENCE_WIDTH).peak_rate == pytest.approx(TrainConfig().peak_rate / 8)
+    assert TrainConfig().for_width(32).peak_rate == TrainConfig().peak_rate
+    assert TrainConfig(optimizer="sgd").for_width(4096).peak_rate == DEFAULT_LEARNING_RATE["sgd"]
+    given = TrainConfig(learning_rate=1e-3, learning_rate_multiplier=2.0)
+    assert given.for_width(4096).peak_rate == pytest.approx(2e-3)
+    with pytest.raises(InvalidRequest, match="at most 10"):
+        TrainConfig(learning_rate=1.0, learning_rate_multiplier=11.0)
 
 
 def test_warm_up_rises_to_the_peak_and_schedules_fall_from_it() -> None:
@@ -67,6 +88,6 @@ def test_warm_up_rises_to_the_peak_and_schedules_fall_from_it() -> None:
 
 
 def test_tokens_of_a_step_are_shared_by_its_packs() -> None:
-    assert TrainConfig(max_tokens_per_step=1000, gradient_accumulation=4).pack_tokens == 250
+    assert TrainConfig(max_tokens_per_step=1000, gradient_accumulation=4).pack_tokens(10_000) == 250
     with pytest.raises(InvalidRequest):
         TrainConfig(max_tokens_per_step=3, gradient_accumulation=4)

@@ -34,8 +34,8 @@ def make(free: int, tokens: int = 1000) -> Budget:
     profile = Profile(layer=1000.0, elsewhere=100.0, boundary=50.0, cache=10.0, layers=10)
     params = {"w": torch.empty(100, 100)}
     return budget(
-        profile, Load(tokens, predictors=10), params=params, tokens=set(), head=torch.empty(200, 50), whole_logits=False,
-        optimizer_bytes=5000, accumulates=False, free=free,
+        profile, Load(tokens, predictors=10), params=params, tokens=set(), head=torch.empty(200, 50),
+        whole_logits=False, optimizer_bytes=5000, accumulates=False, free=free,
     )  # fmt: skip
 
 
