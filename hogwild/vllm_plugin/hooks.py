@@ -40,7 +40,7 @@ from hogwild.runtime_files import boot_id, private_dir, process_start_time, remo
 from hogwild.strided import Layout
 from hogwild.tensors import BackgroundDigests, release_staging
 from hogwild.vllm_plugin import export
-from hogwild.vllm_plugin.arena import Arena, rehome
+from hogwild.vllm_plugin.arena import Arena, Prefault, rehome
 from hogwild.vllm_plugin.export import Place
 from hogwild.vllm_plugin.trace import Landing, LoadTrace
 from hogwild.weight_state import FILE_NAME as STATE_FILE
@@ -271,6 +271,7 @@ class Load:
         self.seconds = 0.0  # what sharing added to vLLM's load, less the hashing beside it
         self.failed: BaseException | None = None
         self._arena: Arena | None = None
+        self._prefault: Prefault | None = None
         self._trace: LoadTrace | None = None
         self._digests: BackgroundDigests | None = None
         self._places: dict[int, list[Place]] = {}
@@ -283,6 +284,7 @@ class Load:
         with torch.no_grad():
             if any(parameter.device.type == "cpu" for parameter in model.parameters()):
                 self._arena = rehome(model, slug(served_name(self.model_config)))
+                self._prefault = Prefault(self._arena)
             self._places = export.places_by_storage(model)
             self._layouts = export.layouts_of(model)
         digests = self._digests = BackgroundDigests()
@@ -307,7 +309,9 @@ class Load:
         return True
 
     def release(self) -> None:
-        """The load is over, well or not: end the hashing thread. Never raises."""
+        """The load is over, well or not: end the threads beside it. Never raises."""
+        if self._prefault is not None:
+            self._prefault.finish()
         if self._digests is not None:
             self._digests.close()
 
@@ -394,7 +398,7 @@ class Load:
     def forget(self) -> None:
         """Everything but the shared memory itself has done its work."""
         release_staging()
-        self._trace = self._digests = None
+        self._trace = self._digests = self._prefault = None
         self._places, self._layouts = {}, {}
 
     def overwritten(self, model: Any) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from hogwild.tensors import BackgroundDigests, digest
 from hogwild.vllm_plugin import export
-from hogwild.vllm_plugin.arena import rehome
+from hogwild.vllm_plugin.arena import Prefault, rehome
 from hogwild.vllm_plugin.trace import Landing, LoadTrace
 
 logger = logging.getLogger("test")
@@ -499,6 +499,18 @@ def test_rehoming_copies_what_was_touched_wherever_it_lies(told: bool, monkeypat
 
     for name, value in wanted.items():  # bits, not numbers: fresh memory may hold a NaN
         assert torch.equal(getattr(model, name).view(torch.int32), value.view(torch.int32))
+
+
+def test_pages_provided_beside_a_load_change_nothing_in_them() -> None:
+    model = nn.Module()
+    model.register_parameter("w", nn.Parameter(torch.randn(3_000_000), requires_grad=False))
+    wanted = model.w.clone()
+    prefault = Prefault(rehome(model, "test"))
+    model.w[:1000].fill_(5)
+    prefault.finish()
+    assert not prefault.is_alive()
+    assert model.w[:1000].eq(5).all()
+    assert torch.equal(model.w[1000:], wanted[1000:])
 
 
 def test_rehoming_keeps_values_identity_ties_and_aliases() -> None:
