@@ -148,7 +148,7 @@ class Bed:
         ids = [rng.randrange(100, 30_000) for _ in range(self.args.train_tokens)]
         cut = len(ids) * 3 // 4  # a quarter of the tokens in the loss
         job = self.client.train(context_ids=ids[:cut], continuation_ids=ids[cut:], steps=100_000, shuffle=False,
-                                learning_rate=LEARNING_RATE)  # fmt: skip
+                                replay=0.0, learning_rate=LEARNING_RATE)  # fmt: skip
         training = Training(self.client, job.id)
         try:
             training.wait_steps(2)
@@ -402,7 +402,7 @@ def part_reload(args: argparse.Namespace, report: Report, model: Path, folder: P
         ids = [rng.randrange(100, 30_000) for _ in range(args.train_tokens)]
         cut = len(ids) * 3 // 4
         asked = time.monotonic()
-        job = bed.client.train(context_ids=ids[:cut], continuation_ids=ids[cut:], steps=steps,
+        job = bed.client.train(context_ids=ids[:cut], continuation_ids=ids[cut:], steps=steps, replay=0.0,
                                learning_rate=LEARNING_RATE)  # fmt: skip
         job = bed.client.wait(job.id, timeout=1800, poll=0.05)
         if job.state != "succeeded":

@@ -3,7 +3,7 @@
 Starts the whole stack with SmolLM2-135M, then in the same run, one after the other on the same cores:
 
   train      seconds a step in the worker, attached to vLLM's weights, against plain transformers on its own copy
-             (same samples, same optimizer, forward + backward + in-place update; goal ≤ 1.1)
+             (same samples, same optimizer, no replay, forward + backward + in-place update; goal ≤ 1.1)
   dispatch   POST /train → first step begun, with an idle worker
   attach     manifest → verified views → model, from the worker's log of itself
   sync       POST /checkpoint after training, against safetensors' save_file of the whole model to the same disk
@@ -31,6 +31,7 @@ from hogwild.client import Client
 from hogwild.config import Settings
 from hogwild.demo import LESSONS, free_ports, tokenize_lesson
 from hogwild.demo_model import MODEL_NAME, make_demo_model
+from hogwild.stack.services import environment
 from hogwild.stack.up import Stack
 
 ROOT = Path(__file__).parents[1]
@@ -62,7 +63,8 @@ def plain_transformers(model_dir: Path, samples: list[dict[str, list[int]]], ste
 def in_worker(client: Client, samples: list[dict[str, list[int]]], steps: int) -> tuple[list[float], float]:
     """Seconds of each step as the worker measured them, and seconds from submit to the first step begun."""
     submitted = time.time()
-    job = client.train(samples=samples, steps=steps, optimizer="sgd", learning_rate=LEARNING_RATE, shuffle=False)
+    job = client.train(samples=samples, steps=steps, optimizer="sgd", learning_rate=LEARNING_RATE, shuffle=False,
+                       replay=0.0)  # fmt: skip
     done = client.wait(job.id, timeout=600)
     if done.state != "succeeded":
         raise SystemExit(f"the job ended as {done.state}: {done.error}")
@@ -112,14 +114,14 @@ def measure(steps: int, repeats: int) -> dict[str, Any]:
             worker += seconds
             dispatch.append(first)
             plain += json.loads(subprocess.run(
-                [sys.executable, __file__, "--plain", str(model), "--steps", str(steps)], check=True,
-                capture_output=True, text=True, input=json.dumps(samples)).stdout)  # fmt: skip
+                [sys.executable, __file__, "--plain", str(model), "--steps", str(steps)], check=True, text=True,
+                capture_output=True, input=json.dumps(samples), env=environment(settings)).stdout)  # fmt: skip
         sync = client.checkpoint(wait=True)
         attach = client.status()["worker"]["lifecycle"]
         save_seconds, save_bytes = save_whole(model)
     step_worker, step_plain = statistics.median(worker), statistics.median(plain)
     return {
-        "machine": f"{os.cpu_count()}-core {platform.machine()} virtual machine, no GPU",
+        "machine": f"{os.cpu_count()}-core {platform.machine()}, no GPU",
         "model": MODEL_NAME, "dtype": "float32", "samples": len(samples), "steps": steps, "repeats": repeats,
         "step_seconds": {"worker": step_worker, "plain_transformers": step_plain, "ratio": step_worker / step_plain},
         "submit_to_first_step_seconds": statistics.median(dispatch),
