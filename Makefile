@@ -82,7 +82,7 @@ format: $(STAMP)
 	@$(BIN)/ruff format .
 
 bench: $(STAMP) $(MODEL)/config.json
-	@for b in skeleton attach checkpoint service train; do $(BIN)/python bench/$$b.py $(ARGS); done
+	@for b in skeleton attach checkpoint service train learning coserve; do $(BIN)/python bench/$$b.py $(ARGS); done
 
 lock: $(STAMP)
 	@{ sed -n '/^#/p' requirements/cpu.lock; $(BIN)/pip freeze --exclude-editable | grep -vE '^(torch|pip|hogwild)(==| @)'; } > .cache/lock

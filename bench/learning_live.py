@@ -1,7 +1,10 @@
 """HOGWILD itself: does it matter to the training that vLLM is serving, and to the serving that weights move under it?
 
-    hogwild up --model DIR         (or vllm serve with the plugin; stop Hogwild's own worker: only one may attach)
+    python bench/learning_live.py --model .cache/models/SmolLM2-135M-Instruct --facts 1 --json out.json
     python bench/learning_live.py --runtime-dir RUNTIME_DIR/MODEL --url http://127.0.0.1:8000 --json out.json
+
+The first starts the stack itself, without its worker; the second joins one (stop Hogwild's own worker: only one may
+attach).
 
 The facts job of `bench/learning.py` runs on the live weights of a running vLLM: twice while vLLM is idle (their
 difference is the noise), then while `--streams` clients stream completions without pause. Compared are the loss curves,
@@ -14,6 +17,7 @@ import argparse
 import json
 import math
 import statistics
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -23,12 +27,16 @@ import httpx
 import torch
 from learning_task import DATA, load_task, recall
 
+from hogwild.config import Settings
+from hogwild.demo import free_ports
 from hogwild.frontend import Frontend
 from hogwild.gpu_worker.attach import attach
 from hogwild.gpu_worker.batch import Sample, collate
 from hogwild.gpu_worker.config import TrainConfig
 from hogwild.gpu_worker.engine import Trainer
 from hogwild.gpu_worker.model import build_model
+from hogwild.gpu_worker.replay import OwnText
+from hogwild.stack.up import Stack
 
 
 class Streams:
@@ -117,30 +125,46 @@ def summary(values: list[float]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runtime-dir", type=Path, required=True, help="the model's folder in the runtime directory")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--model", type=Path, help="start the stack with this model directory")
+    where.add_argument("--runtime-dir", type=Path, help="of a running one: the model's folder in the runtime directory")
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64, help="tokens of one completion")
     parser.add_argument("--facts", type=int, help="facts of each relation")
     parser.add_argument("--epochs", type=int)
-    parser.add_argument("--optimizer", default="apollo-mini")
-    parser.add_argument("--max-tokens-per-step", type=int, default=384)
+    parser.add_argument("--optimizer", default="apollo")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if args.model is None:
+        measure(args, args.runtime_dir, args.url)
+        return
+    with tempfile.TemporaryDirectory(prefix="hw") as folder:  # short: sockets are made below it
+        ports = free_ports(4)
+        settings = Settings(
+            model=str(args.model), served_model_name="live", data_dir=Path(folder) / "d",
+            runtime_dir=Path(folder) / "r", vllm_port=ports[0], api_port=ports[1], flower_port=ports[2],
+            redis_port=ports[3], redis_url=None,
+            vllm_args="--max-model-len 1024")  # fmt: skip
+        with Stack(settings) as stack:
+            stack.wait_ready(900)
+            stack.supervisor.call("stopProcess", "worker", True)
+            measure(args, settings.model_runtime_dir, stack.vllm_url)
 
+
+def measure(args: argparse.Namespace, runtime_dir: Path, url: str) -> None:
+    """Everything, on a running vLLM that nobody trains."""
     from transformers import AutoTokenizer
 
-    attachment = attach(args.runtime_dir)
+    attachment = attach(runtime_dir)
     tokenizer = AutoTokenizer.from_pretrained(attachment.manifest.model_path)
     model = build_model(attachment)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    trainer = Trainer(model)
+    trainer = Trainer(model, own_text=OwnText.for_model(Path(attachment.manifest.model_path)))
     task = load_task(tokenizer, args.facts)
-    config = TrainConfig(
-        optimizer=args.optimizer, epochs=args.epochs, max_tokens_per_step=args.max_tokens_per_step
-    )  # fmt: skip
+    config = TrainConfig(optimizer=args.optimizer, epochs=args.epochs)
     plan = trainer.plan(task.facts, config)
-    frontend = Frontend.load(args.runtime_dir)
+    frontend = Frontend.load(runtime_dir)
 
     def restore() -> None:
         for n, p in model.named_parameters():
@@ -153,9 +177,12 @@ def main() -> None:
         return trainer.run(plan).losses
 
     served = attachment.manifest.served_model_name
-    record: dict[str, Any] = {"settings": {k: str(v) for k, v in vars(args).items()}, "steps": plan.n_steps}
+    record: dict[str, Any] = {
+        "model": Path(attachment.manifest.model_path).name, "device": attachment.device.type, "streams": args.streams,
+        "optimizer": args.optimizer, "facts": task.n_facts, "steps": plan.n_steps,
+    }  # fmt: skip
     try:
-        untouched = Streams(args.url, served, args.streams, args.tokens)
+        untouched = Streams(url, served, args.streams, args.tokens)
         untouched.produce(2)
         record["perplexity of the untouched model's text, under itself"] = summary(
             perplexities(trainer, tokenizer, untouched.texts)
@@ -165,13 +192,13 @@ def main() -> None:
             restore()
             idle.append(train())
         restore()
-        streams = Streams(args.url, served, args.streams, args.tokens)
+        streams = Streams(url, served, args.streams, args.tokens)
         streams.start()
         serving = train()
         streams.stop()
         if frontend is not None:
             frontend.reset_prefix_cache()
-        paused = Streams(args.url, served, args.streams, args.tokens)
+        paused = Streams(url, served, args.streams, args.tokens)
         paused.produce(2)
         record |= {
             "losses_idle": idle[0],

@@ -19,7 +19,7 @@ SCHEDULES: tuple[str, ...] = get_args(ScheduleName)
 # Rates of jobs that name none: measured with bench/learning.py on a model of this width (docs/training.md). For wider
 # ones the adaptive optimizers' are smaller in proportion: each weight moves by about the rate, and what that does to
 # an output grows with the number of its inputs (arXiv 2203.03466, table 3).
-DEFAULT_LEARNING_RATE: dict[str, float] = {"apollo": 2.4e-4, "apollo-mini": 2.4e-4, "adamw": 2.4e-4, "sgd": 5e-3}
+DEFAULT_LEARNING_RATE: dict[str, float] = {"apollo": 4e-4, "apollo-mini": 2.4e-4, "adamw": 2.4e-4, "sgd": 5e-3}
 REFERENCE_WIDTH = 576
 
 # A job that names neither epochs nor steps passes over its samples eight times, in four steps each time where it has
