@@ -65,7 +65,8 @@ def cases(names: list[str]) -> list[Case]:
                 for rate in rates
             ]
         elif name.startswith("{"):
-            out.append(("given", json.loads(name)))
+            options = json.loads(name)
+            out.append((", ".join(f"{k} {v}" for k, v in options.items()), options))
         else:
             raise SystemExit(f"unknown case {name}: defaults, optimizers, pushed, sweep, or a JSON object of options")
     return out
