@@ -1,0 +1,120 @@
+"""Serving first, with the real vLLM: its pulse is true, and training beside it steps aside and comes back."""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+import torch
+
+from hogwild.demo_model import MODEL_NAME
+from hogwild.frontend import Frontend
+from hogwild.gpu_worker.governor import Governor, GovernorConfig
+from hogwild.gpu_worker.pulse import Reading, StatePulse, parse_metrics
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture
+def pulse(live: Any) -> Any:
+    pulse = StatePulse(live.stack.settings.model_runtime_dir)
+    yield pulse
+    pulse.close()
+
+
+def reading(pulse: StatePulse) -> Reading:
+    found = pulse.latest()
+    assert found is not None, "vLLM does not publish its pulse: is the stat logger's entry point installed?"
+    return found
+
+
+def wait_for(done: Callable[[], bool], seconds: float) -> float:
+    start = time.monotonic()
+    while not done():
+        assert time.monotonic() - start < seconds, f"did not happen within {seconds} s"
+        time.sleep(0.01)
+    return time.monotonic() - start
+
+
+def test_the_pulse_counts_every_token_and_ends_with_the_traffic(live: Any, pulse: StatePulse) -> None:
+    wait_for(lambda: not reading(pulse).busy, 10)
+    before = reading(pulse)
+    started = time.monotonic()
+
+    live.vllm.post("/v1/completions", json={"model": MODEL_NAME, "prompt": [1, 2, 3], "max_tokens": 9,
+                                            "ignore_eos": True}).raise_for_status()  # fmt: skip
+
+    took = time.monotonic() - started
+    wait_for(lambda: not reading(pulse).busy, 1)
+    after = reading(pulse)
+    assert after.tokens - before.tokens == 8  # nine tokens have eight gaps
+    assert 0 < after.itl_sum_s - before.itl_sum_s < took
+    assert sum(after.histogram) - sum(before.histogram) == 8
+    frontend = Frontend.load(live.stack.settings.model_runtime_dir)
+    assert frontend is not None
+    metrics = parse_metrics(frontend.metrics(), time.monotonic())
+    assert metrics.tokens == after.tokens
+    assert metrics.itl_sum_s == pytest.approx(after.itl_sum_s, rel=1e-3)
+
+
+def test_training_steps_aside_for_traffic_and_is_back_within_a_second_of_silence(live: Any, pulse: StatePulse) -> None:
+    wait_for(lambda: not reading(pulse).busy, 10)
+    governor = Governor(GovernorConfig(serve_share=0.9), pulse)
+    a = torch.randn(400, 400)
+    stop, ended = threading.Event(), [0.0]
+
+    def traffic() -> None:
+        with httpx.Client(base_url=str(live.vllm.base_url), headers=live.vllm.headers, timeout=120) as client:
+            while not stop.is_set():
+                client.post("/v1/completions", json={"model": MODEL_NAME, "prompt": [1, 2, 3], "max_tokens": 30,
+                                                     "ignore_eos": True}).raise_for_status()  # fmt: skip
+        ended[0] = time.monotonic()
+
+    def train(seconds: float, until: Callable[[], bool] = lambda: False) -> float:
+        """Share of the time spent working."""
+        governor.begin_work()
+        active, start = governor.active_s, time.monotonic()
+        while time.monotonic() - start < seconds and not until():
+            for _ in range(20):
+                a @ a
+            governor.yield_point()
+        return (governor.active_s - active) / (time.monotonic() - start)
+
+    assert train(1.0) > 0.95
+    thread = threading.Thread(target=traffic)
+    thread.start()
+    try:
+        train(5.0)
+        beside_traffic = train(10.0)
+        status = governor.status()
+        longest = governor.LONGEST_YIELD_S
+    finally:
+        stop.set()
+    train(60.0, until=lambda: not thread.is_alive())
+    thread.join()
+
+    assert status["pulse"] == "state" and status["mode"] in ("pacing", "probing", "floor")
+    assert status["itl_ms"] is not None and status["itl_ms"] > 0
+    assert governor.yielded_s > 0.3 and beside_traffic < 0.99  # at the least the probes
+    train(30.0, until=lambda: governor.controller.duty >= 1.0)
+    assert time.monotonic() - ended[0] < 3.0 + longest  # a second; the rest is for a busy machine
+    assert train(2.0) > 0.95
+
+
+def test_a_client_that_hangs_up_does_not_hold_training_back(live: Any, pulse: StatePulse) -> None:
+    wait_for(lambda: not reading(pulse).busy, 10)
+    body = {"model": MODEL_NAME, "prompt": [1, 2, 3], "max_tokens": 800, "ignore_eos": True, "stream": True}
+    governor = Governor(GovernorConfig(serve_share=0.9), pulse)
+    with live.vllm.stream("POST", "/v1/completions", json=body) as response:
+        for _ in zip(range(6), response.iter_lines(), strict=False):
+            continue
+        governor.yield_point()
+        assert reading(pulse).running == 1
+
+    started = time.monotonic()
+    while governor.controller.mode != "idle":
+        time.sleep(0.01)
+        governor.yield_point()
+        assert time.monotonic() - started < 10, governor.status()
