@@ -156,7 +156,8 @@ class Controller:
         if self.mode != "blind":
             self._say("vLLM's latency can't be read: training at "
                       f"{self.config.blind_duty:.0%} duty until it can", "blind", now)
-        self._probe_started = self._mark = self._second = self._last = None
+        self._drop_probe(now)
+        self._mark = self._second = self._last = None
         self.mode, self.duty = "blind", self.config.blind_duty
 
     def _seen(self, reading: Reading, now: float, active_s: float, yielded_s: float) -> None:
@@ -166,7 +167,8 @@ class Controller:
             last = self._mark = self._second = self._probe_mark = None
         self._follow_progress(reading, last)
         if not reading.busy or self._stalled(reading):
-            self._probe_started = self._mark = self._second = self.load_class = None
+            self._drop_probe(now)
+            self._mark = self._second = self.load_class = None
             self.mode, self.duty, self.note, self.itl_s = "idle", 1.0, "", None
             return
         load_class = class_of(reading.running, self.load_class)
@@ -230,10 +232,15 @@ class Controller:
             state.retry_at = reading.at + 1.0
         self._end_probe(now)
 
-    def _end_probe(self, now: float) -> None:
+    def _drop_probe(self, now: float) -> None:
+        """Probing is over, whatever came of it; the next one has to wait twice as long as it took."""
         if self._probe_started is not None:  # load that changes all the time must not turn training into probing
             self._no_probe_until = now + 2 * (now - self._probe_started)
-        self._probe_started = self._probe_mark = self._mark = self._second = None
+        self._probe_started = self._probe_mark = None
+
+    def _end_probe(self, now: float) -> None:
+        self._drop_probe(now)
+        self._mark = self._second = None
         state = None if self.load_class is None else self.classes.get(self.load_class)
         if state is None:
             self.mode, self.duty = "blind", self.config.blind_duty
