@@ -108,10 +108,11 @@ def test_a_client_that_hangs_up_does_not_hold_training_back(live: Any, pulse: St
     body = {"model": MODEL_NAME, "prompt": [1, 2, 3], "max_tokens": 800, "ignore_eos": True, "stream": True}
     governor = Governor(GovernorConfig(serve_share=0.9), pulse)
     with live.vllm.stream("POST", "/v1/completions", json=body) as response:
+        response.raise_for_status()
         for _ in zip(range(6), response.iter_lines(), strict=False):
             continue
+        wait_for(lambda: reading(pulse).running == 1, 10)
         governor.yield_point()
-        assert reading(pulse).running == 1
 
     started = time.monotonic()
     while governor.controller.mode != "idle":
