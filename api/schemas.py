@@ -43,7 +43,8 @@ class TrainRequest(Strict):
     weights: list[FiniteFloat] | None = Field(None, description="As in a sample.")
     samples: list[SampleIn] | None = Field(None, description="Several samples, instead of the three fields above.")
 
-    learning_rate: FiniteFloat | None = Field(None, gt=0, le=10, description="Peak rate; default: by optimizer.")
+    learning_rate: FiniteFloat | None = Field(
+        None, gt=0, le=10, description="Peak rate; default: by optimizer and width.")
     learning_rate_multiplier: FiniteFloat | None = Field(
         None, gt=0, le=1e6, description="Factor of the peak rate, given or by default.")
     steps: StrictInt | None = Field(None, ge=1, le=1_000_000, description="Optimizer steps; not with epochs.")

@@ -25,7 +25,7 @@ from typing import Any
 
 import httpx
 import torch
-from learning_task import DATA, load_task, recall
+from learning_task import load_task, recall
 
 from hogwild.config import Settings
 from hogwild.demo import free_ports
@@ -35,7 +35,7 @@ from hogwild.gpu_worker.batch import Sample, collate
 from hogwild.gpu_worker.config import TrainConfig
 from hogwild.gpu_worker.engine import Trainer
 from hogwild.gpu_worker.model import build_model
-from hogwild.gpu_worker.replay import OwnText
+from hogwild.gpu_worker.replay import OPENINGS, OwnText
 from hogwild.stack.up import Stack
 
 
@@ -44,7 +44,7 @@ class Streams:
 
     def __init__(self, url: str, model: str, count: int, tokens: int) -> None:
         self.url, self.model, self.count, self.tokens = url, model, count, tokens
-        self.prompts = (DATA / "prompts.txt").read_text().splitlines()
+        self.prompts = OPENINGS
         self.texts: list[tuple[str, str]] = []
         self.gaps: list[float] = []
         self.errors: list[str] = []

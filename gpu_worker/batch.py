@@ -102,26 +102,28 @@ class Batch:
 
 def collate(samples: Sequence[Sample], device: torch.device, replay: Sequence[Replayed] = ()) -> Batch:
     """Samples, then replayed texts, side by side in one row."""
-    ids, positions, predictors, targets, weights, lengths = [], [], [], [], [], []
+    ids, positions, predictors, targets, weights = [], [], [], [], []
+    lengths: list[int] = []
     start = 0
+
+    def place(tokens: "np.ndarray[Any, Any]", predicting: int) -> None:
+        """Tokens at the end of the row, the last `predicting` of them as predictors."""
+        nonlocal start
+        n = len(tokens)
+        ids.append(tokens)
+        positions.append(np.arange(n, dtype=np.int64))
+        predictors.append(start + np.arange(n - predicting, n, dtype=np.int64))
+        lengths.append(n)
+        start += n
+
     for s in samples:
         tokens = np.concatenate([np.asarray(s.context_ids, np.int64), np.asarray(s.continuation_ids, np.int64)])
-        n = s.input_tokens
-        ids.append(tokens[:n])
-        positions.append(np.arange(n, dtype=np.int64))
-        predictors.append(start + np.arange(n - s.loss_tokens, n, dtype=np.int64))
+        place(tokens[: s.input_tokens], s.loss_tokens)
         targets.append(tokens[len(tokens) - s.loss_tokens :])
         w = np.ones(len(s.continuation_ids)) if s.weights is None else np.asarray(s.weights, np.float64)
         weights.append(w[s.first_predicted :])
-        lengths.append(n)
-        start += n
     for text in replay:
-        n = len(text.ids)
-        ids.append(np.asarray(text.ids, np.int64))
-        positions.append(np.arange(n, dtype=np.int64))
-        predictors.append(start + np.arange(n, dtype=np.int64))
-        lengths.append(n)
-        start += n
+        place(np.asarray(text.ids, np.int64), len(text.ids))
 
     def tensor(parts: list["np.ndarray[Any, Any]"], dtype: torch.dtype) -> Tensor:
         # non_blocking from pageable memory is a plain copy, but does not wait for the kernels already queued.
@@ -173,9 +175,9 @@ def plan_steps(lengths: Sequence[int], config: TrainConfig, pack_tokens: int) ->
     pending: list[Pack] = []
     epoch = 0
     while True:
-        if config.epochs is not None and epoch == config.epochs:
+        if epoch == config.epochs:
             break
-        if config.steps is None and config.epochs is None and epoch >= DEFAULT_EPOCHS and len(steps) >= LEAST_STEPS:
+        if config.names_no_length and epoch >= DEFAULT_EPOCHS and len(steps) >= LEAST_STEPS:
             break
         for pack in _packs(lengths, config, epoch, pack_tokens):
             pending.append(pack)

@@ -156,11 +156,16 @@ class TrainConfig:
         """Rank of APOLLO's auxiliary space; meaningless for the other optimizers."""
         return self.rank or DEFAULT_RANK.get(self.optimizer, 0)
 
+    @property
+    def names_no_length(self) -> bool:
+        """Whether it is left to the engine how long the job is."""
+        return self.epochs is None and self.steps is None
+
     def pack_tokens(self, total: int) -> int:
         """Most input tokens in one pack (one forward and backward pass), for samples of `total` tokens."""
         if self.max_tokens_per_step is not None:
             return self.max_tokens_per_step // self.gradient_accumulation
-        if self.epochs is None and self.steps is None:
+        if self.names_no_length:
             return min(DEFAULT_PACK_TOKENS, -(-total // (STEPS_PER_EPOCH * self.gradient_accumulation)))
         return DEFAULT_PACK_TOKENS
 

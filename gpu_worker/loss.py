@@ -126,25 +126,6 @@ class _LinearLosses(torch.autograd.Function):
         return (*gradients, None, None, None, None)
 
 
-def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor, rows: int | None = None
-) -> Tensor:
-    """Weighted sum of cross-entropies behind a linear head, differentiable once.
-
-    Args:
-        hidden: (P, H) hidden states of the predicting positions.
-        weight: (V, H) head.
-        bias: (V,) or None.
-        targets: (P,) token ids.
-        weights: (P,) float32 factors.
-        rows: rows of logits at a time; None: by `CHUNK_BYTES`.
-
-    Returns:
-        float32 scalar, in nats.
-    """
-    return linear_losses(hidden, weight, bias, targets, weights, None, rows)[0]
-
-
 def linear_losses(
     hidden: Tensor,
     weight: Tensor,
@@ -157,7 +138,13 @@ def linear_losses(
     """Both losses behind a linear head, differentiable once and with one common factor (sum them).
 
     Args:
-        hidden: (P + Q, H): the P positions that predict a target token, then the Q that `anchor` is about.
+        hidden: (P + Q, H): hidden states of the P positions that predict a target token, then of the Q that `anchor` is
+            about.
+        weight: (V, H) head.
+        bias: (V,) or None.
+        targets: (P,) token ids.
+        weights: (P,) float32 factors.
+        rows: rows of logits at a time; None: by `CHUNK_BYTES`.
 
     Returns:
         float32 (2,): weighted cross-entropy, weighted divergence; in nats.
@@ -165,18 +152,6 @@ def linear_losses(
     rows = rows or chunk_rows(weight.shape[0])
     losses: Tensor = _LinearLosses.apply(hidden, weight, bias, targets, weights, anchor, rows)  # type: ignore[no-untyped-call]
     return losses
-
-
-def chunked_cross_entropy(
-    hidden: Tensor,
-    head: Callable[[Tensor], Tensor],
-    targets: Tensor,
-    weights: Tensor,
-    vocabulary: int,
-    rows: int | None = None,
-) -> Tensor:
-    """The cross-entropy behind any head: `head` maps (rows, H) to logits (rows, V)."""
-    return chunked_losses(hidden, head, targets, weights, None, vocabulary, rows)[0]
 
 
 def chunked_losses(
@@ -188,7 +163,7 @@ def chunked_losses(
     vocabulary: int,
     rows: int | None = None,
 ) -> Tensor:
-    """`linear_losses` behind any head. Each chunk is recomputed in backward."""
+    """`linear_losses` behind any head, (rows, H) → logits (rows, V). Each chunk is recomputed in backward."""
     n = targets.shape[0]
 
     def part(h: Tensor, start: int, end: int) -> Tensor:

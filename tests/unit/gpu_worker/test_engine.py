@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, VOCAB, build, samples, weights_of
+from tiny_models import ARCHITECTURES, VOCAB, Recorder, build, samples, weights_of
 from torch import Tensor
 from transformers import MambaConfig, MambaForCausalLM
 
@@ -39,14 +39,6 @@ def trainer() -> Iterator[Trainer]:
     trainer = Trainer(build())
     yield trainer
     trainer.close()
-
-
-class Recorder(Unattended):
-    def __init__(self) -> None:
-        self.reports: list[StepReport] = []
-
-    def after_step(self, report: StepReport) -> None:
-        self.reports.append(report)
 
 
 # --- the loss --------------------------------------------------------------------------------------------------------

@@ -5,14 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hogwild.gpu_worker.loss import (
-    Anchor,
-    chunk_rows,
-    chunked_cross_entropy,
-    chunked_losses,
-    linear_cross_entropy,
-    linear_losses,
-)
+from hogwild.gpu_worker.loss import Anchor, chunk_rows, chunked_losses, linear_losses
 
 P, H, V = 13, 8, 29
 Q, K = 6, 5  # replayed positions, tokens kept at each
@@ -25,6 +18,13 @@ def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, 
     bias = torch.randn(V, generator=g).to(dtype).requires_grad_()
     targets = torch.randint(0, V, (P,), generator=g)
     return hidden, weight, bias, targets, torch.rand(P, generator=g)
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor, rows: int | None = None
+) -> Tensor:
+    """The first of `linear_losses`, alone."""
+    return linear_losses(hidden, weight, bias, targets, weights, None, rows)[0]
 
 
 def reference(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def test_head_with_more_than_a_matrix_is_run_in_chunks(rows: int) -> None:
     def head(h: Tensor) -> Tensor:
         return torch.tanh(h @ weight.T / 5.0) * 5.0
 
-    chunked = chunked_cross_entropy(hidden, head, targets, weights, V, rows)
+    chunked = chunked_losses(hidden, head, targets, weights, None, V, rows)[0]
     whole = (F.cross_entropy(head(hidden), targets, reduction="none") * weights).sum()
     torch.testing.assert_close(chunked, whole)
     got, wanted = (torch.autograd.grad(x, [hidden, weight]) for x in (chunked, whole))

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, VOCAB, build, samples, weights_of
+from tiny_models import ARCHITECTURES, VOCAB, Recorder, build, samples, weights_of
 from transformers import MambaConfig, MambaForCausalLM
 
 from hogwild.gpu_worker.batch import Replayed, collate
 from hogwild.gpu_worker.config import TrainConfig
 from hogwild.gpu_worker.control import StepReport
-from hogwild.gpu_worker.engine import Trainer, Unattended
+from hogwild.gpu_worker.engine import Trainer
 from hogwild.gpu_worker.replay import TEXT_TOKENS, TEXTS, OwnText
 
 ADAMW: dict[str, Any] = {"optimizer": "adamw", "learning_rate": 3e-3}
@@ -26,18 +26,10 @@ def nothing() -> None:
     pass
 
 
-class Reports(Unattended):
-    def __init__(self) -> None:
-        self.seen: list[StepReport] = []
-
-    def after_step(self, report: StepReport) -> None:
-        self.seen.append(report)
-
-
 def run(trainer: Trainer, **config: Any) -> list[StepReport]:
-    reports = Reports()
-    trainer.run(trainer.plan(samples(), TrainConfig(**{**ADAMW, "steps": 12, **config})), reports)
-    return reports.seen
+    recorder = Recorder()
+    trainer.run(trainer.plan(samples(), TrainConfig(**{**ADAMW, "steps": 12, **config})), recorder)
+    return recorder.reports
 
 
 @pytest.mark.parametrize("name", [*ARCHITECTURES, "mamba"])

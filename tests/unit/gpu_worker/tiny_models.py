@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from hogwild.gpu_worker.batch import Sample
+from hogwild.gpu_worker.control import StepReport, Unattended
 
 VOCAB = 101
 SMALL: dict[str, Any] = {
@@ -65,3 +66,11 @@ def samples(n: int = 5, seed: int = 0, weighted: bool = False) -> list[Sample]:
 
 def weights_of(model: Any) -> dict[str, Tensor]:
     return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+class Recorder(Unattended):
+    def __init__(self) -> None:
+        self.reports: list[StepReport] = []
+
+    def after_step(self, report: StepReport) -> None:
+        self.reports.append(report)
