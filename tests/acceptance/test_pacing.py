@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import httpx
 import pytest
 import torch
 
@@ -64,43 +63,45 @@ def test_training_steps_aside_for_traffic_and_is_back_within_a_second_of_silence
     governor = Governor(GovernorConfig(serve_share=0.9), pulse)
     a = torch.randn(400, 400)
     stop, ended = threading.Event(), [0.0]
+    body = {"model": MODEL_NAME, "prompt": [1, 2, 3], "max_tokens": 200, "ignore_eos": True}
 
     def traffic() -> None:
-        with httpx.Client(base_url=str(live.vllm.base_url), headers=live.vllm.headers, timeout=120) as client:
-            while not stop.is_set():
-                client.post("/v1/completions", json={"model": MODEL_NAME, "prompt": [1, 2, 3], "max_tokens": 30,
-                                                     "ignore_eos": True}).raise_for_status()  # fmt: skip
+        while not stop.is_set():
+            live.vllm.post("/v1/completions", json=body).raise_for_status()
         ended[0] = time.monotonic()
 
-    def train(seconds: float, until: Callable[[], bool] = lambda: False) -> float:
-        """Share of the time spent working."""
+    def train(seconds: float, until: Callable[[], bool] = lambda: False) -> tuple[float, list[dict[str, Any]]]:
+        """Share of the time spent working, and what the governor said on the way."""
         governor.begin_work()
+        said: list[dict[str, Any]] = []
         active, start = governor.active_s, time.monotonic()
         while time.monotonic() - start < seconds and not until():
             for _ in range(20):
                 a @ a
             governor.yield_point()
-        return (governor.active_s - active) / (time.monotonic() - start)
+            said.append(governor.status())
+        return (governor.active_s - active) / (time.monotonic() - start), said
 
-    assert train(1.0) > 0.95
+    assert train(1.0)[0] > 0.95
     thread = threading.Thread(target=traffic)
     thread.start()
     try:
         train(5.0)
-        beside_traffic = train(10.0)
-        status = governor.status()
+        beside_traffic, said = train(10.0)
         longest = governor.LONGEST_YIELD_S
     finally:
         stop.set()
     train(60.0, until=lambda: not thread.is_alive())
     thread.join()
 
-    assert status["pulse"] == "state" and status["mode"] in ("pacing", "probing", "floor")
-    assert status["itl_ms"] is not None and status["itl_ms"] > 0
+    # Now and then vLLM looks idle even here: between two requests, or when a busy machine doesn't run it for a second.
+    assert {status["mode"] for status in said} & {"pacing", "probing", "floor"}, said[-5:]
+    assert {status["pulse"] for status in said} == {"state"}
+    assert any(status["itl_ms"] for status in said), said[-5:]
     assert governor.yielded_s > 0.3 and beside_traffic < 0.99  # at the least the probes
     train(30.0, until=lambda: governor.controller.duty >= 1.0)
     assert time.monotonic() - ended[0] < 3.0 + longest  # a second; the rest is for a busy machine
-    assert train(2.0) > 0.95
+    assert train(2.0)[0] > 0.95
 
 
 def test_a_client_that_hangs_up_does_not_hold_training_back(live: Any, pulse: StatePulse) -> None:
