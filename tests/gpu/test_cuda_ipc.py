@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,13 +89,6 @@ def elsewhere(code: str, **environment: str) -> subprocess.CompletedProcess[str]
                           env={**os.environ, **environment})  # fmt: skip
 
 
-def memory_of(pid: int) -> int:
-    """MiB of the GPU that a process holds."""
-    command = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
-    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
-    return sum(int(used) for found, used in (line.split(", ") for line in lines) if int(found) == pid)
-
-
 class Python:
     """A process that runs `code` and answers line by line."""
 
@@ -138,7 +131,9 @@ def test_the_model_has_the_logits_of_the_checkpoint(exporter: Exporter, runtime_
         del model
 
 
-def test_twenty_workers_come_and_go_and_the_exporters_memory_stays(exporter: Exporter, runtime_dir: Path) -> None:
+def test_twenty_workers_come_and_go_and_the_exporters_memory_stays(
+    exporter: Exporter, runtime_dir: Path, memory_of: Callable[[int], int]
+) -> None:
     # Forked before CUDA is touched: twenty processes, one import of torch.
     code = f"""
 print("imported", flush=True)

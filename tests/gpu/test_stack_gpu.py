@@ -42,15 +42,6 @@ def until(done: Callable[[], Any], timeout: float, what: str) -> Any:
     return value
 
 
-def memory_of(pid: int) -> int:
-    """MiB of the GPU that a process and its children hold."""
-    parent = psutil.Process(pid)
-    family = {parent.pid, *(child.pid for child in parent.children(recursive=True))}
-    command = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
-    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
-    return sum(int(used) for found, used in (line.split(", ") for line in lines) if int(found) in family)
-
-
 class Live:
     def __init__(self, stack: Stack) -> None:
         self.stack = stack
@@ -143,7 +134,7 @@ def test_a_sync_writes_what_changed_and_a_rollback_brings_the_answer_back(live: 
     assert live.complete() == learned
 
 
-def test_killed_workers_cost_vllm_no_memory(live: Live) -> None:
+def test_killed_workers_cost_vllm_no_memory(live: Live, memory_of: Callable[[int], int]) -> None:
     version, answer = live.status()["weight_version"], live.complete()
     used = []
     for _ in range(RESTARTS):
@@ -152,9 +143,10 @@ def test_killed_workers_cost_vllm_no_memory(live: Live) -> None:
         for process in family:
             process.send_signal(signal.SIGKILL)
         psutil.wait_procs(family, timeout=20)
-        until(lambda old=parent.pid: live.pid("worker") not in (0, old) and live.stack.ready(), 120, "a new worker")
+        time.sleep(1.0)  # the driver takes back what the dead worker had; the next one is still importing
         used.append(memory_of(live.pid("vllm")))
-    print("MiB that vLLM holds after each restart", used)
+        until(lambda old=parent.pid: live.pid("worker") not in (0, old) and live.stack.ready(), 120, "a new worker")
+    print("MiB that vLLM holds after each kill", used)
     assert min(used) == max(used) > 0
     assert live.status()["weight_version"] == version
     assert live.complete() == answer
