@@ -22,7 +22,7 @@ from hogwild.api.routes_files import files_router
 from hogwild.api.routes_finetune import finetune_router
 from hogwild.api.routes_train import train_router
 from hogwild.api.service import Service
-from hogwild.config import Settings
+from hogwild.config import Settings, load_settings
 
 # For the OpenAPI document only: the route class has checked the key before a dependency is asked.
 _BEARER = Security(HTTPBearer(auto_error=False, description="HOGWILD_API_KEY, or a key of HOGWILD_API_KEYS_FILE."))
@@ -139,4 +139,4 @@ def _operator_router(service: Service, app: FastAPI) -> APIRouter:
 
 def main() -> FastAPI:
     """Factory for uvicorn: settings from the environment."""
-    return create_app(Settings())
+    return create_app(load_settings())

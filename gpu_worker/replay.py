@@ -88,10 +88,10 @@ class OwnText:
         """
         from transformers import AutoTokenizer
 
-        lines = OPENINGS if openings is None else tuple(filter(None, openings.read_text().splitlines()))
+        lines = OPENINGS if openings is None else openings.read_text(encoding="utf-8").splitlines()
         try:
             tokenizer = AutoTokenizer.from_pretrained(model_path, local_files_only=True)
-            ids = [tokenizer(line).input_ids[:OPENING_TOKENS] for line in lines]
+            ids = [tokenizer(line).input_ids[:OPENING_TOKENS] for line in lines if line.strip()]
         except Exception as error:  # any of a hundred tokenizers' own errors
             log.warning("no replay, because %s has no tokenizer that works: %s", model_path, error)
             return None

@@ -8,10 +8,12 @@ import os
 import re
 import tempfile
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import AliasChoices, Field, SecretStr
+from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from hogwild.errors import ConfigError
 
 PrefixCachePolicy = Literal["after_job", "every_n_steps", "never"]
 
@@ -107,6 +109,18 @@ class Settings(BaseSettings):
     sync_tick_s: float = Field(30.0, gt=0, description="How often beat asks whether a sync is due.")
     keep_last: int = Field(8, ge=1, description="Checkpoint generations that can be rolled back to.")
 
+    @field_validator("replay_openings")
+    @classmethod
+    def _has_openings(cls, path: Path | None) -> Path | None:
+        if path is not None:
+            try:
+                text = path.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise ValueError(f"can't be read as UTF-8 text: {error}") from None
+            if not text.strip():
+                raise ValueError("holds no line with an opening")
+        return path
+
     @property
     def model_name(self) -> str:
         """Served model name; also names the queue `train.<name>` and the manifest's folder."""
@@ -135,6 +149,18 @@ class Settings(BaseSettings):
     def model_checkpoint_dir(self) -> Path:
         """The directory that syncs write to."""
         return self.checkpoint_dir or self.data_dir / "checkpoints" / self.model_slug
+
+
+def load_settings(**given: Any) -> Settings:
+    """Settings from the environment with `given` on top; a wrong one raises ConfigError naming it and the variable."""
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        lines = [
+            f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r}; HOGWILD_{str(e['loc'][0]).upper()})"
+            for e in error.errors()
+        ]
+        raise ConfigError("; ".join(lines)) from None
 
 
 def slug(name: str) -> str:

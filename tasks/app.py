@@ -12,7 +12,7 @@ from typing import Any
 from celery import Celery
 from kombu import Queue
 
-from hogwild.config import Settings
+from hogwild.config import Settings, load_settings
 from hogwild.tasks.connections import redis_url
 
 TRAIN = "hogwild.train"
@@ -86,7 +86,7 @@ def make_app(settings: Settings) -> Celery:
 def __getattr__(name: str) -> Celery:
     """`app`, made from the environment when `celery -A hogwild.tasks.app` asks for it, not when this is imported."""
     if name in ("app", "celery"):
-        made = make_app(Settings())
+        made = make_app(load_settings())
         globals()["app"] = globals()["celery"] = made
         return made
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

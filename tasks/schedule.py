@@ -7,7 +7,7 @@ between steps.
 
 from celery import Celery
 
-from hogwild.config import Settings
+from hogwild.config import Settings, load_settings
 from hogwild.tasks.app import TICK, make_app
 
 
@@ -29,7 +29,7 @@ def make_scheduled_app(settings: Settings) -> Celery:
 def __getattr__(name: str) -> Celery:
     """`app`, made from the environment when `celery -A hogwild.tasks.schedule:app` asks for it."""
     if name == "app":
-        made = make_scheduled_app(Settings())
+        made = make_scheduled_app(load_settings())
         globals()["app"] = made
         return made
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

