@@ -13,9 +13,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
 from hogwild.checkpoint.store import CheckpointStore
 from hogwild.config import Settings
-from hogwild.errors import AttachRefused, HogwildError
+from hogwild.errors import AttachRefused, CheckpointError, HogwildError
 from hogwild.gpu_worker.config import TrainConfig
 from hogwild.gpu_worker.engine import Trainer
 from hogwild.tasks.dirty import Dirty
@@ -147,10 +149,13 @@ class Saver:
             self._dirty.clear(self.store.head.generation, version)
             return
         jobs, self._jobs = self._jobs, []
+        pending = None
         try:
             pending = self.store.begin_sync(attachment.views, weight_version=version, jobs=jobs)
             outdated = self._save_optimizer(trainer, version, all_sizes=wait)
         except BaseException as error:
+            if pending is not None:
+                pending.abandon()  # or no other sync could begin
             self._failed(error, jobs, operation)
             raise
 
@@ -241,7 +246,7 @@ class Saver:
         report = self.store.rollback(generation, attachment.views, weight_version=version)
         weights.set_version(version)
         after()
-        trainer.reset_optimizer()
+        trainer.rolled_back()
         for _, path in self._optimizer_files():
             path.unlink(missing_ok=True)
         self._dirty.clear(self.store.head.generation, version)
@@ -289,7 +294,10 @@ class Saver:
         if not all_sizes and trainer.optimizer.allocated_bytes() > SMALL_STATE:
             return []
         path = self._settings.data_dir / "optimizer" / f"{self._settings.model_slug}@{version}.safetensors"
-        trainer.save_optimizer(path)
+        try:
+            trainer.save_optimizer(path)
+        except SafetensorError as error:  # how safetensors reports a full disk, among others
+            raise CheckpointError(f"the optimizer's state can't be written to {path}: {error}") from error
         return [old for _, old in self._optimizer_files() if old != path]
 
     def load_optimizer(self, trainer: Trainer, config: TrainConfig, weight_version: int) -> None:
