@@ -56,7 +56,6 @@ def compact(
             writer.finish()
             writer.handle.fsync()
             io.rename(temp, undo)
-            io.fsync_dir(undo.parent)
             written = writer.bytes
         except (_DamagedHistory, CheckpointCorrupt) as error:
             logger.warning("generations before %d can't be rolled back to any more: %s", commit.generation, error)
@@ -67,6 +66,7 @@ def compact(
             raise
         finally:
             writer.handle.close()
+    io.fsync_dir(undo.parent)  # also when the undo file was there: its name may not be durable
     for name in commit.deferred.values():
         io.unlink(part.with_name(name))
     io.unlink(part)  # the last: as long as it is there, this is not done

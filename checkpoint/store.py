@@ -179,6 +179,9 @@ class CheckpointStore:
 
     def _recover(self, patience: float = math.inf) -> None:
         """Read the generations; put the last one's contents in place if they are not; remove what was not committed."""
+        # Names that a killed writer left need not be durable yet, and what follows builds on them.
+        self._io.fsync_dir(self._generations)
+        self._io.fsync_dir(self.directory)
         self._history = History.read(self._io, self._generations)
         head = self._history.head
         self._history.remove_uncommitted()

@@ -11,6 +11,7 @@ directory as a disk that lost power there may have kept it:
 """
 
 import contextlib
+import itertools
 import random
 import shutil
 import threading
@@ -35,6 +36,10 @@ class Node:
     durable: bytes = b""
 
 
+class Killed(BaseException):
+    """Nothing that the process wanted to do afterwards is done, its clearing up included."""
+
+
 @dataclass
 class Log:
     """What happened, in order, from a given state of the folder on."""
@@ -44,11 +49,17 @@ class Log:
     live: dict[str, Node] = field(default_factory=dict)  # as the process sees it
     ops: list[tuple] = field(default_factory=list)
     mutex: threading.Lock = field(default_factory=threading.Lock)
+    kill_at: int = 1_000_000  # the process is killed behind so many operations
 
     @classmethod
     def start(cls, root: Path) -> "Log":
         names = {str(path.relative_to(root)): Node(path.read_bytes()) for path in root.rglob("*") if path.is_file()}
         return cls(root, names, dict(names))
+
+    def alive(self) -> None:
+        """Before each operation: raises Killed."""
+        if len(self.ops) >= self.kill_at:
+            raise Killed
 
     def add(self, *op: object) -> None:
         with self.mutex:
@@ -66,6 +77,7 @@ class RecordedHandle(Handle):
         self.log, self.node = log, node
 
     def pwrite(self, data, offset):
+        self.log.alive()
         super().pwrite(data, offset)
         self.log.add("write", self.node, offset, bytes(data))
 
@@ -73,10 +85,12 @@ class RecordedHandle(Handle):
         self.pwrite(data, offset)
 
     def truncate(self, length):
+        self.log.alive()
         super().truncate(length)
         self.log.add("truncate", self.node, length)
 
     def fsync(self):
+        self.log.alive()
         self.log.add("fsync", self.node)
 
 
@@ -88,6 +102,7 @@ class Recorder(FileIo):
         self.reflinks = reflinks
 
     def create(self, path, mode=0o644):
+        self.log.alive()
         name = self.log.name(path)
         fd = super().create(path, mode).fd
         if name in self.log.live:
@@ -104,18 +119,21 @@ class Recorder(FileIo):
         return RecordedHandle(path, fd, self.log, self.log.live[self.log.name(path)])
 
     def link(self, source, target):
+        self.log.alive()
         super().link(source, target)
         node = self.log.live[self.log.name(source)]
         self.log.live[self.log.name(target)] = node
         self.log.add("link", self.log.name(target), node)
 
     def rename(self, source, target):
+        self.log.alive()
         super().rename(source, target)
         a, b = self.log.name(source), self.log.name(target)
         self.log.live[b] = self.log.live.pop(a)
         self.log.add("rename", a, b)
 
     def unlink(self, path):
+        self.log.alive()
         existed = path.exists()
         super().unlink(path)
         if existed:
@@ -123,6 +141,7 @@ class Recorder(FileIo):
             self.log.add("unlink", self.log.name(path))
 
     def fsync_dir(self, path):
+        self.log.alive()
         if path == self.log.root or self.log.root in path.parents:
             self.log.add("fsync_dir", str(path.relative_to(self.log.root)))
 
@@ -398,6 +417,45 @@ def test_power_cut_again_while_the_first_one_is_repaired(two_generations, model,
             repairs += any(op[0] in ("write", "rename") for op in second.log.ops)
         cut_everywhere(second.log, checker(contents, model, io, seen, {1, 2}), variants=[DROP, 6])
     assert repairs > 3
+    assert seen == {1, 2}
+
+
+def test_power_cut_while_a_checkpoint_is_opened_whose_writer_was_killed(two_generations, model, io, tmp_path):
+    """What the killed writer had done is seen by the next one, and still need not be on the disk."""
+    directory, contents = two_generations
+    change(model.views, 2)
+    with CheckpointStore.open(shutil.copytree(directory, tmp_path / "all"), io=io) as store:
+        store.sync(model.views, weight_version=2)
+    contents[2] = shards(tmp_path / "all")
+    seen: set[int] = set()
+    for killed_at in itertools.count():
+        folder = shutil.copytree(directory, tmp_path / f"killed{killed_at}")
+        recorder = Recorder(folder)
+        store = CheckpointStore.open(folder, io=recorder)
+        recorder.log = Log.start(folder)
+        recorder.log.kill_at = killed_at
+        with contextlib.suppress(Killed):
+            store.sync(model.views, weight_version=2)
+            store.compact()
+        finished = len(recorder.log.ops) < killed_at
+        recorder.log.kill_at = len(recorder.log.ops)
+        with contextlib.suppress(Killed):
+            store.close()
+        recorder.log.kill_at = 1_000_000
+        CheckpointStore.open(folder, io=recorder).close()
+        for count in range(killed_at, len(recorder.log.ops) + 1):
+            cut = tmp_path / f"killed{killed_at}-{count}"
+            cut.mkdir()
+            write_out(disk_after(recorder.log, count, 1 if count % 4 == 3 else DROP), cut)
+            with CheckpointStore.open(cut, io=io) as again:
+                assert again.head.generation in (1, 2)
+                assert shards(cut) == contents[again.head.generation], f"killed at {killed_at}, cut at {count}"
+                assert restored(again, cut) == {n: contents[n] for n in range(again.head.generation + 1)}
+                seen.add(again.head.generation)
+            shutil.rmtree(cut)
+        if finished:
+            break
+    assert killed_at > 15
     assert seen == {1, 2}
 
 
