@@ -8,7 +8,7 @@ from hogwild.checkpoint.durable import explained
 from hogwild.checkpoint.records import Commit
 from hogwild.checkpoint.reports import SyncReport
 from hogwild.checkpoint.stage import Stage
-from hogwild.checkpoint.transaction import Deadline, Written
+from hogwild.checkpoint.transaction import Written
 from hogwild.errors import Conflict
 
 if TYPE_CHECKING:
@@ -25,10 +25,10 @@ class PendingSync:
         self.bytes_changed = stage.nbytes
         self.pause_seconds = time.perf_counter() - started
 
-    def commit(self, *, time_limit: float | None = None) -> SyncReport:
+    def commit(self) -> SyncReport:
         """Write the generation; may run beside training, in another thread.
 
-        When it fails (disk full, files changed by somebody else, `time_limit` seconds over) the checkpoint is the
+        When it fails (disk full, files changed by somebody else) the checkpoint is the
         generation before, whole, and the changes are still in the live weights: begin another sync.
         """
         store, stage = self._store, self._stage
@@ -39,7 +39,7 @@ class PendingSync:
                 done = Written(store.head, 0, durable=time.perf_counter(), applied=True)
                 if stage.frames:
                     with explained("the sync", store.directory, kept=store._still):
-                        done = store._write(stage, self._commit, Deadline(time_limit))
+                        done = store._write(stage, self._commit)
                 return SyncReport(
                     generation=done.commit.generation,
                     weight_version=self._commit.weight_version,

@@ -48,7 +48,7 @@ from hogwild.checkpoint.records import Commit, Kind, new_commit
 from hogwild.checkpoint.reports import RestoreReport, RollbackReport, SyncReport, VerifyReport
 from hogwild.checkpoint.snapshot import Snapshot
 from hogwild.checkpoint.stage import Arena, Stage, available_memory
-from hogwild.checkpoint.transaction import Deadline, Written, apply, write_logs
+from hogwild.checkpoint.transaction import Written, apply, write_logs
 from hogwild.errors import CheckpointError, CheckpointForeign, Conflict, NotFound
 
 if TYPE_CHECKING:
@@ -301,11 +301,9 @@ class CheckpointStore:
             self._pending = pending
             return pending
 
-    def sync(
-        self, views: "Views", *, weight_version: int, jobs: Iterable[str] = (), time_limit: float | None = None
-    ) -> SyncReport:
+    def sync(self, views: "Views", *, weight_version: int, jobs: Iterable[str] = ()) -> SyncReport:
         """`begin_sync` and `commit` in one."""
-        return self.begin_sync(views, weight_version=weight_version, jobs=jobs).commit(time_limit=time_limit)
+        return self.begin_sync(views, weight_version=weight_version, jobs=jobs).commit()
 
     def compact(self) -> int:
         """Make undo data of the old files that the last sync left, and remove those; bytes written, 0: nothing to do.
@@ -319,19 +317,18 @@ class CheckpointStore:
                 return 0
             with explained("making undo data", self.directory, kept=lambda: "No generation was lost."):
                 try:
-                    return self._compact(Deadline(None))
+                    return self._compact()
                 except CheckpointError:
                     if self._closing:
                         return 0
                     raise
 
-    def _compact(self, deadline: Deadline) -> int:
+    def _compact(self) -> int:
         head = self.head
         if not self._history.uncompacted(head) or self._history.unapplied(head) or self._foreign:
             return 0
 
         def check() -> None:
-            deadline.check()
             if self._closing:
                 raise CheckpointError(f"{self.directory} was closed while undo data was made: the next open makes it.")
 
@@ -369,17 +366,13 @@ class CheckpointStore:
         if self._foreign:
             raise CheckpointForeign(f"{self._foreign}: `hogwild checkpoint adopt` accepts the files as they are.")
 
-    def _write(self, stage: Stage, commit: Commit, deadline: Deadline) -> Written:
+    def _write(self, stage: Stage, commit: Commit) -> Written:
         """Make a generation of what is staged."""
-        while not self._history_lock.acquire(timeout=min(deadline.remaining(), 60)):
-            deadline.check()
-        try:
-            self._compact(deadline)
-            return self._write_alone(stage, commit, deadline)
-        finally:
-            self._history_lock.release()
+        with self._history_lock:
+            self._compact()
+            return self._write_alone(stage, commit)
 
-    def _write_alone(self, stage: Stage, commit: Commit, deadline: Deadline) -> Written:
+    def _write_alone(self, stage: Stage, commit: Commit) -> Written:
         blocks = np.concatenate([frame.spec.first_block + frame.blocks for frame in stage.frames])
         rows = np.concatenate([frame.table for frame in stage.frames])
         table = self._table.copy()
@@ -388,7 +381,7 @@ class CheckpointStore:
         try:
             logs = write_logs(
                 self._io, self.directory, self._generations, self.layout, self._table, stage, self._known,
-                generation=commit.generation, parent=commit.parent, deadline=deadline, disk=self._disk,
+                generation=commit.generation, parent=commit.parent, disk=self._disk,
             )  # fmt: skip
             commit = replace(
                 commit, blocks_changed=stage.blocks, bytes_changed=stage.nbytes, undo_bytes=logs.undo_bytes,
@@ -404,7 +397,7 @@ class CheckpointStore:
             raise
         done = Written(commit, written, durable=time.perf_counter())
         self._table = table
-        with self._readers_excluded(deadline.remaining()) as alone:
+        with self._readers_excluded() as alone:
             if alone:
                 frames = (
                     (frame.spec, frame.blocks, stage.read(frame))
@@ -481,7 +474,6 @@ class CheckpointStore:
         *,
         weight_version: int | None = None,
         jobs: Iterable[str] = (),
-        time_limit: float | None = None,
     ) -> RollbackReport:
         """Make a new generation with the contents of an earlier one, and bring it into the live weights.
 
@@ -506,7 +498,7 @@ class CheckpointStore:
                     changed = self._stage_generation(generation, stage)
                     written, blocks = 0, stage.blocks
                     if stage.frames:
-                        written = self._write(stage, commit, Deadline(time_limit)).bytes
+                        written = self._write(stage, commit).bytes
             finally:
                 stage.close()
             paused = time.perf_counter()

@@ -15,11 +15,9 @@ old one.
 """
 
 import functools
-import math
 import os
 import struct
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -39,33 +37,13 @@ from hogwild.checkpoint.known import KnownFiles
 from hogwild.checkpoint.layout import Layout, TensorSpec
 from hogwild.checkpoint.records import Commit
 from hogwild.checkpoint.stage import Stage, StagedFrame
-from hogwild.errors import CheckpointError, CheckpointForeign
+from hogwild.errors import CheckpointForeign
 
 ENCODERS = min(8, os.cpu_count() or 1)
 """Threads that read and compress old contents, about 0.5 GB/s each: eight keep up with a fast NVMe disk."""
 
 SMALL_FRAME = 128 << 10
 """Average bytes of a frame below which threads do not pay."""
-
-
-class Deadline:
-    """Raises when a sync takes longer than it may; before the commit record, that leaves the old generation."""
-
-    def __init__(self, seconds: float | None) -> None:
-        self._end = None if seconds is None else time.monotonic() + seconds
-        self._seconds = seconds
-
-    def remaining(self) -> float:
-        """Seconds left."""
-        return math.inf if self._end is None else max(0.0, self._end - time.monotonic())
-
-    def check(self) -> None:
-        """Raise CheckpointError when the time is over."""
-        if self._end is not None and time.monotonic() > self._end:
-            raise CheckpointError(
-                f"the sync did not finish within {self._seconds} s and was given up. The checkpoint was not touched; "
-                "the changes are still in the live weights and go to disk with the next sync."
-            )
 
 
 @dataclass
@@ -143,7 +121,6 @@ def write_logs(
     *,
     generation: int,
     parent: int,
-    deadline: Deadline,
     disk: FileSystem,
 ) -> Logs:
     """Write and fsync undo file, redo file and new files of a generation; the checkpoint itself is not touched.
@@ -190,12 +167,11 @@ def write_logs(
             if file.name in deferred:
                 logs.deferred[file.name] = f"{generation:08d}.{number}.old"
                 unknown = [frame for frame in frames if frame.spec.number not in logs.known[file.name]]
-                _check(old, unknown, table, deadline)
+                _check(old, unknown, table)
                 changed = ((frame, stage.read(frame), b"") for frame in frames)
             else:
                 changed = encoded(frames, functools.partial(_checked, old, table), stage.read)
             for frame, data, payload in changed:
-                deadline.check()
                 if file.name not in deferred:
                     undo.add(frame.spec.number, frame.blocks, DELTA, frame.spec.itemsize, frame.nbytes, payload)
                 if new is not None:
@@ -210,11 +186,9 @@ def write_logs(
             redo.finish()
             logs.redo = True
             logs.bytes_written += redo.bytes
-        deadline.check()
         fsync_all(to_sync)
         # The names too: nothing says that the commit record's name, made later, becomes durable later.
         io.fsync_dir(generations)
-        deadline.check()
     finally:
         for handle in (*to_sync, *opened):
             handle.close()
@@ -270,11 +244,10 @@ def _checked(old: Handle, table: Table, frame: StagedFrame, out: Bytes) -> Bytes
     return out
 
 
-def _check(old: Handle, frames: list[StagedFrame], table: Table, deadline: Deadline) -> None:
+def _check(old: Handle, frames: list[StagedFrame], table: Table) -> None:
     """Check the old contents of frames, in threads; raises CheckpointForeign."""
 
     def work(frame: StagedFrame) -> None:
-        deadline.check()
         _checked(old, table, frame, scratch("before", frame.nbytes))
 
     if frames:

@@ -99,9 +99,6 @@ def test_a_sync_begins_while_undo_data_is_made_and_its_commit_waits(
     assert begun.wait(10)
     replace_shard(model.views)
     pending = store.begin_sync(model.views, weight_version=2)  # does not wait: training is paused
-    with pytest.raises(CheckpointError, match="did not finish within"):
-        pending.commit(time_limit=0.05)
-    pending = store.begin_sync(model.views, weight_version=2)
     commit = threading.Thread(target=pending.commit)
     commit.start()
     commit.join(0.1)

@@ -182,17 +182,6 @@ def test_default_budget_is_bounded_by_the_machine_and_the_control_group(monkeypa
     assert stage.available_memory() > 600_000
 
 
-def test_time_limit_leaves_the_generation_before(store, model, helpers):
-    before = helpers.weights_on_disk(store.directory)
-    model.views["head.weight"] += 1
-    with pytest.raises(CheckpointError, match="did not finish within 0"):
-        store.sync(model.views, weight_version=1, time_limit=0)
-    helpers.assert_equal(helpers.weights_on_disk(store.directory), before)
-    assert store.head.generation == 0
-    assert store.sync(model.views, weight_version=1).generation == 1
-    helpers.assert_equal(disk(store, helpers), model.views)
-
-
 def test_prepare_reserves_the_memory_of_the_first_pause(store, model):
     store.prepare(model.views)
     assert store._arena.allocated >= sum(view.numel() * view.element_size() for view in model.views.values())
