@@ -12,12 +12,6 @@ PIECE: Final = 2 << 20
 """Bytes hashed at a time on the CPU: a piece is still in a cache when its changed blocks are copied, and large enough
 that calls from Python do not show (1 MiB takes a tenth to a third longer, 4 MiB about as long)."""
 
-COPY_WINDOW: Final = 4 << 20
-"""Bytes moved at a time when a file is copied or exported."""
-
-FINGERPRINT_BYTES: Final = 16
-"""XXH3-128."""
-
 HASH_NAME: Final = "xxh3-128"
 
 FORMAT_VERSION: Final = 1

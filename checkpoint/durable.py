@@ -1,8 +1,8 @@
 """Every durable write of the checkpoint room goes through here.
 
-`FileIo` is the whole vocabulary: create, write at an offset, truncate, fsync, link, rename, unlink, mkdir, fsync of a
-directory, reflink. The crash test puts a recorder in its place, replays every prefix of what was recorded as a disk
-that lost power might have kept it, and opens the checkpoint again.
+`FileIo` is the whole vocabulary: create, write at an offset, fsync, link, rename, unlink, mkdir, fsync of a directory,
+reflink. The crash test puts a recorder in its place, replays every prefix of what was recorded as a disk that lost
+power might have kept it, and opens the checkpoint again.
 """
 
 import contextlib
@@ -94,10 +94,6 @@ class Handle:
     def size(self) -> int:
         """Length of the file in bytes."""
         return os.fstat(self.fd).st_size
-
-    def truncate(self, length: int) -> None:
-        """Set the length in bytes."""
-        os.ftruncate(self.fd, length)
 
     def fsync(self) -> None:
         """Return when the contents are on the medium."""
@@ -229,13 +225,12 @@ class FileLock:
         self.path = path
         self._fd = -1
 
-    def acquire(self, *, shared: bool = False, blocking: bool = False, write: bool = True) -> bool:
-        """Take the lock; False when somebody else holds it and `blocking` is not set."""
+    def acquire(self, *, shared: bool = False, write: bool = True) -> bool:
+        """Take the lock; False when somebody else holds it."""
         flags = (os.O_RDWR | os.O_CREAT) if write else os.O_RDONLY
         fd = os.open(self.path, flags | os.O_CLOEXEC, 0o644)
-        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
         try:
-            fcntl.flock(fd, kind if blocking else kind | fcntl.LOCK_NB)
+            fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(fd)
             return False

@@ -83,11 +83,6 @@ class Layout:
         last = self.tensors[-1]
         return last.first_block + last.blocks
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(spec.nbytes for spec in self.tensors)
-
     @cached_property
     def id(self) -> str:
         """XXH3-128 (hex) over names, types, shapes and places: equal ids mean that block numbers mean the same."""

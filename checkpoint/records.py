@@ -77,11 +77,6 @@ class Record:
     blocks: Indices | None  # None: the table is full
     table: Table
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the table part."""
-        return int(self.table.nbytes) + (0 if self.blocks is None else 4 * len(self.blocks))
-
 
 def write_record(io: FileIo, path: Path, record: Record) -> int:
     """Write atomically; bytes written."""

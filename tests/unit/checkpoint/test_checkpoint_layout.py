@@ -33,7 +33,6 @@ def test_offsets_are_where_safetensors_puts_the_tensors(model):
         data = path.read_bytes()[spec.offset : spec.offset + spec.nbytes]
         assert data == bytes(expected.contiguous().reshape(-1).view(torch.uint8).numpy())
         assert tuple(expected.shape) == spec.shape
-    assert layout.nbytes == sum(spec.nbytes for spec in layout.tensors)
 
 
 def test_blocks_are_numbered_without_gaps(model):

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 from safetensors import SafetensorError
 
-from hogwild.checkpoint.store import CheckpointStore
 from hogwild.errors import CheckpointError
 from hogwild.tasks.saving import Saver
 from hogwild.weight_state import WeightState

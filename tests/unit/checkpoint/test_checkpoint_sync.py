@@ -8,7 +8,7 @@ from safetensors import safe_open
 
 from hogwild.checkpoint.constants import BLOCK
 from hogwild.checkpoint.store import CheckpointStore
-from hogwild.errors import CheckpointError, CheckpointLayout, Conflict
+from hogwild.errors import CheckpointLayout, Conflict
 
 
 def disk(store, helpers):

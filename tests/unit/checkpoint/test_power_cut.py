@@ -84,11 +84,6 @@ class RecordedHandle(Handle):
     def stream(self, data, offset):
         self.pwrite(data, offset)
 
-    def truncate(self, length):
-        self.log.alive()
-        super().truncate(length)
-        self.log.add("truncate", self.node, length)
-
     def fsync(self):
         self.log.alive()
         self.log.add("fsync", self.node)
