@@ -169,7 +169,7 @@ def measure(args: argparse.Namespace, runtime_dir: Path, url: str) -> None:
     def restore() -> None:
         for n, p in model.named_parameters():
             p.data.copy_(before[n])
-        trainer.reset_optimizer()
+        trainer.rolled_back()
         if frontend is not None:
             frontend.reset_prefix_cache()
 

@@ -4,7 +4,7 @@ A plan is a pure function of (lengths, config, pack size): a worker that restart
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -94,6 +94,7 @@ class Batch:
     lengths: tuple[int, ...]  # S input lengths and those of the texts, summing to T
     likeliest: Tensor | None = None  # (Q, k) int64
     probabilities: Tensor | None = None  # (Q, k) float32
+    frozen: int = 0  # tokens at the beginning that run without gradient; in a batch of one sample only
 
     @property
     def tokens(self) -> int:
@@ -139,6 +140,11 @@ def collate(samples: Sequence[Sample], device: torch.device, replay: Sequence[Re
         likeliest=torch.cat([text.likeliest for text in replay]) if replay else None,
         probabilities=torch.cat([text.probabilities for text in replay]) if replay else None,
     )
+
+
+def with_frozen_context(sample: Sample, device: torch.device) -> Batch:
+    """One sample whose context runs without gradient, except for its last token, which predicts the continuation."""
+    return replace(collate([sample], device), frozen=max(0, len(sample.context_ids) - 1))
 
 
 def check_tokens(samples: Sequence[Sample], vocab_size: int, max_tokens: int | None) -> None:

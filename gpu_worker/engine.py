@@ -23,7 +23,16 @@ import torch
 from torch import Tensor
 
 from hogwild.errors import ConfigError, DoesNotFit, InvalidRequest, NonFinite
-from hogwild.gpu_worker.batch import Pack, Replayed, Sample, Step, check_tokens, collate, plan_steps
+from hogwild.gpu_worker.batch import (
+    Pack,
+    Replayed,
+    Sample,
+    Step,
+    check_tokens,
+    collate,
+    plan_steps,
+    with_frozen_context,
+)
 from hogwild.gpu_worker.config import TrainConfig
 from hogwild.gpu_worker.control import Control, StepReport, TrainResult, Unattended
 from hogwild.gpu_worker.forward import Forward
@@ -64,8 +73,8 @@ class Trainer:
     """Trains one live model. The optimizer's state stays here from job to job.
 
     Args:
-        model: a transformers causal language model, float32 or bf16, whose parameters are the live weights. Parameters
-            that do not require gradients are never trained.
+        model: a transformers causal language model, float32 or bf16, whose parameters are the live weights. It is put
+            into eval mode: there is no dropout. Parameters that do not require gradients are never trained.
         aliases: other names of parameters, for the `trainable` patterns; None: the checkpoint tensors in each, when the
             model was built over live weights.
         memory_limit: most bytes that training may take beside the weights; None: what is free.
@@ -86,7 +95,8 @@ class Trainer:
         compile_layers: bool = False,
         own_text: OwnText | None = None,
     ) -> None:
-        self.model = model
+        # Dropout would have the step recompute other layers than it ran, and vLLM serve a model that nobody measured.
+        self.model = model.eval()
         self.own_text = own_text
         # named_parameters() gives a tied weight once, under its first name.
         self.params: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -100,9 +110,10 @@ class Trainer:
         self.token_params = frozenset(n for n, p in self.params.items() if id(p) in tokens)
         self.optimizer: Optimizer | None = None
         self.memory_limit = memory_limit
-        layers = layers_of(model)
-        self.recompute = Recompute(layers, compile_layers=compile_layers, preserve_rng=_draws_random_numbers(model))
+        self.recompute = Recompute(layers_of(model), compile_layers=compile_layers)
         self._profile: Profile | None = None
+        self._job: int | None = None  # hash of the samples that were trained last
+        self._replayed: list[Replayed] | None = None  # of the running job; None: to be made
 
     def close(self) -> None:
         """Take the wrappers off the model."""
@@ -202,18 +213,22 @@ class Trainer:
         control = control or Unattended()
         config = plan.config
         optimizer = self._optimizer_for(config)
-        if first_step == 0:
+        job = hash(tuple((*s.context_ids, None, *s.continuation_ids) for s in plan.samples))
+        if first_step == 0 or self._job not in (None, job):  # not when the job of before, or of a saved state, goes on
             optimizer.begin_job()
+        self._job = job
         self.recompute.kept = plan.budget.kept_layers
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         result = TrainResult(first_step=first_step, n_steps=plan.n_steps)
-        replay = self._replay(plan, control)
+        self._replayed = None
+        if first_step < plan.n_steps:
+            self._replay(plan, control)  # before a step has begun: it takes a while
         bad_in_a_row = 0
         with Updates(self.trainable(config), self.params, optimizer) as updates:
             for step in range(first_step, plan.n_steps):
                 control.before_step(step)
-                report = self._step(plan, step, replay, updates, control)
+                report = self._step(plan, step, self._replay(plan, control), updates, control)
                 result.losses.append(report.loss)
                 result.tokens += report.tokens
                 result.loss_tokens += report.loss_tokens
@@ -303,13 +318,18 @@ class Trainer:
         """(cross-entropy, weighted divergence) of one pack, float32 (2,)."""
         samples = [plan.samples[i] for i in pack]
         weight = plan.config.replay / max(1, sum(len(text.ids) for text in texts))
-        if plan.config.context_grad and self.forward.abilities.packs:
-            return self.forward.losses(collate(samples, self.device, texts), total_weight, weight)
-        replayed = [self.forward.losses(collate([], self.device, [t]), 1.0, weight) for t in texts]
-        if plan.config.context_grad:
-            return torch.stack([self.forward.losses(collate(samples, self.device), total_weight), *replayed]).sum(0)
-        ours = torch.stack([self.forward.loss_after_frozen_context(s, total_weight) for s in samples]).sum()
-        return torch.stack([torch.stack([ours, torch.zeros_like(ours)]), *replayed]).sum(0)
+        packs = self.forward.abilities.packs
+        if plan.config.context_grad and packs:
+            rows = [collate(samples, self.device, texts)]
+        else:
+            rows = (
+                [collate(samples, self.device)]
+                if plan.config.context_grad
+                else [with_frozen_context(sample, self.device) for sample in samples]
+            )
+            together = [texts] if packs and texts else [[text] for text in texts]
+            rows += [collate([], self.device, some) for some in together]
+        return self.forward.losses(rows, total_weight, weight)
 
     def _texts_per_step(self, config: TrainConfig) -> int:
         if self.own_text is None or config.replay == 0:
@@ -317,16 +337,20 @@ class Trainer:
         return max(1, config.replay_tokens // TEXT_TOKENS)
 
     def _replay(self, plan: Plan, control: Control) -> list[Replayed]:
-        """The texts of a job, with what the model says on them before its first step."""
+        """The texts of the running job, with what the model said on them at its start, or after the last rollback."""
         per_step = self._texts_per_step(plan.config)
         if self.own_text is None or per_step == 0:
             return []
-        try:
-            return self.own_text.anchored(
-                self.forward, per_step * plan.n_steps, plan.config.seed, control.between_micro_steps
-            )
-        except torch.OutOfMemoryError as e:
-            out_of_memory = str(e).splitlines()[0]
+        out_of_memory = None
+        if self._replayed is None:
+            try:
+                self._replayed = self.own_text.anchored(
+                    self.forward, per_step * plan.n_steps, plan.config.seed, control.between_micro_steps
+                )
+            except torch.OutOfMemoryError as e:
+                out_of_memory = str(e).splitlines()[0]
+        if self._replayed is not None:
+            return self._replayed
         self._free_cached()
         raise DoesNotFit(f"Making the text to replay ran out of memory: {out_of_memory}. `replay: 0` trains without.")
 
@@ -345,11 +369,14 @@ class Trainer:
         current.weight_decay = config.weight_decay
         return current
 
-    def reset_optimizer(self) -> None:
-        """Forget all optimizer state: after a rollback it describes gradients of weights that are gone. Takes effect
-        in a running job too, when called between its steps."""
+    def rolled_back(self) -> None:
+        """Forget what describes weights that are gone: optimizer state, and the text to replay with what the model said
+        on it. Takes effect in a running job too, when called between its steps."""
         if self.optimizer is not None:
             self.optimizer.clear()
+        if self.own_text is not None:
+            self.own_text.forget()
+        self._replayed = None
         self._free_cached()
 
     def save_optimizer(self, path: Path) -> None:
@@ -374,9 +401,3 @@ def _load(samples: Sequence[Sample], context_grad: bool) -> Load:
     tokens = sum(s.input_tokens for s in samples)
     frozen = 0 if context_grad else sum(max(0, len(s.context_ids) - 1) for s in samples)
     return Load(tokens - frozen, predictors, frozen)
-
-
-def _draws_random_numbers(model: torch.nn.Module) -> bool:
-    return any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.modules()) or bool(
-        getattr(model.config, "attention_dropout", 0.0)
-    )

@@ -10,7 +10,7 @@ What a model can do is found out by trying it on a few tokens when the trainer i
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -29,6 +29,7 @@ HeadKind = Literal["linear", "own", "whole"]
 
 # Relative error (L2) that separates rounding from a different computation in the probes.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+HEAD_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 PROBE_TOKENS = 12
 
 
@@ -89,23 +90,19 @@ class Forward:
 
     def loss(self, batch: Batch, total_weight: float) -> Tensor:
         """Σ weight · CE over the batch's continuation tokens, divided by `total_weight`: a float32 scalar."""
-        return self.losses(batch, total_weight)[0]
+        return self.losses([batch], total_weight)[0]
 
-    def losses(self, batch: Batch, total_weight: float, replay_weight: float = 0.0) -> Tensor:
-        """(`loss`, `replay_weight` · Σ KL over the replayed positions): float32 (2,), to be summed."""
-        weights, anchor = batch.weights / total_weight, _anchor(batch, replay_weight)
+    def losses(self, batches: Sequence[Batch], total_weight: float, replay_weight: float = 0.0) -> Tensor:
+        """(`loss`, `replay_weight` · Σ KL over the replayed positions) of rows that run one after the other: float32
+        (2,), to be summed. Rows with replayed texts come last.
+
+        The rows share one use of the head: each use would hold a gradient as large as the head until backward.
+        """
         if self.abilities.head == "whole":
-            logits = self.model(
-                input_ids=batch.input_ids,
-                position_ids=batch.position_ids,
-                use_cache=False,
-                logits_to_keep=batch.predictors,
-            ).logits[0]
-            n = batch.targets.shape[0]
-            kept = logits.new_zeros(()).float() if anchor is None else anchor_loss(logits[n:], anchor)
-            return torch.stack([target_loss(logits[:n], batch.targets, weights), kept])
-        hidden = self.hidden(batch)[0].index_select(0, batch.predictors)
-        return self._head_losses(hidden, batch.targets, weights, anchor)
+            return torch.stack([self._losses_of_logits(b, total_weight, replay_weight) for b in batches]).sum(0)
+        hidden = torch.cat([self._predictors(b) for b in batches])
+        targets, weights = torch.cat([b.targets for b in batches]), torch.cat([b.weights for b in batches])
+        return self._head_losses(hidden, targets, weights / total_weight, _anchor(batches, replay_weight))
 
     @torch.no_grad()
     def likeliest(self, batch: Batch, k: int) -> tuple[Tensor, Tensor]:
@@ -119,26 +116,6 @@ class Forward:
         found = [logits.float().softmax(-1).topk(min(k, self.vocab_size)) for logits in parts]
         return torch.cat([f.indices for f in found]), torch.cat([f.values for f in found])
 
-    def loss_after_frozen_context(self, sample: Sample, total_weight: float) -> Tensor:
-        """As `loss`, for one sample whose context runs without gradient: memory follows the continuation.
-
-        The context's keys and values are constants; the last context token, which predicts the first continuation
-        token, is differentiated with the continuation.
-        """
-        if self.abilities.head == "whole":
-            raise InvalidRequest("context_grad: false is not possible with this architecture.", field="context_grad")
-        batch = collate([sample], self.device)
-        frozen = max(0, len(sample.context_ids) - 1)
-        past = self._frozen_cache(batch.input_ids[:, :frozen]) if frozen else None
-        hidden = self.backbone(
-            input_ids=batch.input_ids[:, frozen:],
-            position_ids=batch.position_ids[:, frozen:],
-            past_key_values=past,
-            use_cache=past is not None,
-        ).last_hidden_state[0]
-        hidden = hidden.index_select(0, batch.predictors - frozen)
-        return self._head_losses(hidden, batch.targets, batch.weights / total_weight, None)[0]
-
     def hidden(self, batch: Batch) -> Tensor:
         """Last hidden states, (1, T, H)."""
         extra = {}
@@ -148,6 +125,34 @@ class Forward:
             input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **extra
         ).last_hidden_state
         return out
+
+    def _predictors(self, batch: Batch) -> Tensor:
+        """Hidden states (P + Q, H) of the positions that the loss is about.
+
+        With a frozen context memory follows the continuation: the context's keys and values are constants.
+        """
+        if not batch.frozen:
+            return self.hidden(batch)[0].index_select(0, batch.predictors)
+        hidden: Tensor = self.backbone(
+            input_ids=batch.input_ids[:, batch.frozen :],
+            position_ids=batch.position_ids[:, batch.frozen :],
+            past_key_values=self._frozen_cache(batch.input_ids[:, : batch.frozen]),
+            use_cache=True,
+        ).last_hidden_state[0]
+        return hidden.index_select(0, batch.predictors - batch.frozen)
+
+    def _losses_of_logits(self, batch: Batch, total_weight: float, replay_weight: float) -> Tensor:
+        if batch.frozen:
+            raise InvalidRequest("context_grad: false is not possible with this architecture.", field="context_grad")
+        logits = self.model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            logits_to_keep=batch.predictors,
+        ).logits[0]
+        n, anchor = batch.targets.shape[0], _anchor([batch], replay_weight)
+        kept = logits.new_zeros(()).float() if anchor is None else anchor_loss(logits[n:], anchor)
+        return torch.stack([target_loss(logits[:n], batch.targets, batch.weights / total_weight), kept])
 
     def _head_losses(self, hidden: Tensor, targets: Tensor, weights: Tensor, anchor: Anchor | None) -> Tensor:
         if self.abilities.head == "linear":
@@ -165,8 +170,15 @@ class Forward:
     def _backbone_gives(self, hidden: Tensor) -> Iterator[None]:
         from transformers.modeling_outputs import BaseModelOutputWithPast
 
+        class Output(BaseModelOutputWithPast):  # type: ignore[misc]
+            """What else a head may ask for (router logits, cross attentions) was not computed."""
+
+            def __getattr__(self, name: str) -> None:
+                if name.startswith("__"):
+                    raise AttributeError(name)
+
         original = self.backbone.forward
-        self.backbone.forward = lambda *args, **kwargs: BaseModelOutputWithPast(last_hidden_state=hidden)
+        self.backbone.forward = lambda *args, **kwargs: Output(last_hidden_state=hidden)
         try:
             yield
         finally:
@@ -232,26 +244,36 @@ class Forward:
         hidden = getattr(out, "last_hidden_state", None)
         if not isinstance(hidden, Tensor):
             return "whole"
-        if isinstance(self.head, nn.Linear) and self._same(self.head(hidden[0]), wanted):
+        # The same product of the same rows: a head that does more must not pass for rounding. Soft-capping shows in
+        # large logits only, so the plain head has to agree with the model's own on large hidden states too.
+        own = self._same(self._own_head(hidden[0]), wanted, HEAD_TOLERANCE)
+        large = 8.0 * hidden[0]
+        if (
+            isinstance(self.head, nn.Linear)
+            and self._same(self.head(hidden[0]), wanted, HEAD_TOLERANCE)
+            and (not own or self._same(self.head(large), self._own_head(large), HEAD_TOLERANCE))
+        ):
             return "linear"
-        return "own" if self._same(self._own_head(hidden[0]), wanted) else "whole"
+        return "own" if own else "whole"
 
     def _probe_hidden(self, *rows: Tensor) -> Tensor:
         samples = [Sample(context_ids=r.tolist(), continuation_ids=[0]) for r in rows]
         return self.hidden(collate(samples, self.device))[0]
 
     @staticmethod
-    def _same(a: Tensor, b: Tensor) -> bool:
+    def _same(a: Tensor, b: Tensor, tolerance: Mapping[torch.dtype, float] = TOLERANCE) -> bool:
         if a.shape != b.shape:
             return False
         error = torch.linalg.vector_norm((a - b).float()) / torch.linalg.vector_norm(b.float())
-        return bool(error <= TOLERANCE.get(b.dtype, 1e-4))
+        return bool(error <= tolerance.get(b.dtype, 1e-4))
 
 
-def _anchor(batch: Batch, weight: float) -> Anchor | None:
-    if batch.likeliest is None or batch.probabilities is None:
+def _anchor(batches: Sequence[Batch], weight: float) -> Anchor | None:
+    said = [(b.likeliest, b.probabilities) for b in batches if b.likeliest is not None and b.probabilities is not None]
+    if not said:
         return None
-    return Anchor(batch.likeliest, batch.probabilities, weight)
+    likeliest, probabilities = zip(*said, strict=True)
+    return Anchor(torch.cat(likeliest), torch.cat(probabilities), weight)
 
 
 def _reader(keys: Tensor, values: Tensor) -> Any:

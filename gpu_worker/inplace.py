@@ -94,7 +94,10 @@ def scaled_update_(p: Tensor, g: Tensor, coefficient: Tensor, decay: float, key:
         # No temporaries: the gradient is ours to spend.
         if decay:
             p.mul_(1.0 - decay)
-        p.sub_(g.mul_(coefficient))
+        g.mul_(coefficient)
+        if not torch.isfinite(torch.linalg.vector_norm(g)):
+            g.nan_to_num_(0.0, 0.0, 0.0)
+        p.sub_(g)
         return
     for at, index in _chunks(p):
         new = p[at].float().mul_(1.0 - decay).sub_(g[at].float().mul_(coefficient[at]))
@@ -160,7 +163,7 @@ def _chunks(p: Tensor) -> Iterator[tuple[tuple[int, slice], Tensor]]:
 
 def _store(p: Tensor, at: tuple[int, slice], new: Tensor, index: Tensor, key: int) -> None:
     old = p[at]
-    if p.dtype == torch.bfloat16:
-        new = stochastic_round(new, random_bits(index, key))
-    # A rate far too high can overflow: those elements stay as they were.
-    old.copy_(torch.where(torch.isfinite(new), new, old))
+    stored = stochastic_round(new, random_bits(index, key)) if p.dtype == torch.bfloat16 else new
+    # A rate far too high can overflow, before the rounding or by it: those elements stay as they were. Looked at before
+    # too, because the random bits carry a NaN's pattern over to that of -0.
+    old.copy_(torch.where(torch.isfinite(new) & torch.isfinite(stored), stored, old))

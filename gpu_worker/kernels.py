@@ -38,11 +38,13 @@ def _random_bits(index, key_low, key_high, MIX_A: tl.constexpr, MIX_B: tl.conste
 @triton.jit
 def _rounded(new, old, index, key_low, key_high, STOCHASTIC: tl.constexpr, MIX_A: tl.constexpr, MIX_B: tl.constexpr):
     """float32 as it will be stored: rounded stochastically to bf16, or the old value where it is not finite."""
+    stored = new
     if STOCHASTIC:
         bits = _random_bits(index, key_low, key_high, MIX_A, MIX_B) & 0xFFFF
-        new = ((new.to(tl.uint32, bitcast=True) + bits) & 0xFFFF0000).to(tl.float32, bitcast=True)
-    # Not finite: the difference with itself is nan, which equals nothing.
-    return tl.where(new - new == 0.0, new, old)
+        stored = ((new.to(tl.uint32, bitcast=True) + bits) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    # Not finite: the difference with itself is nan, which equals nothing. Before the rounding, which can carry a nan's
+    # pattern over to that of -0, and after it.
+    return tl.where((new - new == 0.0) & (stored - stored == 0.0), stored, old)
 
 
 @triton.jit(do_not_specialize=["decay", "key_low", "key_high"])

@@ -82,9 +82,13 @@ class Lifecycle:
             return self.state
         try:
             self._try(inode)
-        except HogwildError as error:
+        except Exception as error:
             self._refused = (inode, self._clock() + RETRY_S)
-            self._go(State.REFUSED, error.message)
+            if isinstance(error, HogwildError):
+                self._go(State.REFUSED, error.message)
+            else:
+                logger.exception("attaching failed")
+                self._go(State.REFUSED, f"attaching failed: {type(error).__name__}: {error}")
         return self.state
 
     def _try(self, inode: int) -> None:

@@ -4,7 +4,7 @@
                        │   compose.learn: which boxes of which checkpoint tensors make each parameter
     attachment  ──▶    │   each parameter becomes one strided view on vLLM's memory
                        ▼
-                    train mode; a parameter that shares memory with another *is* the other one
+                    eval mode; a parameter that shares memory with another *is* the other one
 
 A matrix that can't be shared stops it, with the list of all such. A vector or scalar that vLLM serves in another form
 (Mamba's A, for instance) is loaded from the checkpoint as a constant: right as long as nobody trains it, and nobody
@@ -27,7 +27,7 @@ from hogwild.strided import Layout
 
 
 def build_model(attachment: Attachment) -> Any:
-    """The served model as a `transformers.PreTrainedModel` in train mode, on the live weights.
+    """The served model as a `transformers.PreTrainedModel` in eval mode (no dropout), on the live weights.
 
     Parameters that can be trained have `requires_grad`; constants don't. `model.hogwild_constants` names those with the
     reason, `model.hogwild_sources` maps each trainable parameter to the checkpoint tensors in it.
@@ -77,7 +77,7 @@ def build_model(attachment: Attachment) -> Any:
     _load_constants(model, constants, recipe.parts, manifest, attachment.device, dtype)
     model.hogwild_constants = constants
     model.hogwild_sources = sources
-    return model.train()
+    return model.eval()
 
 
 def empty_model(path: Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:

@@ -18,18 +18,14 @@ class Recompute:
     """Wraps the decoder layers of a model; `close` puts them back.
 
     Args:
-        layers: in forward order.
+        layers: in forward order; they draw no random numbers.
         compile_layers: run each layer through torch.compile (fuses norms, rotary embedding and activations).
-        preserve_rng: the layers draw random numbers (dropout), which recomputing must repeat.
     """
 
-    def __init__(
-        self, layers: Iterable[nn.Module], *, compile_layers: bool = False, preserve_rng: bool = False
-    ) -> None:
+    def __init__(self, layers: Iterable[nn.Module], *, compile_layers: bool = False) -> None:
         self.layers = list(layers)
         self.kept = len(self.layers)
         """Layers, counted from the last, that keep their activations."""
-        self.preserve_rng = preserve_rng
         for i, layer in enumerate(self.layers):
             forward = layer.forward
             if compile_layers:
@@ -41,7 +37,7 @@ class Recompute:
         def run(*args: Any, **kwargs: Any) -> Any:
             if index >= len(self.layers) - self.kept or not torch.is_grad_enabled():
                 return forward(*args, **kwargs)
-            return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=self.preserve_rng, **kwargs)
+            return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
         return run
 

@@ -80,7 +80,9 @@ class OwnText:
         self._texts: list[list[int]] = []
 
     @classmethod
-    def for_model(cls, model_path: Path, openings: Path | None = None) -> "OwnText | None":
+    def for_model(
+        cls, model_path: Path, openings: Path | None = None, *, trust_remote_code: bool = False
+    ) -> "OwnText | None":
         """With the tokenizer of a model directory; None (and a line in the log) when it has none that works.
 
         Args:
@@ -88,15 +90,29 @@ class OwnText:
         """
         from transformers import AutoTokenizer
 
-        lines = OPENINGS if openings is None else openings.read_text(encoding="utf-8").splitlines()
+        given = OPENINGS if openings is None else openings.read_text(encoding="utf-8").splitlines()
+        lines = [line for line in given if line.strip()]
         try:
-            tokenizer = AutoTokenizer.from_pretrained(model_path, local_files_only=True)
-            ids = [tokenizer(line).input_ids[:OPENING_TOKENS] for line in lines if line.strip()]
+            tokenizer = AutoTokenizer.from_pretrained(
+                model_path, local_files_only=True, trust_remote_code=trust_remote_code
+            )
+            ids = [tokenizer(line).input_ids[:OPENING_TOKENS] for line in lines]
         except Exception as error:  # any of a hundred tokenizers' own errors
             log.warning("no replay, because %s has no tokenizer that works: %s", model_path, error)
             return None
         longest = max(map(len, ids), default=0)
-        return cls([i for i in ids if len(i) == longest]) if longest else None
+        usable = [i for i in ids if len(i) == longest]
+        # Without a tokenizer's files transformers may make one up, which knows no word.
+        if not longest or (len(lines) > 1 and len(set(map(tuple, ids))) == 1):
+            log.warning("no replay, because the tokenizer of %s makes no tokens of words", model_path)
+            return None
+        if openings is not None:
+            log.info("replay begins with %d of %d openings: those of %d tokens", len(usable), len(lines), longest)
+        return cls(usable)
+
+    def forget(self) -> None:
+        """Drop the texts: the model that wrote them is gone."""
+        self._texts.clear()
 
     def anchored(self, forward: Forward, count: int, seed: int, between: Callable[[], None]) -> list[Replayed]:
         """`count` texts (at most `TEXTS`) and what the model says on them now.
@@ -104,6 +120,10 @@ class OwnText:
         Args:
             between: called between forward passes; may raise.
         """
+        self._openings = [ids for ids in self._openings if max(ids) < forward.vocab_size]
+        if not self._openings:
+            log.warning("no replay, because the tokenizer's ids are not those of the model's embedding")
+            return []
         count = min(count, TEXTS)
         while len(self._texts) < count:
             self._texts += self._sample(forward, seed, between)

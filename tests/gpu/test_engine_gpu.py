@@ -16,7 +16,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Qwen3Config, Qwen3
 
 from hogwild.errors import DoesNotFit  # noqa: E402
 from hogwild.gpu_worker import attention, inplace, kernels  # noqa: E402
-from hogwild.gpu_worker.batch import Sample, collate  # noqa: E402
+from hogwild.gpu_worker.batch import Sample, collate, with_frozen_context  # noqa: E402
 from hogwild.gpu_worker.config import TrainConfig  # noqa: E402
 from hogwild.gpu_worker.engine import Trainer  # noqa: E402
 from hogwild.gpu_worker.optim import ApolloMini, build_optimizer  # noqa: E402
@@ -136,9 +136,10 @@ def test_frozen_context_agrees_with_masks(name: str) -> None:
     model = build(name)
     trainer = Trainer(model)
     sample = samples([50])[0]
-    flash = trainer.forward.loss_after_frozen_context(sample, 1.0)
+    batch = with_frozen_context(sample, trainer.device)
+    flash = trainer.forward.loss(batch, 1.0)
     model.set_attn_implementation("sdpa")
-    torch.testing.assert_close(flash, trainer.forward.loss_after_frozen_context(sample, 1.0), rtol=2e-3, atol=0)
+    torch.testing.assert_close(flash, trainer.forward.loss(batch, 1.0), rtol=2e-3, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw", "apollo", "apollo-mini"])

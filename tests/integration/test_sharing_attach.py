@@ -65,10 +65,10 @@ def test_the_model_on_the_views_is_the_served_model(exporter: Exporter, runtime_
     with attach(runtime_dir) as attachment:
         assert attachment.verify().tensors == len(attachment.views)
         model = build_model(attachment)
-        assert model.training
+        assert not model.training
         assert all(parameter.requires_grad for parameter in model.parameters())
         with torch.no_grad():
-            assert torch.equal(model.eval()(ids).logits, reference(ids).logits)
+            assert torch.equal(model(ids).logits, reference(ids).logits)
         addresses = {view.data_ptr() for view in attachment.views.values()}
         assert {parameter.data_ptr() for parameter in model.parameters()} == addresses
         assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -357,6 +357,26 @@ def test_refused_until_the_other_worker_is_gone(exporter: Exporter, runtime_dir:
         assert seen.poll() is State.REFUSED
         assert "another worker" in seen.lifecycle.reason
         assert seen.poll() is State.REFUSED
+    seen.now += 60
+    assert seen.poll() is State.VERIFIED
+    seen.lifecycle.close()
+
+
+def test_what_fails_in_attaching_is_a_state_that_says_why_and_is_not_tried_at_once_again(
+    exporter: Exporter, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, tries = Seen(runtime_dir), []
+
+    def fail(self: Attachment) -> None:
+        tries.append(self)
+        raise RuntimeError("no kernel image")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Attachment, "verify", fail)
+        assert seen.poll() is State.REFUSED
+        assert "RuntimeError: no kernel image" in seen.lifecycle.reason
+        seen.poll()
+    assert len(tries) == 1
     seen.now += 60
     assert seen.poll() is State.VERIFIED
     seen.lifecycle.close()

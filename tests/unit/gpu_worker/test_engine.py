@@ -8,15 +8,29 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, VOCAB, Recorder, build, samples, weights_of
+from tiny_models import ARCHITECTURES, SMALL, VOCAB, Recorder, build, samples, weights_of
 from torch import Tensor
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteMoeConfig,
+    GraniteMoeForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Starcoder2Config,
+    Starcoder2ForCausalLM,
+)
 
 from hogwild.errors import ConfigError, DoesNotFit, InvalidRequest, JobCancelled, NonFinite
-from hogwild.gpu_worker.batch import Sample, collate
+from hogwild.gpu_worker.batch import Sample, collate, with_frozen_context
 from hogwild.gpu_worker.config import TrainConfig
 from hogwild.gpu_worker.control import StepReport
 from hogwild.gpu_worker.engine import Plan, Trainer, Unattended
+from hogwild.gpu_worker.optim.apollo import Apollo
 
 STORED = Path(__file__).parent / "engine_losses.json"
 
@@ -39,6 +53,50 @@ def trainer() -> Iterator[Trainer]:
     trainer = Trainer(build())
     yield trainer
     trainer.close()
+
+
+# --- what a model can do ----------------------------------------------------------------------------------------------
+
+DROPOUT: dict[str, Any] = {
+    "starcoder2": lambda: Starcoder2ForCausalLM(Starcoder2Config(**SMALL)),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=3, n_head=4, n_positions=128)),
+    "opt": lambda: OPTForCausalLM(
+        OPTConfig(vocab_size=VOCAB, hidden_size=32, word_embed_proj_dim=32, ffn_dim=48, num_hidden_layers=3,
+                  num_attention_heads=4, max_position_embeddings=128)
+    ),
+    "granitemoe": lambda: GraniteMoeForCausalLM(
+        GraniteMoeConfig(**SMALL, logits_scaling=4.0, num_local_experts=4, num_experts_per_tok=2)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DROPOUT)
+def test_dropout_and_what_heads_ask_of_the_backbone_do_not_matter(name: str) -> None:
+    gradients = []
+    for kept in (0, 3):
+        torch.manual_seed(0)
+        model = DROPOUT[name]().train()
+        trainer = Trainer(model)
+        assert trainer.forward.abilities.head == ("own" if name == "granitemoe" else "linear")
+        assert trainer.forward.abilities.packs or name == "opt"  # OPT counts positions by its mask
+        trainer.recompute.kept = kept
+        loss = trainer.forward.loss(collate(samples(3), trainer.device), 5.0)
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("cap", "kind"), [(30.0, "own"), (None, "linear")])
+def test_a_soft_capped_head_is_told_from_a_plain_one_by_small_logits(
+    dtype: torch.dtype, cap: float | None, kind: str
+) -> None:
+    torch.manual_seed(0)
+    config = Gemma2Config(**SMALL, head_dim=8, query_pre_attn_scalar=8, final_logit_softcapping=cap)
+    model = Gemma2ForCausalLM(config).to(dtype)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2.0 / float(model(torch.arange(12)[None]).logits.float().std()))
+    assert Trainer(model).forward.abilities.head == kind
 
 
 # --- the loss --------------------------------------------------------------------------------------------------------
@@ -209,7 +267,7 @@ def test_frozen_context_gives_the_gradient_of_the_same_computation(name: str, ke
     trainer = Trainer(model)
     trainer.recompute.kept = kept
     sample = samples(4)[3]
-    ours = trainer.forward.loss_after_frozen_context(sample, 1.0)
+    ours = trainer.forward.loss(with_frozen_context(sample, trainer.device), 1.0)
     theirs = reference_frozen_loss(model, sample)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     params = list(model.parameters())
@@ -433,7 +491,7 @@ def test_rollback_between_two_steps_drops_the_optimizer_state_at_once(trainer: T
         def before_step(self, step: int) -> None:
             assert trainer.optimizer is not None
             if step == 2:
-                trainer.reset_optimizer()
+                trainer.rolled_back()
                 assert trainer.optimizer.allocated_bytes() == 0
 
     trainer.run(trainer.plan(samples(), TrainConfig(optimizer="adamw", steps=3)), RollBack())
@@ -441,6 +499,20 @@ def test_rollback_between_two_steps_drops_the_optimizer_state_at_once(trainer: T
     # Then the moments count the one step since, while random bits go on from where they were
     assert {float(s["step"]) for s in trainer.optimizer.state.values()} == {1.0}
     assert trainer.optimizer.steps == 3
+
+
+def test_the_growth_limiter_starts_afresh_when_another_job_ran_between(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = []
+    monkeypatch.setattr(Apollo, "begin_job", lambda self: begun.append(self))
+    plan, other = (trainer.plan(samples(seed=seed), TrainConfig(steps=3)) for seed in (0, 1))
+    trainer.run(plan)
+    trainer.run(plan, first_step=2)  # the same job goes on
+    assert len(begun) == 1
+    trainer.run(other)
+    trainer.run(plan, first_step=2)
+    assert len(begun) == 3
 
 
 def test_job_without_samples_or_with_foreign_tokens_is_refused(trainer: Trainer) -> None:

@@ -86,6 +86,20 @@ def test_update_that_would_overflow_keeps_the_old_value() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pattern", [0x7FFFFFFF, 0x7FC00000, 0x7F800000])  # the nan that CUDA makes, x86's, infinity
+def test_update_that_is_not_finite_keeps_the_old_value(dtype: torch.dtype, pattern: int) -> None:
+    p = torch.randn(1, 20, 30).to(dtype)
+    before = p.clone()
+    bad = torch.full((1, 20, 30), pattern, dtype=torch.int32).view(torch.float32)
+    bad[0, 0, 0] = 1.0
+    for key in range(5):
+        scaled_update_(p, torch.ones_like(p), bad, 0.0, key, YES)
+    assert not torch.equal(p[0, 0, 0], before[0, 0, 0])
+    p[0, 0, 0] = before[0, 0, 0]
+    assert torch.equal(p, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_slices_of_fused_weights_are_written_where_they_lie(dtype: torch.dtype) -> None:
     # Given a view into a larger tensor, as a slice of a fused projection is
     fused = torch.randn(40, 24).to(dtype)

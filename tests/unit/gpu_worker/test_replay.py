@@ -1,5 +1,6 @@
 """Replay: a job that leaves the model as it was on text of its own."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ import torch
 from tiny_models import ARCHITECTURES, VOCAB, Recorder, build, samples, weights_of
 from transformers import MambaConfig, MambaForCausalLM
 
+from hogwild.gpu_worker import forward
 from hogwild.gpu_worker.batch import Replayed, collate
 from hogwild.gpu_worker.config import TrainConfig
 from hogwild.gpu_worker.control import StepReport
 from hogwild.gpu_worker.engine import Trainer
+from hogwild.gpu_worker.loss import linear_losses
 from hogwild.gpu_worker.replay import TEXT_TOKENS, TEXTS, OwnText
 
 ADAMW: dict[str, Any] = {"optimizer": "adamw", "learning_rate": 3e-3}
@@ -81,9 +84,9 @@ def test_texts_in_the_samples_row_count_as_texts_alone_do() -> None:
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(1.05)
-    alone = sum(trainer.forward.losses(collate([], trainer.device, [t]), 1.0, 0.5) for t in texts)
+    alone = sum(trainer.forward.losses([collate([], trainer.device, [t])], 1.0, 0.5) for t in texts)
     ce = trainer.forward.loss(collate(samples(), trainer.device), 7.0)
-    together = trainer.forward.losses(collate(samples(), trainer.device, texts), 7.0, 0.5)
+    together = trainer.forward.losses([collate(samples(), trainer.device, texts)], 7.0, 0.5)
     torch.testing.assert_close(together, torch.stack([ce, alone[1]]), rtol=1e-4, atol=1e-5)
 
 
@@ -154,3 +157,50 @@ def test_openings_are_cut_to_one_length(tmp_path: Path) -> None:
 def test_without_a_tokenizer_nothing_is_replayed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert OwnText.for_model(tmp_path) is None
     assert "no replay" in caplog.text
+
+
+def test_a_tokenizer_that_is_made_up_is_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for kind in ("qwen2", "gemma"):
+        caplog.clear()
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "vocab_size": VOCAB}))
+        assert OwnText.for_model(tmp_path) is None
+        assert "no replay" in caplog.text
+
+
+def test_openings_outside_the_vocabulary_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    trainer = Trainer(build(), own_text=OwnText([[VOCAB, 1], [2, 3]]))
+    assert run(trainer, steps=1)[0].replay_divergence is not None
+    assert {tuple(ids[:2]) for ids in trainer.own_text._texts} == {(2, 3)}
+    stranger = Trainer(build(), own_text=OwnText([[1, VOCAB]]))
+    assert run(stranger, steps=1)[0].replay_divergence is None
+    assert "embedding" in caplog.text
+
+
+def test_after_a_rollback_the_job_stays_at_the_weights_it_was_given() -> None:
+    model, other = build(), weights_of(build(seed=1))
+    trainer = Trainer(model, own_text=own_text())
+
+    class RollBack(Recorder):
+        def before_step(self, step: int) -> None:
+            if step == 2:
+                with torch.no_grad():
+                    for name, p in model.named_parameters():
+                        p.copy_(other[name])
+                trainer.rolled_back()
+
+    recorder = RollBack()
+    trainer.run(trainer.plan(samples(), TrainConfig(**ADAMW, steps=4)), recorder)
+    moved = [report.replay_divergence for report in recorder.reports]
+    assert moved[2] == pytest.approx(0.0, abs=1e-5)
+    assert min(moved[1], moved[3]) > 1e-4
+
+
+@pytest.mark.parametrize("context_grad", [True, False])
+def test_a_pack_uses_the_head_once(context_grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Each use holds a gradient as large as the head until backward
+    uses = []
+    monkeypatch.setattr(forward, "linear_losses", lambda *args: uses.append(args[0].shape[0]) or linear_losses(*args))
+    trainer = Trainer(build(), own_text=own_text())
+    run(trainer, context_grad=context_grad, steps=1, replay_tokens=3 * TEXT_TOKENS)
+    texts = sum(len(ids) for ids in trainer.own_text._texts[:3])
+    assert uses == [sum(sample.loss_tokens for sample in samples()) + texts]
