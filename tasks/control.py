@@ -9,6 +9,7 @@ knows as begun was applied.
 """
 
 import math
+import time
 from typing import TYPE_CHECKING, Any
 
 from hogwild.errors import HogwildError, JobCancelled
@@ -18,6 +19,9 @@ from hogwild.tasks.progress import send_progress
 
 if TYPE_CHECKING:
     from hogwild.tasks.runtime import Live, Runtime
+
+
+LOOK_S = 0.5  # between two looks at the ledger within a step
 
 
 class WorkerStopping(HogwildError):
@@ -31,13 +35,17 @@ class JobParked(HogwildError):
 class JobControl:
     """Implements the engine's `Control` for one claimed job."""
 
-    def __init__(self, runtime: "Runtime", live: "Live", task: Any, lease: Lease, n_steps: int) -> None:
+    def __init__(
+        self, runtime: "Runtime", live: "Live", task: Any, lease: Lease, *, first_step: int, n_steps: int
+    ) -> None:
         self._runtime = runtime
         self._live = live
         self._task = task
         self._lease = lease
         self._n_steps = n_steps
-        self.next_step = lease.first_step
+        self.next_step = first_step
+        self._in_step = False
+        self._looked_at = 0.0
 
     def before_step(self, step: int) -> None:
         """Raises WorkerStopping, ExporterGone, JobCancelled, JobParked, or Conflict when the lease was lost."""
@@ -53,6 +61,7 @@ class JobControl:
         runtime.ledger.begin_step(self._lease, step, weight_version=weights.version)
         self.next_step = step + 1
         weights.begin()
+        self._in_step = True
         runtime.step_started(self._lease.job_id, step, self._n_steps)
 
     def after_step(self, report: StepReport) -> None:
@@ -64,6 +73,7 @@ class JobControl:
         else:
             version = weights.version
             weights.set_version(version)
+        self._in_step = False
         runtime.ledger.applied(
             self._lease,
             report.step,
@@ -87,5 +97,15 @@ class JobControl:
         runtime.step_done(report, version)
 
     def between_micro_steps(self) -> None:
-        """The pacing governor's turn."""
+        """The pacing governor's turn, and a look whether the job is to end.
+
+        Raises JobCancelled, and WorkerStopping where no step has begun: one that has would count as interrupted.
+        """
         self._live.governor.between_micro_steps()
+        if time.monotonic() - self._looked_at < LOOK_S:
+            return
+        self._looked_at = time.monotonic()
+        if not self._in_step and self._runtime.stopping():
+            raise WorkerStopping
+        if self._runtime.ledger.requested(self._lease.job_id) == "cancel":
+            raise JobCancelled

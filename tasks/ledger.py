@@ -59,6 +59,7 @@ class Lease:
     attempts: int
     steps: int | None
     payload: str
+    pack_tokens: int | None = None  # of the plan by which the job began
     config: dict[str, Any] = field(default_factory=dict)
 
 
@@ -89,8 +90,8 @@ class Ledger:
         self.messages = messages or Messages(make_app(settings), settings.queue)
         self.announcer = announcer
         self._scripts = {name: client.register_script(getattr(scripts, name))
-                         for name in ("SUBMIT", "CLAIM", "PLANNED", "BEGIN_STEP", "APPLIED", "FINISH", "SET_PAUSED",
-                                      "PARK", "RELEASE", "INTERRUPTED", "REQUEST", "REPUBLISH", "PURGE")}
+                         for name in ("SUBMIT", "CLAIM", "PLANNED", "BEGIN_STEP", "APPLIED", "FINISH",
+                                      "PARK", "RELEASE", "REQUEST", "REPUBLISH", "PURGE")}
 
     def _call(self, script: str, *args: Any) -> Any:
         return self._scripts[script](keys=[self.keys.prefix], args=args)
@@ -218,16 +219,18 @@ class Ledger:
             return None
         h = dict(zip(row[::2], row[1::2], strict=True))
         return Lease(job_id, worker_id, fence=int(h[b"fence"]), first_step=int(h[b"begun"]),
-                     attempts=int(h[b"attempts"]), steps=int(h[b"steps"]) if b"steps" in h else None,
+                     attempts=int(h[b"attempts"]), steps=int(h[b"steps"]) if h.get(b"steps") else None,
+                     pack_tokens=int(h[b"pack_tokens"]) if h.get(b"pack_tokens") else None,
                      payload=h[b"payload"].decode(), config=json.loads(h[b"config"]))
 
     def samples(self, lease: Lease) -> Sequence[Sample]:
         """The samples of a claimed job. Raises NotFound, HogwildError (damaged)."""
         return load(self.client, self.keys, lease.payload)
 
-    def planned(self, lease: Lease, steps: int) -> None:
-        """Record how many steps the job will take. Raises Conflict (lease lost)."""
-        self._held(self._call("PLANNED", lease.job_id, lease.fence, steps), lease)
+    def planned(self, lease: Lease, steps: int, pack_tokens: int | None = None) -> None:
+        """Record how many steps the job will take, and the size of their packs. Raises Conflict (lease lost)."""
+        size = "" if pack_tokens is None else pack_tokens
+        self._held(self._call("PLANNED", lease.job_id, lease.fence, steps, size), lease)
 
     def begin_step(self, lease: Lease, step: int, *, weight_version: int | None = None) -> None:
         """Durably record that step `step` (0-based) begins; return only then. Raises Conflict (lease lost).
@@ -261,10 +264,6 @@ class Ledger:
             return "pause"
         return "run" if value == b"run" else "cancel"
 
-    def set_paused(self, lease: Lease, paused: bool) -> None:
-        """Show that the worker holds the job paused (True) or goes on (False). Raises Conflict (lease lost)."""
-        self._held(self._call("SET_PAUSED", lease.job_id, lease.fence, "1" if paused else "0"), lease)
-
     def park(self, lease: Lease) -> bool:
         """Give a job that is to pause back between two steps, so that the worker is free for others.
 
@@ -277,13 +276,8 @@ class Ledger:
         return True
 
     def release(self, lease: Lease) -> None:
-        """Put the job back into the queue between two steps, because this worker stops. Raises Conflict."""
-        message = self._message(lease.job_id)
-        self._held(self._call("RELEASE", lease.job_id, lease.fence, message.key, message.id, message.body), lease)
-
-    def interrupted(self, lease: Lease, step: int) -> None:
-        """Close step `step`, which began and will not be applied (vLLM vanished in it). Raises Conflict."""
-        self._held(self._call("INTERRUPTED", lease.job_id, lease.fence, step), lease)
+        """Put the job back between two steps, because this worker stops: the next one takes it up. Raises Conflict."""
+        self._held(self._call("RELEASE", lease.job_id, lease.fence), lease)
 
     # --- the reconciler ---------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -186,15 +187,6 @@ class Runtime:
                 registry=self.registry,
             )
         self._saver.bring_together(attachment)
-        pace = GovernorConfig(itl_budget_ms=settings.itl_budget_ms, serve_share=settings.serve_share)
-        governor = Governor(
-            pace,
-            Pulse(settings.model_runtime_dir, self._vllm_metrics),
-            device=device_queue(attachment.device),
-        )
-        remove = install_yield_points(model, governor) if pace.enabled else _nothing
-        own_text = OwnText.for_model(Path(manifest.model_path), settings.replay_openings)
-        self._live = Live(attachment, Trainer(model, own_text=own_text), self._saver, governor, remove)
         frontend = Frontend.load(settings.model_runtime_dir)
         self.registry.publish_model(
             ModelInfo(
@@ -210,6 +202,17 @@ class Runtime:
             )
         )
         self._saver.publish()
+        pace = GovernorConfig(itl_budget_ms=settings.itl_budget_ms, serve_share=settings.serve_share)
+        governor = Governor(
+            pace,
+            Pulse(settings.model_runtime_dir, self._vllm_metrics),
+            device=device_queue(attachment.device),
+        )
+        remove = install_yield_points(model, governor) if pace.enabled else _nothing
+        own_text = OwnText.for_model(
+            Path(manifest.model_path), settings.replay_openings, trust_remote_code=manifest.trust_remote_code
+        )
+        self._live = Live(attachment, Trainer(model, own_text=own_text), self._saver, governor, remove)
         logger.info(
             "attached to %s: %d tensors in %.3f s, weight version %d",
             manifest.served_model_name,
@@ -224,8 +227,10 @@ class Runtime:
         if live is None:  # it went while it was being attached
             attachment.close()
             return
-        self._save("vLLM is gone", live)
-        live.close()
+        try:
+            self._save("vLLM is gone", live)
+        finally:
+            live.close()
 
     def _wait_attached(self) -> Live:
         """Block until there are weights to train. Raises WorkerStopping."""
@@ -252,7 +257,9 @@ class Runtime:
             try:
                 self._run_lease(task, lease)
             except WorkerStopping:
-                return {"job_id": job_id, "state": "running", "reason": "worker stopping: the next one goes on"}
+                with suppress(HogwildError):  # what it leaves running the next worker takes up as well
+                    self.ledger.release(lease)
+                return {"job_id": job_id, "state": "queued", "reason": "worker stopping: the next one goes on"}
             except JobParked:
                 return {"job_id": job_id, "state": "paused"}
             except JobCancelled as error:
@@ -268,8 +275,8 @@ class Runtime:
             else:
                 self.ledger.finish(lease, "succeeded")
             finally:
-                weights = live.attachment.weights
-                if self._live is live and weights.torn:  # a step that ran out of memory half-way
+                weights = None if self._live is None else self._live.attachment.weights
+                if weights is not None and weights.torn:  # a step that ran out of memory half-way
                     weights.set_version(weights.version)
                 self._status.clear()
                 self.heartbeat()
@@ -279,14 +286,15 @@ class Runtime:
         """Train the lease's remaining steps, through as many restarts of vLLM as there are."""
         samples = [Sample(s.context_ids, s.continuation_ids, s.weights) for s in self.ledger.samples(lease)]
         config = TrainConfig.from_dict({**self._defaults(lease.config), **lease.config})
-        first_step = lease.first_step
+        first_step, pack_tokens = lease.first_step, lease.pack_tokens
         while True:
             live = self._wait_attached()
             if live.trainer.optimizer is None:
                 live.saver.load_optimizer(live.trainer, config, live.attachment.weights.version)
-            plan = live.trainer.plan(samples, config)
-            self.ledger.planned(lease, plan.n_steps)
-            control = JobControl(self, live, task, lease, plan.n_steps)
+            plan = live.trainer.plan(samples, config, pack_tokens=pack_tokens)
+            pack_tokens = plan.pack_tokens  # stays with the job: another size would make other steps
+            self.ledger.planned(lease, plan.n_steps, pack_tokens)
+            control = JobControl(self, live, task, lease, first_step=first_step, n_steps=plan.n_steps)
             send_progress(task, first_step, plan.n_steps)
             live.governor.begin_work()
             try:

@@ -138,10 +138,10 @@ event(id, 'running', '{"first_step":' .. f[3] .. ',"attempt":' .. get(id, 'attem
 return redis.call('HGETALL', key)
 """
 
-# ARGV: id, fence, steps of the plan
+# ARGV: id, fence, steps of the plan, size of its packs or ''
 PLANNED = PRELUDE + """
 if not held(ARGV[1], ARGV[2]) then return 'stale' end
-redis.call('HSET', job_key(ARGV[1]), 'steps', ARGV[3])
+redis.call('HSET', job_key(ARGV[1]), 'steps', ARGV[3], 'pack_tokens', ARGV[4])
 return 'ok'
 """
 
@@ -189,28 +189,14 @@ event(id, 'step', ARGV[9])
 return 'ok'
 """
 
-# ARGV: id, fence, step. Closes a step whose writer gave up in it; nothing to close is no error.
-INTERRUPTED = PRELUDE + """
-local id = ARGV[1]
-if not held(id, ARGV[2]) then return 'stale' end
-local f = redis.call('HMGET', job_key(id), 'begun', 'applied', 'interrupted')
-if tonumber(f[1]) == tonumber(f[2]) + tonumber(f[3]) or tonumber(f[1]) ~= tonumber(ARGV[3]) + 1 then return 'ok' end
-redis.call('HINCRBY', job_key(id), 'interrupted', 1)
-count('steps_interrupted', 1)
-event(id, 'interrupted', '{"step":' .. ARGV[3] .. '}')
-return 'ok'
-"""
-
-# ARGV: id, fence, queue key, message id, message. Puts a job back between two steps because its worker stops.
+# ARGV: id, fence. Puts a job back between two steps because its worker stops; the next one's start publishes it.
 RELEASE = PRELUDE + """
 local id = ARGV[1]
 if get(id, 'fence') == ARGV[2] and get(id, 'state') == 'queued' then return 'ok' end
 if not held(id, ARGV[2]) then return 'stale' end
-local t = now()
 move(id, 'running', 'queued')
-redis.call('HSET', job_key(id), 'worker', '', 'queued_at', t, 'published_at', t, 'message', ARGV[4], 'paused', '0')
+redis.call('HSET', job_key(id), 'worker', '', 'queued_at', now(), 'paused', '0')
 event(id, 'queued', '{}')
-redis.call('LPUSH', ARGV[3], ARGV[5])
 return 'ok'
 """
 
@@ -227,17 +213,6 @@ if tonumber(f[1]) > tonumber(f[2]) + tonumber(f[3]) then
   event(id, 'interrupted', '{"step":' .. (tonumber(f[1]) - 1) .. '}')
 end
 close(id, 'running', ARGV[3], ARGV[4], now())
-return 'ok'
-"""
-
-# ARGV: id, fence, '1' or '0'
-SET_PAUSED = PRELUDE + """
-local id = ARGV[1]
-if not held(id, ARGV[2]) then return 'stale' end
-if get(id, 'paused') ~= ARGV[3] then
-  redis.call('HSET', job_key(id), 'paused', ARGV[3])
-  event(id, ARGV[3] == '1' and 'paused' or 'resumed', '{}')
-end
 return 'ok'
 """
 

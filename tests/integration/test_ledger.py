@@ -170,9 +170,23 @@ def test_worker_dies_in_a_step_and_the_next_goes_on_after_it(ledger, submit):
     assert ledger.get(job_id).steps_interrupted == 1
     # And the first worker, should it still live, can't write any more
     for call in (lambda: ledger.applied(first, 2, 3), lambda: ledger.begin_step(first, 3),
-                 lambda: ledger.finish(first, "succeeded"), lambda: ledger.set_paused(first, True)):
+                 lambda: ledger.finish(first, "succeeded"), lambda: ledger.release(first)):
         with pytest.raises(Conflict, match="lease"):
             call()
+
+
+def test_job_of_a_worker_that_stopped_waits_and_is_published_by_the_next_ones_start(ledger, submit):
+    job_id = submit()
+    run_steps(ledger, lease := ledger.claim(job_id, "w1"), 0, 2)
+    ledger.planned(lease, 7, 512)
+    ledger.release(lease)
+    ledger.release(lease)  # the reply to the first was lost
+    assert ledger.get(job_id).state == "queued"
+    ledger.client.delete(*ledger.messages.queue_keys())  # the stopped worker had the message
+    assert ledger.reconcile("w2", grace_s=0).republished == (job_id,)
+    # Then it goes on, in packs of the same size
+    second = ledger.claim(job_id, "w2")
+    assert (second.first_step, second.steps, second.pack_tokens) == (2, 7, 512)
 
 
 def test_step_that_reached_the_weights_is_counted_as_applied(ledger, submit):

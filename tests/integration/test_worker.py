@@ -206,6 +206,21 @@ def test_a_sync_asked_for_while_a_job_runs_does_not_wait_for_its_end(site: Site)
     site.finished(job)
 
 
+def test_cancelling_between_the_packs_of_a_step_writes_nothing_of_it(site: Site) -> None:
+    before = site.disk()
+    samples = [Sample([1, 2, 3, 4], [5, 6, 7])] * 20_000  # many packs, and one step: the gradients of all are summed
+    config = {"steps": 1, "gradient_accumulation": 20_000, "max_tokens_per_step": 20_000 * 6, "optimizer": "sgd"}
+    job, _ = site.ledger.submit(pack(samples), {**config, "learning_rate": 0.1})
+    until(lambda: site.ledger.get(job).steps_begun == 1, what="the step's beginning")
+    site.ledger.request(job, "cancel")
+    done = site.finished(job, 30)
+    assert (done.state, done.steps_applied, done.steps_interrupted) == ("cancelled", 0, 1)
+    assert site.operate("sync").state == "succeeded"
+    assert same(site.disk(), before)
+    # and the gradients that were thrown away are not in the next job's step
+    assert site.finished(site.submit()).state == "succeeded"
+
+
 @pytest.mark.parametrize("victim", ["child", "parent"])
 def test_worker_killed_in_mid_job_goes_on_at_the_first_step_that_was_not_begun(site: Site, victim: str) -> None:
     job = site.submit(**SLOW)
@@ -232,7 +247,7 @@ def test_worker_stopped_in_mid_job_saves_and_the_next_one_goes_on(site: Site) ->
     site.worker.terminate()
     site.worker.wait(60)
     stopped_at = site.ledger.get(job)
-    assert stopped_at.state == "running"
+    assert stopped_at.state == "queued"
     assert stopped_at.steps_applied == stopped_at.steps_begun < 400
     assert not same(site.disk(), before)
     assert not site.dirty.state().dirty
