@@ -260,4 +260,5 @@ class FileLock:
         """Give the lock back."""
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
+            fcntl.flock(fd, fcntl.LOCK_UN)  # a child that was forked meanwhile has the description too
             os.close(fd)

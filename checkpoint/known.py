@@ -7,9 +7,11 @@ Contents are compared with their fingerprints nevertheless, when undo data is ma
 
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from hogwild.checkpoint.layout import Layout
+from hogwild.checkpoint.stage import StagedFrame
 
 Stamp = tuple[int, int, int, int, int]
 """Device, inode, size, time of the last write, time of the last change of any kind."""
@@ -39,6 +41,17 @@ class KnownFiles:
             self._files.pop(name, None)
             return
         self._files[name] = lasting_stamp(path), tensors
+
+    def note_written(
+        self, directory: Path, layout: Layout, frames: Iterable[StagedFrame], before: dict[str, frozenset[int]]
+    ) -> None:
+        """Tensors of which everything was written, or was known `before` (file → tensors), are known now."""
+        written: dict[int, int] = {}
+        for frame in frames:
+            written[frame.spec.number] = written.get(frame.spec.number, 0) + frame.nbytes
+        for file, known in before.items():
+            whole = {spec.number for spec in layout.of_file(file) if written.get(spec.number) == spec.nbytes}
+            self.keep(file, directory / file, known | whole)
 
     def keep_all(self, layout: Layout, stamps: dict[str, Stamp]) -> None:
         """Note that all of every file was compared after `stamps` were taken."""

@@ -10,11 +10,13 @@ from hogwild.checkpoint.blockfile import read_blocks
 from hogwild.checkpoint.codec import UNSIGNED, decode_delta
 from hogwild.checkpoint.constants import BLOCK, UNDO_MAGIC
 from hogwild.checkpoint.durable import FileIo, Handle
-from hogwild.checkpoint.fingerprints import Bytes, Indices
+from hogwild.checkpoint.fingerprints import Bytes, Indices, Table, differing, fingerprints
 from hogwild.checkpoint.frames import FrameFile, FrameInfo
 from hogwild.checkpoint.history import History
 from hogwild.checkpoint.layout import Layout, TensorSpec
 from hogwild.checkpoint.records import Commit
+from hogwild.checkpoint.stage import Stage
+from hogwild.errors import CheckpointForeign
 
 
 class Snapshot:
@@ -27,7 +29,7 @@ class Snapshot:
     def __init__(
         self, io: FileIo, directory: Path, history: History, layout: Layout, generation: int, head: Commit
     ) -> None:
-        self.layout = layout
+        self.layout, self.generation = layout, generation
         self._io, self._directory = io, directory
         self._undos: list[FrameFile] = []
         self._frames: list[dict[int, list[FrameInfo]]] = []  # newest first: tensor → frames
@@ -52,10 +54,14 @@ class Snapshot:
         if number == head.generation and not undo.exists():
             with contextlib.suppress(FileNotFoundError):  # it was made just now: then it is there
                 found = FrameFile(self._io, part, UNDO_MAGIC, number, self.layout.id)
+                olds: dict[str, Handle] = {}
                 try:
-                    olds = {file: self._io.open(part.with_name(name)) for file, name in head.deferred.items()}
+                    for file, name in head.deferred.items():
+                        olds[file] = self._io.open(part.with_name(name))
                 except BaseException:
                     found.close()
+                    for handle in olds.values():
+                        handle.close()
                     raise
                 self._handles.update(olds)
                 return found
@@ -117,3 +123,26 @@ class Snapshot:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def stage_difference(old: Snapshot, target: Table, table: Table, stage: Stage) -> list[str]:
+    """Stage what differs between the files of today (`table`) and an earlier generation (`target`); tensors' names.
+
+    Raises CheckpointForeign where the earlier contents do not come out.
+    """
+    changed = []
+    for spec in old.layout.tensors:
+        rows = slice(spec.first_block, spec.first_block + spec.blocks)
+        blocks = differing(target[rows], table[rows])
+        if not len(blocks):
+            continue
+        changed.append(spec.name)
+        for frame, buffer in stage.slots(spec, blocks, target[rows][blocks]):
+            buffer[:] = old.read(spec, frame.blocks)
+            if len(differing(fingerprints(buffer), frame.table)):
+                raise CheckpointForeign(
+                    f"{spec.name} can't be brought back to generation {old.generation}: the files were changed by "
+                    "something else. Nothing was written. Run `hogwild checkpoint verify`.",
+                    tensor=spec.name,
+                )
+    return changed

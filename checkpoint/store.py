@@ -37,16 +37,17 @@ from hogwild.checkpoint.constants import (
 )
 from hogwild.checkpoint.durable import OS_IO, FileIo, FileLock, explained
 from hogwild.checkpoint.filesystem import FileSystem
-from hogwild.checkpoint.fingerprints import Table, differing, fingerprints, table_digest
+from hogwild.checkpoint.fingerprints import Table, differing, table_digest
 from hogwild.checkpoint.frames import FrameFile
 from hogwild.checkpoint.history import History
 from hogwild.checkpoint.known import KnownFiles, stamps_of
 from hogwild.checkpoint.layout import Layout
 from hogwild.checkpoint.memo import FingerprintMemo
 from hogwild.checkpoint.pending import PendingSync
+from hogwild.checkpoint.readers import READER_PATIENCE, ReadersLock
 from hogwild.checkpoint.records import Commit, Kind, new_commit
 from hogwild.checkpoint.reports import RestoreReport, RollbackReport, SyncReport, VerifyReport
-from hogwild.checkpoint.snapshot import Snapshot
+from hogwild.checkpoint.snapshot import Snapshot, stage_difference
 from hogwild.checkpoint.stage import Arena, Stage, available_memory
 from hogwild.checkpoint.transaction import Written, apply, write_logs
 from hogwild.errors import CheckpointError, CheckpointForeign, Conflict, NotFound
@@ -55,9 +56,6 @@ if TYPE_CHECKING:
     from hogwild.checkpoint.views import Views
 
 logger = logging.getLogger(__name__)
-
-READER_PATIENCE = 60.0
-"""Seconds that a sync waits for readers of the files before it leaves the last step to the next sync or open."""
 
 
 class CheckpointStore:
@@ -73,7 +71,7 @@ class CheckpointStore:
         self._store = directory / STORE_DIR
         self._generations = self._store / GENERATIONS_DIR
         self._writer = FileLock(self._store / WRITER_LOCK)
-        self._reader_patience = reader_patience
+        self._readers = ReadersLock(self._store / READERS_LOCK, reader_patience)
         self._arena = Arena(host_budget)
         self._memo = FingerprintMemo()
         self._known = KnownFiles()
@@ -201,7 +199,7 @@ class CheckpointStore:
         """Bring a committed generation into the files, from its redo file and new files."""
         if not self._history.unapplied(head):
             return
-        with self._readers_excluded(patience) as alone:
+        with self._readers.alone(patience) as alone:
             if not alone:
                 raise CheckpointError(
                     f"{self.directory} is being read (an export?), and the last sync has to be "
@@ -397,7 +395,7 @@ class CheckpointStore:
             raise
         done = Written(commit, written, durable=time.perf_counter())
         self._table = table
-        with self._readers_excluded() as alone:
+        with self._readers.alone() as alone:
             if alone:
                 frames = (
                     (frame.spec, frame.blocks, stage.read(frame))
@@ -407,34 +405,10 @@ class CheckpointStore:
                 done.bytes += apply(self._io, self.directory, self._generations, commit, frames)
                 self._io.unlink(self._history.path(commit.generation, "redo"))
                 done.applied = True
-                self._note_known(stage, logs.known)
+                self._known.note_written(self.directory, self.layout, stage.frames, logs.known)
                 self._history.prune(self.keep_last)  # while nobody reads an old generation
         self._stale = False
         return done
-
-    def _note_known(self, stage: Stage, before: dict[str, frozenset[int]]) -> None:
-        """Tensors of which everything was written, or was known before, are known now."""
-        written: dict[int, int] = {}
-        for frame in stage.frames:
-            written[frame.spec.number] = written.get(frame.spec.number, 0) + frame.nbytes
-        for file, known in before.items():
-            whole = {spec.number for spec in self.layout.of_file(file) if written.get(spec.number) == spec.nbytes}
-            self._known.keep(file, self.directory / file, known | whole)
-
-    @contextlib.contextmanager
-    def _readers_excluded(self, patience: float = math.inf) -> Iterator[bool]:
-        """Hold the readers' lock alone; yields False when a reader did not finish in `patience` seconds."""
-        lock = FileLock(self._store / READERS_LOCK)
-        end = time.monotonic() + min(patience, self._reader_patience)
-        while not lock.acquire():
-            if time.monotonic() > end:
-                yield False
-                return
-            time.sleep(0.05)
-        try:
-            yield True
-        finally:
-            lock.release()
 
     # --- disk → live weights ------------------------------------------------------------------------------------------
 
@@ -495,7 +469,8 @@ class CheckpointStore:
                 version = self.head.weight_version if weight_version is None else weight_version
                 commit = replace(self._next("rollback", version), restores=generation, jobs=tuple(jobs))
                 with explained("the rollback", self.directory, kept=self._still):
-                    changed = self._stage_generation(generation, stage)
+                    with self._snapshot(generation) as old:
+                        changed = stage_difference(old, self._history.table(generation), self._table, stage)
                     written, blocks = 0, stage.blocks
                     if stage.frames:
                         written = self._write(stage, commit).bytes
@@ -515,27 +490,6 @@ class CheckpointStore:
                 seconds=ended - started,
                 pause_seconds=ended - paused,
             )
-
-    def _stage_generation(self, generation: int, stage: Stage) -> list[str]:
-        """Stage what differs between the head and an earlier generation; the tensors' names."""
-        target = self._history.table(generation)
-        changed = []
-        with self._snapshot(generation) as old:
-            for spec in self.layout.tensors:
-                rows = slice(spec.first_block, spec.first_block + spec.blocks)
-                blocks = differing(target[rows], self._table[rows])
-                if not len(blocks):
-                    continue
-                changed.append(spec.name)
-                for frame, buffer in stage.slots(spec, blocks, target[rows][blocks]):
-                    buffer[:] = old.read(spec, frame.blocks)
-                    if len(differing(fingerprints(buffer), frame.table)):
-                        raise CheckpointForeign(
-                            f"{spec.name} can't be brought back to generation {generation}: the files were changed by "
-                            "something else. Nothing was written. Run `hogwild checkpoint verify`.",
-                            tensor=spec.name,
-                        )
-        return changed
 
     # --- checking, exporting, adopting --------------------------------------------------------------------------------
 
@@ -565,25 +519,19 @@ class CheckpointStore:
     @contextlib.contextmanager
     def reading(self) -> Iterator[Commit]:
         """Hold the files still: while this lasts they are exactly the last generation, whoever syncs."""
-        lock = FileLock(self._store / READERS_LOCK)
-        end = time.monotonic() + self._reader_patience
-        while True:
-            if lock.acquire(shared=True, write=os.access(self._store, os.W_OK)):
-                if self.read_only:
-                    self._load_read_only()
-                if not self._history.unapplied(self.head):
-                    break
-                lock.release()
-            if time.monotonic() > end:
+        with self._readers.shared(self._complete) as complete:
+            if not complete:
                 raise CheckpointError(
                     f"generation {self.head.generation} of {self.directory} is not completely in its files yet: a sync "
                     "was interrupted. Start the worker, or run `hogwild checkpoint repair`, once."
                 )
-            time.sleep(0.05)
-        try:
             yield self.head
-        finally:
-            lock.release()
+
+    def _complete(self) -> bool:
+        """Whether the files hold all of the last generation; a reader looks again which that is."""
+        if self.read_only:
+            self._load_read_only()
+        return not self._history.unapplied(self.head)
 
     def _snapshot(self, generation: int) -> Snapshot:
         """An earlier generation, for reading."""
@@ -626,6 +574,8 @@ class CheckpointStore:
                 self._stale = True
                 self._history.add(replace(commit, base_model=head.base_model), np.arange(len(table)), table)
                 self._recover()
-                self._history.prune(self.keep_last)
+                with self._readers.alone(0) as alone:
+                    if alone:
+                        self._history.prune(self.keep_last)
                 self._known.keep_all(self.layout, stamps)
                 return self.head

@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -472,6 +473,56 @@ def test_reader_in_the_way_does_not_lose_the_generation(model, tmp_path, io, hel
         assert store.verify(model.views).ok
         assert reader.verify().ok
         assert reader.head.generation == 2
+
+
+def test_a_reader_that_fails_leaves_no_lock(store, model, io):
+    reader = CheckpointStore.open(store.directory, read_only=True, io=io)
+    record = store.directory / ".hogwild/generations/00000000.commit"
+    good = record.read_bytes()
+    record.write_bytes(good[:-1])
+    with pytest.raises(CheckpointCorrupt) as caught, reader.reading():
+        pass
+    record.write_bytes(good)
+    # While the error, and with it every frame that raised it, is still in somebody's hands
+    change(model.views, 1)
+    assert store.sync(model.views, weight_version=1).applied
+    assert caught.value.message
+
+
+def test_a_forked_child_does_not_keep_a_lock_that_was_given_back(tmp_path):
+    lock = FileLock(tmp_path / "lock")
+    assert lock.acquire()
+    with subprocess.Popen(["sleep", "60"], pass_fds=[lock._fd]) as child:
+        lock.release()
+        again = FileLock(tmp_path / "lock")
+        assert again.acquire()
+        again.release()
+        child.kill()
+
+
+def test_old_files_that_go_while_they_are_opened_leave_none_of_them_open(store, model, io):
+    """Given two old files, of which compaction removes one after a reader opened the other."""
+    before = model.views["norm.weight"].clone()
+    for view in model.views.values():
+        view.add_(1)
+    store.sync(model.views, weight_version=1)
+    olds = sorted(store.head.deferred.values())
+    assert len(olds) == 2
+    opened = []
+
+    class Io(type(io)):
+        def open(self, path, *, write=False):
+            if path.name == olds[1]:
+                store.compact()
+            opened.append(super().open(path, write=write))
+            return opened[-1]
+
+    reader = CheckpointStore.open(store.directory, read_only=True, io=Io())
+    with reader._snapshot(0) as snapshot:
+        assert [handle.path.name for handle in opened if handle.fd >= 0] == ["00000001.undo"]
+        spec = store.layout.by_name["norm.weight"]
+        norm = snapshot.read(spec, np.arange(1))
+    assert bytes(norm) == bytes(before.numpy().data)
 
 
 def test_unapplied_generation_is_applied_by_the_next_open(model, tmp_path, io):
