@@ -1,5 +1,6 @@
 """Disk, fingerprints and live weights held against each other, and live weights brought back to what the disk says."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from hogwild.checkpoint import views as live
@@ -26,14 +27,15 @@ def compare_live(layout: Layout, views: Views, table: Table) -> tuple[int, dict[
 
 
 def restore_live(
-    io: FileIo, directory: Path, layout: Layout, table: Table, views: Views
+    io: FileIo, directory: Path, layout: Layout, table: Table, views: Views, writing: Callable[[], None]
 ) -> tuple[int, list[str]]:  # blocks written, names of the tensors
-    """Write into `views` every block that differs from `table`, from the files, in place.
+    """Write into `views` every block that differs from `table`, from the files, in place; first calls `writing`.
 
     Raises CheckpointForeign when the files are not what `table` says; such a block is never written into live weights.
     """
     live.check_views(layout, views)
-    blocks, names = 0, []
+    blocks = 0
+    names: list[str] = []
     for file in layout.files:
         with io.open(directory / file.name) as handle:
             for spec in layout.of_file(file.name):
@@ -53,6 +55,8 @@ def restore_live(
                         )
                     return data
 
+                if not names:
+                    writing()
                 live.write_blocks(spec, views[spec.name], wrong, read)
                 blocks += len(wrong)
                 names.append(spec.name)

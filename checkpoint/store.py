@@ -16,7 +16,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -351,16 +351,24 @@ class CheckpointStore:
 
     def _ready(self) -> None:
         """Raise unless a new generation can be begun."""
+        self._check_writer()
+        if self._pending is not None:
+            raise Conflict("another sync or rollback of this checkpoint is under way.")
+        self._finish_last(patience=0)  # training is paused: no waiting for readers
+
+    def _check_writer(self) -> None:
         if self.read_only:
             raise CheckpointError(f"{self.directory} was opened for reading only.")
         if not self._writer.held:
             raise CheckpointError(f"{self.directory} was closed.")
-        if self._pending is not None:
-            raise Conflict("another sync or rollback of this checkpoint is under way.")
+
+    def _finish_last(self, patience: float = math.inf) -> None:
+        """Bring the last generation into the files if it is not there yet; raises CheckpointForeign."""
         with explained("repairing the checkpoint", self.directory, kept=lambda: "No generation was lost."):
             if self._stale:
-                self._recover(patience=0)
-            self._apply_pending(self.head, patience=0)  # training is paused: no waiting for readers
+                self._recover(patience)
+            if not self._foreign:
+                self._apply_pending(self.head, patience)
         if self._foreign:
             raise CheckpointForeign(f"{self._foreign}: `hogwild checkpoint adopt` accepts the files as they are.")
 
@@ -427,13 +435,19 @@ class CheckpointStore:
                     table[spec.first_block : spec.first_block + spec.blocks] = live.view_fingerprints(spec, view)
             return table_digest(table)
 
-    def restore(self, views: "Views") -> RestoreReport:
-        """Make the live weights equal to the last generation, in place; nobody may write to them meanwhile."""
+    def restore(self, views: "Views", *, writing: Callable[[], None] = lambda: None) -> RestoreReport:
+        """Make the live weights equal to the last generation, in place; nobody may write to them meanwhile.
+
+        `writing` is called before the first byte is written: from then until this returns they are no generation's.
+        Raises CheckpointError (a reader keeps the last generation out of the files), CheckpointForeign.
+        """
         from hogwild.checkpoint.compare import restore_live
 
         started = time.perf_counter()
-        with self._mutex:
-            blocks, names = restore_live(self._io, self.directory, self.layout, self._table, views)
+        with self._mutex, self._history_lock:
+            self._check_writer()
+            self._finish_last()
+            blocks, names = restore_live(self._io, self.directory, self.layout, self._table, views, writing)
             return RestoreReport(
                 generation=self.head.generation,
                 blocks_changed=blocks,
@@ -473,7 +487,15 @@ class CheckpointStore:
                         changed = stage_difference(old, self._history.table(generation), self._table, stage)
                     written, blocks = 0, stage.blocks
                     if stage.frames:
-                        written = self._write(stage, commit).bytes
+                        self._compact()
+                        with self._readers.alone() as alone:
+                            # Before there is a generation: live weights can't follow one that is not in the files.
+                            if not alone:
+                                raise CheckpointError(
+                                    f"{self.directory} is being read (an export?), and a rollback writes to its files: "
+                                    "nothing was changed. Try again when the reader is done."
+                                )
+                            written = self._write_alone(stage, commit).bytes
             finally:
                 stage.close()
             paused = time.perf_counter()

@@ -7,6 +7,7 @@ One 4 KB file, mapped by everybody who needs it, holding little-endian 64-bit wo
     word 2      begun: version + 1 while a step is being written, otherwise equal to the version
     word 3      writes begun since the export; 0 means the live weights are still what vLLM loaded
     word 4, 5   export id, as the 16 bytes it stands for
+    word 6      1 while a generation is being written into the live weights: until it is 0 they are no generation's
 
 Only the worker that holds `worker.lock` writes; each word is stored by one aligned 8-byte move, so a reader sees an old
 or a new value, never a mixture. A worker that dies within a step leaves begun = version + 1: the next one sees that the
@@ -24,7 +25,7 @@ from hogwild.errors import ManifestError
 FILE_NAME = "weights.state"
 SIZE = mmap.PAGESIZE
 _MAGIC = int.from_bytes(b"HOGWILD1", "little")
-_VERSION, _BEGUN, _WRITES, _ID = 1, 2, 3, 4
+_VERSION, _BEGUN, _WRITES, _ID, _RESTORING = 1, 2, 3, 4, 6
 
 
 class WeightState:
@@ -103,9 +104,24 @@ class WeightState:
         """Nothing was written into the live weights since vLLM exported them."""
         return self._words[_WRITES] == 0
 
+    @property
+    def restoring(self) -> bool:
+        """A generation was being written into the live weights and may be there in part."""
+        return self._words[_RESTORING] != 0
+
     def touch(self) -> None:
-        """Say that live weights are about to be written outside a step (a rollback, a restore)."""
+        """Say that live weights are about to be written."""
         self._words[_WRITES] += 1
+
+    def begin_restore(self) -> None:
+        """A generation is about to be written into the live weights (a rollback, a restore)."""
+        self._words[_RESTORING] = 1
+        self.touch()
+
+    def restored(self, version: int) -> None:
+        """The generation of that version is in the live weights, all of it."""
+        self.set_version(version)
+        self._words[_RESTORING] = 0
 
     def begin(self) -> int:
         """A step starts to write; returns the version it will produce."""

@@ -85,36 +85,45 @@ class Saver:
         Weights that were trained since vLLM exported them are newer than any generation: they stay. Fresh ones are what
         vLLM loaded. If that is the checkpoint directory itself, or the model it was cloned from, the head generation is
         put into them where they differ (vLLM read while a sync was being written, or was restarted on the original), so
-        that a restart forgets nothing that was saved. Anything else is another model: nothing is overwritten.
+        that a restart forgets nothing that was saved. The same with weights of which a restore was cut short. Anything
+        else is another model: nothing is overwritten.
 
         Raises AttachRefused.
         """
         self.store.prepare(attachment.views)
         weights, head = attachment.weights, self.store.head
-        if not weights.untouched:
+        if not weights.untouched and not weights.restoring:
             if weights.torn:
                 logger.warning(
                     "the last worker died while writing step %d: that step is partly in the weights", weights.begun
                 )
                 weights.set_version(weights.version)
             return
-        own = Path(attachment.manifest.model_path).resolve() == self.store.directory.resolve()
-        if not own and self.store.live_digest(attachment.views) not in (head.fingerprints, head.base_model):
+        ours = weights.restoring or Path(attachment.manifest.model_path).resolve() == self.store.directory.resolve()
+        if not ours and self.store.live_digest(attachment.views) not in (head.fingerprints, head.base_model):
             raise AttachRefused(
                 f"vLLM serves weights that are neither generation {head.generation} of {self.store.directory} nor the "
                 "model that it was cloned from. To train these weights choose another directory "
                 f"(HOGWILD_CHECKPOINT_DIR); to go on with the checkpoint, serve it: vllm serve {self.store.directory}"
             )
-        if head.weight_version:
-            weights.touch()
-        report = self.store.restore(attachment.views)
-        if report.blocks_changed:
+        blocks = self._restore(attachment)
+        if blocks:
             logger.warning(
-                "vLLM had loaded older weights than generation %d: %d blocks brought up to it",
-                head.generation,
-                report.blocks_changed,
+                "the live weights were older than generation %d: %d blocks brought up to it",
+                self.store.head.generation,
+                blocks,
             )
-        weights.set_version(head.weight_version)
+
+    def _restore(self, attachment: "Attachment") -> int:
+        """The last generation into the live weights, with its version; the number of blocks that differed.
+
+        Ended half-way, by an error or with the process, it leaves a mark beside the weights: who comes next, on
+        attaching or with a sync, does it again, and never takes a mixture for something that was trained.
+        """
+        weights = attachment.weights
+        report = self.store.restore(attachment.views, writing=weights.begin_restore)
+        weights.restored(self.store.head.weight_version)
+        return report.blocks_changed
 
     # --- syncs --------------------------------------------------------------------------------------------------------
 
@@ -144,6 +153,12 @@ class Saver:
         failure is noted (status, operation) and raised: CheckpointError, OSError.
         """
         self._join()
+        if attachment.weights.restoring:  # a rollback did not get as far as the live weights
+            try:
+                self._restore(attachment)
+            except BaseException as error:
+                self._failed(error, [], operation)
+                raise
         version = attachment.weights.version
         if self.store.head.weight_version == version and operation is None:
             self._dirty.clear(self.store.head.generation, version)
@@ -241,14 +256,27 @@ class Saver:
         """
         self.sync(attachment, trainer, "before a rollback")
         weights = attachment.weights
-        version = weights.version + 1
-        weights.touch()
-        report = self.store.rollback(generation, attachment.views, weight_version=version)
-        weights.set_version(version)
-        after()
-        trainer.rolled_back()
-        for _, path in self._optimizer_files():
-            path.unlink(missing_ok=True)
+        version, before = weights.version + 1, self.store.head.generation
+
+        def changed() -> None:
+            weights.set_version(version)
+            after()
+            trainer.rolled_back()
+            for _, path in self._optimizer_files():
+                path.unlink(missing_ok=True)
+
+        weights.begin_restore()  # before the generation exists: a worker that dies now leaves the rest to the next one
+        try:
+            report = self.store.rollback(generation, attachment.views, weight_version=version)
+        except BaseException:
+            if self.store.head.generation == before:
+                weights.restored(weights.version)  # nothing was written
+            else:  # it is on disk: the next sync brings it into the live weights
+                changed()
+                self._dirty.request_sync()
+            raise
+        changed()
+        weights.restored(version)
         self._dirty.clear(self.store.head.generation, version)
         self.publish()
         self._committer.submit(self._make_undo_data)
