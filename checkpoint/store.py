@@ -14,6 +14,7 @@ import contextlib
 import logging
 import math
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -104,8 +105,8 @@ class CheckpointStore:
 
         Args:
             source: model to clone when the directory is empty; the same directory, or None: work in place.
-            keep_last: earlier generations that can be rolled back to.
-            read_only: list, verify and export only; works beside a running worker.
+            keep_last: earlier generations that can be rolled back to; those before are forgotten.
+            read_only: list, verify and export only, of everything that is kept; works beside a running worker.
             host_budget: bytes of host memory for changed blocks, default half of what is free now; what is beyond goes
                 to a spill file during the pause.
             reader_patience: seconds a sync waits for `export` and other readers.
@@ -139,6 +140,7 @@ class CheckpointStore:
                         clone(io, place, directory)
                     store._first_generation()
                 store._recover()
+                store._prune()
             try:
                 store.compact()
             except (CheckpointError, CheckpointForeign) as error:  # no space, for example: the next sync needs it
@@ -217,6 +219,12 @@ class CheckpointStore:
                 apply(self._io, self.directory, self._generations, head, ())
             self._io.unlink(redo_path)
 
+    def _prune(self) -> None:
+        """Forget generations that are too many, before anything needs their space; not under a reader's hands."""
+        with self._readers.alone(0) as alone:
+            if alone:
+                self._history.prune(self.keep_last)
+
     def _load_read_only(self) -> None:
         if not History.exists(self._generations):
             raise NotFound(f"{self.directory} is no checkpoint of Hogwild's (it has no {STORE_DIR}/{GENERATIONS_DIR}).")
@@ -247,7 +255,7 @@ class CheckpointStore:
 
     def generations(self) -> list[Commit]:
         """The last generation and those that can be rolled back to, oldest first."""
-        return self._history.kept(self.keep_last)
+        return self._history.kept(sys.maxsize if self.read_only else self.keep_last)
 
     def _kept(self, generation: int) -> Commit:
         for commit in self.generations():
@@ -596,8 +604,6 @@ class CheckpointStore:
                 self._stale = True
                 self._history.add(replace(commit, base_model=head.base_model), np.arange(len(table)), table)
                 self._recover()
-                with self._readers.alone(0) as alone:
-                    if alone:
-                        self._history.prune(self.keep_last)
+                self._prune()
                 self._known.keep_all(self.layout, stamps)
                 return self.head

@@ -167,7 +167,8 @@ def megabytes(count: int) -> str:
 @contextmanager
 def opened(directory: Path | None, *, read_only: bool = False) -> "Iterator[CheckpointStore]":
     """The store in a directory, which must be one already: a command never makes a checkpoint."""
-    place = directory or load_settings().model_checkpoint_dir
+    settings = load_settings()
+    place = directory or settings.model_checkpoint_dir
     try:
         from hogwild.checkpoint.store import CheckpointStore
     except ImportError as error:
@@ -179,7 +180,7 @@ def opened(directory: Path | None, *, read_only: bool = False) -> "Iterator[Chec
             "" if directory else " Set HOGWILD_MODEL or HOGWILD_CHECKPOINT_DIR as for `hogwild up`, or use --directory."
         )
         raise NotFound(f"{place} is no checkpoint of Hogwild's.{where}")
-    with CheckpointStore.open(place, read_only=read_only) as store:
+    with CheckpointStore.open(place, read_only=read_only, keep_last=settings.keep_last) as store:
         yield store
 
 

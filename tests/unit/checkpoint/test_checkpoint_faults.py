@@ -186,6 +186,29 @@ def test_disk_full_on_a_real_small_disk(model, tmp_path, helpers):
         subprocess.run(["umount", str(mount)], check=True)
 
 
+def test_on_a_full_disk_fewer_generations_make_room(model, tmp_path, faulty):
+    """Given a disk without room for another byte, and a worker that is started again to keep less."""
+    with CheckpointStore.open(tmp_path / "c", source=model.directory, io=faulty) as store:
+        for version in range(1, 7):
+            change(model.views, 1)
+            store.sync(model.views, weight_version=version)
+            store.compact()
+        change(model.views, 1)
+        faulty.left = 0
+        with pytest.raises(CheckpointError, match="lower HOGWILD_KEEP_LAST"):
+            store.sync(model.views, weight_version=7)
+    undo = store.directory / ".hogwild/generations"
+
+    class Full(type(faulty)):
+        def tick(self, what):
+            if what.split()[0] in ("create", "write"):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), what)
+
+    with CheckpointStore.open(tmp_path / "c", io=Full(), keep_last=2) as again:
+        assert [commit.generation for commit in again.generations()] == [4, 5, 6]
+        assert len(list(undo.glob("*.undo"))) == 2
+
+
 def test_read_only_directory(model, tmp_path, faulty):
     faulty.error = errno.EROFS
     with CheckpointStore.open(tmp_path / "c", source=model.directory, io=faulty) as store:
