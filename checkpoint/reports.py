@@ -50,22 +50,32 @@ class RestoreReport:
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyReport:
-    """Blocks that are not what the last generation says: tensor name → number of blocks."""
+    """Blocks that are not what the last generation says: tensor name → number of blocks.
+
+    Where `headers` names files whose tensors or metadata are others, no block was looked at: numbers mean nothing then.
+    """
 
     generation: int
     blocks_checked: int
     live_blocks_checked: int
     disk: dict[str, int] = field(default_factory=dict)
     live: dict[str, int] = field(default_factory=dict)
+    headers: tuple[str, ...] = ()
     seconds: float = 0.0
 
     @property
     def ok(self) -> bool:
         """Whether everything agreed."""
-        return not self.disk and not self.live
+        return not self.disk and not self.live and not self.headers
 
     def raise_for_mismatch(self) -> None:
         """Raise CheckpointCorrupt, naming tensors, unless everything agreed."""
+        if self.headers:
+            raise CheckpointCorrupt(
+                f"the tensors or the metadata in {', '.join(self.headers)} are not those of generation "
+                f"{self.generation}.",
+                files=list(self.headers),
+            )
         for where, found in (("on disk", self.disk), ("in the live weights", self.live)):
             if found:
                 names = ", ".join(list(found)[:5]) + ("" if len(found) <= 5 else f" and {len(found) - 5} more")

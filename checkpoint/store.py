@@ -187,7 +187,7 @@ class CheckpointStore:
         self._history.remove_uncommitted()
         self.layout = Layout.read(self.directory)
         self._foreign = ""
-        if self.layout.id != head.layout or {file.name: file.header for file in self.layout.files} != head.files:
+        if not head.describes(self.layout):
             self._foreign = f"the tensors in {self.directory} are not those of generation {head.generation}"
         else:
             self._apply_pending(head, patience)
@@ -436,6 +436,7 @@ class CheckpointStore:
         from hogwild.checkpoint import views as live
 
         with self._mutex:
+            self._check_headers()
             live.check_views(self.layout, views)
             table = self._table.copy()
             for spec in self.layout.tensors:
@@ -455,6 +456,7 @@ class CheckpointStore:
         with self._mutex, self._history_lock:
             self._check_writer()
             self._finish_last()
+            self._check_headers()
             blocks, names = restore_live(self._io, self.directory, self.layout, self._table, views, writing)
             return RestoreReport(
                 generation=self.head.generation,
@@ -481,6 +483,7 @@ class CheckpointStore:
         started = time.perf_counter()
         with self._mutex, self._history_lock:
             self._ready()
+            self._check_headers()
             self._kept(generation)
             if views is not None:
                 from hogwild.checkpoint import views as live
@@ -526,7 +529,12 @@ class CheckpointStore:
     def verify(self, views: "Views | None" = None) -> VerifyReport:
         """Compare disk, and live weights if given, with the fingerprints of the last generation."""
         started = time.perf_counter()
-        with self._mutex, self.reading() as head:
+        with self._mutex, self._still_files() as head:
+            if others := self._other_headers():
+                return VerifyReport(
+                    generation=head.generation, blocks_checked=0, live_blocks_checked=0, headers=others,
+                    seconds=time.perf_counter() - started,
+                )  # fmt: skip
             stamps = stamps_of(self.directory, self.layout)
             disk = compare_files(self._io, self.directory, self.layout, self._table)
             if not disk:
@@ -546,9 +554,35 @@ class CheckpointStore:
                 seconds=time.perf_counter() - started,
             )
 
+    def _other_headers(self) -> tuple[str, ...]:
+        """Names of the files of which the header is not that of the last generation, or which only one of both has."""
+        layout = Layout.read(self.directory)
+        if self.head.describes(layout):
+            return ()
+        today = {file.name: file.header for file in layout.files}
+        return tuple(sorted(dict(today.items() ^ self.head.files.items())))
+
+    def _check_headers(self) -> None:
+        """Raise CheckpointForeign unless tensors and block numbers mean in the files what the last generation says."""
+        if others := self._other_headers():
+            raise CheckpointForeign(
+                f"the tensors or the metadata in {', '.join(others)} of {self.directory} are not those of generation "
+                f"{self.head.generation}: `hogwild checkpoint adopt` accepts the files as they are.",
+                files=list(others),
+            )
+
     @contextlib.contextmanager
     def reading(self) -> Iterator[Commit]:
-        """Hold the files still: while this lasts they are exactly the last generation, whoever syncs."""
+        """Hold the files still: while this lasts they are exactly the last generation, whoever syncs.
+
+        Raises CheckpointError (the last sync is not finished), CheckpointForeign (the headers are others).
+        """
+        with self._still_files() as head:
+            self._check_headers()
+            yield head
+
+    @contextlib.contextmanager
+    def _still_files(self) -> Iterator[Commit]:
         with self._readers.shared(self._complete) as complete:
             if not complete:
                 raise CheckpointError(
@@ -595,8 +629,7 @@ class CheckpointStore:
                 stamps = stamps_of(self.directory, self.layout)
                 table = file_table(self._io, self.directory, self.layout)
                 head = self.head
-                same = self.layout.id == head.layout and {f.name: f.header for f in self.layout.files} == head.files
-                if same and not len(differing(table, self._table)):
+                if head.describes(self.layout) and not len(differing(table, self._table)):
                     return head
                 generation = head.generation + 1
                 version = head.weight_version if weight_version is None else weight_version

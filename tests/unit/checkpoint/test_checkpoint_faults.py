@@ -1,8 +1,10 @@
 """Full disks, foreign hands, second writers, readers in the way, damaged files: clear errors, and nothing lost."""
 
 import errno
+import json
 import os
 import resource
+import struct
 import subprocess
 import sys
 import threading
@@ -276,6 +278,54 @@ def test_replaced_by_another_model_while_closed(store, model, tmp_path, io, help
         assert again.layout.id == Layout.read(again.directory).id
 
 
+def rewrite(path: Path, **changes) -> None:
+    """Another header over the same data: names, types, places or metadata."""
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    for old, new in changes.pop("renamed", {}).items():
+        header[new] = header.pop(old)
+    header |= changes.pop("added", {})
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+
+
+@pytest.mark.parametrize("opened", ["before", "afterwards", "to read"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"renamed": {"norm.weight": "other.weight"}},
+        {"added": {"__metadata__": {"format": "np"}}},
+        {"added": {"more.weight": {"dtype": "F32", "shape": [0, 9], "data_offsets": [0, 0]}}},
+    ],
+    ids=["renamed", "metadata", "one more"],
+)
+def test_another_header_over_the_same_data_is_foreign(store, model, io, tmp_path, changes, opened):
+    name = "model-00001-of-00002.safetensors"
+    if opened != "before":
+        store.close()
+    rewrite(store.directory / name, **changes)
+    index = store.directory / "model.safetensors.index.json"
+    if "renamed" in changes:
+        index.write_text(index.read_text().replace("norm.weight", "other.weight"))
+    if opened != "before":
+        store = CheckpointStore.open(store.directory, io=io, read_only=opened == "to read")
+    report = store.verify()
+    assert not report.ok and report.headers == (name,)
+    with pytest.raises(CheckpointCorrupt, match=f"metadata in {name} are not those of generation 0"):
+        report.raise_for_mismatch()
+    attempts = [lambda: store.export(tmp_path / "e"), lambda: store.live_digest(model.views)]
+    if opened != "to read":
+        attempts += [lambda: store.restore(model.views), lambda: store.rollback(0, model.views)]
+    for attempt in attempts:
+        with pytest.raises(CheckpointForeign, match="hogwild checkpoint adopt"):
+            attempt()
+    if opened != "to read":
+        assert store.adopt().generation == 1
+        assert store.verify().ok
+    store.close()
+
+
 def test_replaced_while_open(store, model):
     path = store.directory / "model-00001-of-00002.safetensors"
     path.write_bytes(path.read_bytes() + b"x")
@@ -392,8 +442,6 @@ def test_damaged_undo_file_refuses_the_rollback_and_changes_nothing(store, model
 
 def test_undo_file_of_a_later_format_is_refused(store, model):
     """Given a valid frame in an encoding of the future, and a file of a later version."""
-    import struct
-
     import xxhash
 
     change(model.views, 1)
