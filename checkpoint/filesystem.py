@@ -19,10 +19,11 @@ class FileSystem:
     def reflinks(self) -> bool:
         """Whether files can share extents."""
         probe = self._store / "reflink.tmp"
-        with self._io.open(self._file) as old, self._io.create(probe) as new:
-            found = self._io.reflink(old, new)
-        self._io.unlink(probe)
-        return found
+        try:
+            with self._io.open(self._file) as old, self._io.create(probe) as new:
+                return self._io.reflink(old, new)
+        finally:
+            self._io.unlink(probe)
 
     @cached_property
     def links(self) -> bool:

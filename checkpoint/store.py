@@ -131,9 +131,9 @@ class CheckpointStore:
         place = None if source is None or Path(source).resolve() == directory.resolve() else Path(source)
         if not History.exists(store._generations):
             check_beginning(directory, place)
-        with explained(f"opening the checkpoint {directory}", directory, kept=lambda: "Nothing was changed."):
-            store._prepare()
         try:
+            with explained(f"opening the checkpoint {directory}", directory, kept=lambda: "Nothing was changed."):
+                store._prepare()
             with explained(f"opening the checkpoint {directory}", directory, kept=lambda: "No generation was lost."):
                 if not History.exists(store._generations):
                     if place is not None:

@@ -14,8 +14,10 @@ file, or, where at least half of a file changes or the file system can reflink, 
 old one.
 """
 
+import errno
 import functools
 import os
+import stat
 import struct
 import threading
 from collections import deque
@@ -62,7 +64,8 @@ class NewFile:
     def __init__(self, io: FileIo, old: Handle, path: Path) -> None:
         self._io, self._old = io, old
         self.path = path
-        self.handle = io.create(path, os.fstat(old.fd).st_mode & 0o7777)
+        self.handle = io.create(path, 0o600)
+        os.fchmod(self.handle.fd, stat.S_IMODE(os.fstat(old.fd).st_mode))  # whatever the umask is
         self.written = 0
         self._cursor = 0
         self._shared = False
@@ -148,11 +151,15 @@ def write_logs(
             frames = by_file[file.name]
             if not frames:
                 continue
-            old = io.open(directory / file.name)
+            anew = disk.reflinks or file.name in dense
+            # Opened as it is going to be written, though nobody writes yet: a generation that exists has to get there.
+            old = io.open(directory / file.name, write=not anew)
             opened.append(old)
             check_header(old, file.size, file.header)
             new = None
-            if disk.reflinks or file.name in dense:
+            if anew:
+                if not os.access(directory, os.W_OK):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(directory))
                 new = NewFile(io, old, generations / f"{generation:08d}.{number}.new")
                 to_sync.append(new.handle)
                 logs.replaced[file.name] = new.path.name

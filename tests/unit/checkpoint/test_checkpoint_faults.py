@@ -222,6 +222,41 @@ def test_read_only_directory(model, tmp_path, faulty):
             store.sync(model.views, weight_version=1)
 
 
+@pytest.mark.parametrize("amount", ["a block", "a shard"])
+def test_files_that_can_not_be_written_are_found_before_there_is_a_generation(store, model, monkeypatch, amount):
+    model.views["norm.weight"][3] += 1
+    if amount == "a shard":
+        model.views["head.weight"] += 1
+        monkeypatch.setattr(os, "access", lambda path, mode: path != store.directory)
+    else:  # root may write to everything: played
+        normal = store._io.open
+
+        def read_only(path, *, write=False):
+            if write and path.suffix == ".safetensors":
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return normal(path, write=write)
+
+        monkeypatch.setattr(store._io, "open", read_only)
+    with pytest.raises(CheckpointError, match=r"can't be written: make it.*still generation 0, whole"):
+        store.sync(model.views, weight_version=1)
+    monkeypatch.undo()
+    assert store.sync(model.views, weight_version=1).generation == 1
+    assert store.verify(model.views).ok
+
+
+def test_a_shard_that_is_replaced_keeps_its_mode(store, model):
+    path = store.directory / "model-00002-of-00002.safetensors"
+    path.chmod(0o664)
+    before = os.umask(0o077)
+    try:
+        model.views["head.weight"] += 1
+        store.sync(model.views, weight_version=1)
+    finally:
+        os.umask(before)
+    assert store.head.replaced
+    assert path.stat().st_mode & 0o777 == 0o664
+
+
 def test_files_changed_by_somebody_else_are_refused_and_can_be_adopted(store, model, io, helpers):
     change(model.views, 1)
     store.sync(model.views, weight_version=1)
@@ -339,6 +374,32 @@ def test_second_writer_is_refused(store, io):
         CheckpointStore.open(store.directory, io=io)
     store.close()
     CheckpointStore.open(store.directory, io=io).close()
+
+
+def test_a_failed_open_leaves_no_lock(store, io, monkeypatch):
+    store.close()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FileLock, "note", full)
+        with pytest.raises(CheckpointError, match="the disk is full") as caught:
+            CheckpointStore.open(store.directory, io=io)
+    CheckpointStore.open(store.directory, io=io).close()
+    assert caught.value.message
+
+
+def test_a_failed_probe_leaves_nothing_behind(store, model, monkeypatch):
+    def broken(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    change(model.views, 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(store._io, "reflink", broken)
+        with pytest.raises(CheckpointError, match="Input/output error"):
+            store.sync(model.views, weight_version=1)
+    assert not list((store.directory / ".hogwild").glob("*.tmp"))
 
 
 def test_a_killed_writer_leaves_no_lock(model, tmp_path):
