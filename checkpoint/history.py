@@ -1,6 +1,7 @@
 """The generations on disk: which there are, their fingerprints, and how old ones are forgotten."""
 
 import contextlib
+import logging
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,11 @@ from hogwild.checkpoint.durable import FileIo
 from hogwild.checkpoint.fingerprints import Indices, Table, empty_table, table_digest
 from hogwild.checkpoint.records import Commit, Record, read_record, write_record
 from hogwild.errors import CheckpointCorrupt
+
+logger = logging.getLogger(__name__)
+
+MOST_RECORDS = 64
+"""Records before the oldest kept generation that are left for the sake of its table."""
 
 _NAME = re.compile(r"(\d{8})\.(?:(commit|undo|redo|part)|\d+\.(?:new|old))")
 
@@ -28,15 +34,27 @@ class History:
 
     @classmethod
     def read(cls, io: FileIo, generations: Path) -> "History":
-        """Read all records; raises CheckpointCorrupt.
+        """Read the records, the newest first; raises CheckpointCorrupt when the last generation can't be proved.
 
-        Records before the first full table are left out: a prune that was cut short has left them behind.
+        A damaged record that the newer ones do not need ends the history, with a warning. So do records before the
+        first full table: a prune that was cut short has left them behind.
         """
-        records = [read_record(path) for path in sorted(generations.glob("????????.commit"))]
-        full = [index for index, record in enumerate(records) if record.blocks is None]
-        if not full:
+        commits: list[Commit] = []  # from the newest on
+        proved = 0  # so many of them have a full table at or before them
+        for path in sorted(generations.glob("????????.commit"), reverse=True):
+            try:
+                record = read_record(path)
+            except CheckpointCorrupt as error:
+                if not proved:
+                    raise
+                logger.warning("older generations can't be rolled back to any more: %s", error.message)
+                break
+            commits.append(record.commit)
+            if record.blocks is None:
+                proved = len(commits)
+        if not proved:
             raise CheckpointCorrupt(f"{generations} has no full table of fingerprints.")
-        return cls(io, generations, [record.commit for record in records[full[0] :]])
+        return cls(io, generations, commits[:proved][::-1])
 
     def path(self, generation: int, kind: str) -> Path:
         """`<generation>.<kind>`."""
@@ -126,14 +144,19 @@ class History:
             self._consolidate(oldest)
 
     def _consolidate(self, oldest: Commit) -> None:
-        """Give the oldest kept generation a full table once the older records take half as much, and remove those."""
+        """Give the oldest kept generation a full table once the older records take half as much, and remove those.
+
+        With a limit of MOST_RECORDS besides: opening a checkpoint reads all of them.
+        """
         older = [commit for commit in self._commits if commit.generation <= oldest.generation]
         tables = older[1:]
         if read_record(self.path(oldest.generation, "commit")).blocks is not None:
-            if sum(20 * commit.blocks_changed for commit in tables) < 8 * oldest.blocks_total and len(tables) < 64:
+            small = sum(20 * commit.blocks_changed for commit in tables) < 8 * oldest.blocks_total
+            if small and len(tables) < MOST_RECORDS:
                 return
             record = Record(oldest, None, self.table(oldest.generation))
             write_record(self._io, self.path(oldest.generation, "commit"), record)
-        for commit in older[:-1]:
-            self._io.unlink(self.path(commit.generation, "commit"))
+        for path in self._generations.glob("????????.commit"):  # damaged ones too
+            if int(path.name[:8]) < oldest.generation:
+                self._io.unlink(path)
         self._commits = self._commits[len(older) - 1 :]

@@ -226,6 +226,14 @@ class CheckpointStore:
                 self._history.prune(self.keep_last)
 
     def _load_read_only(self) -> None:
+        """What a reader knows of the generations; a writer may be forgetting old ones meanwhile."""
+        with explained(f"reading the checkpoint {self.directory}", self.directory, kept=lambda: "Nothing was changed."):
+            try:
+                self._load()
+            except FileNotFoundError:
+                self._load()
+
+    def _load(self) -> None:
         if not History.exists(self._generations):
             raise NotFound(f"{self.directory} is no checkpoint of Hogwild's (it has no {STORE_DIR}/{GENERATIONS_DIR}).")
         self._history = History.read(self._io, self._generations)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from hogwild.checkpoint import history, records
 from hogwild.checkpoint.durable import FileIo, FileLock, Handle
 from hogwild.checkpoint.layout import Layout
 from hogwild.checkpoint.store import CheckpointStore
@@ -481,6 +482,66 @@ def test_damaged_commit_record(store, model, io):
     path.write_bytes(data)
     with pytest.raises(CheckpointCorrupt, match="does not match its checksum"):
         CheckpointStore.open(store.directory, io=io)
+
+
+def test_a_damaged_record_that_the_newer_ones_do_not_need_ends_the_history(model, tmp_path, io, helpers, caplog):
+    """Given records of which the third has a full table, and damage in the one before."""
+    with CheckpointStore.open(tmp_path / "c", source=model.directory, io=io) as store:
+        for version in range(1, 5):
+            if version == 2:
+                for view in model.views.values():
+                    view.add_(1)
+            model.views["norm.weight"][0] = version
+            store.sync(model.views, weight_version=version)
+            store.compact()
+    generations = store.directory / ".hogwild/generations"
+    damaged = generations / "00000001.commit"
+    data = bytearray(damaged.read_bytes())
+    data[60] ^= 1
+    damaged.write_bytes(data)
+    with CheckpointStore.open(store.directory, read_only=True, io=io) as reader:
+        assert [commit.generation for commit in reader.generations()] == [2, 3, 4]
+        assert reader.verify().ok
+        reader.export(tmp_path / "e", 2)
+    with CheckpointStore.open(store.directory, io=io) as again:
+        assert "older generations can't be rolled back to any more: " in caplog.text
+        again.rollback(2, model.views)
+        assert model.views["norm.weight"][0] == 2
+        assert again.verify(model.views).ok
+    assert sorted(path.name[7:] for path in generations.glob("*.commit")) == [f"{n}.commit" for n in (2, 3, 4, 5)]
+    # ... while one that they do need is refused
+    damaged = generations / "00000002.commit"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    with pytest.raises(CheckpointCorrupt, match=r"00000002\.commit does not match its checksum"):
+        CheckpointStore.open(store.directory, io=io)
+
+
+def test_a_reader_opens_while_old_generations_are_forgotten(store, model, io, monkeypatch):
+    for version in range(1, 7):
+        change(model.views, 1)
+        store.sync(model.views, weight_version=version)
+    read, forgotten = records.read_record, []
+
+    def slow(path):
+        if not forgotten:
+            forgotten.extend(["by now"])
+            store._history.prune(1)
+        return read(path)
+
+    before = set(store._generations.glob("*.commit"))
+    monkeypatch.setattr(history, "read_record", slow)
+    reader = CheckpointStore.open(store.directory, read_only=True, io=io)
+    assert set(store._generations.glob("*.commit")) < before
+    assert reader.head.generation == 6
+
+
+def test_a_reader_is_told_what_can_not_be_read(store, io, monkeypatch):
+    def broken(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(history, "read_record", broken)
+    with pytest.raises(CheckpointError, match=r"reading the checkpoint .* failed: Input/output error"):
+        CheckpointStore.open(store.directory, read_only=True, io=io)
 
 
 @pytest.mark.parametrize("place", [10, 70, 200, -20])
