@@ -34,23 +34,33 @@ def check_beginning(directory: Path, source: Path | None) -> None:
 
 
 def clone(io: FileIo, source: Path, directory: Path) -> None:
-    """Copy the model in `source`: weights of its layout, configuration, tokenizer; no sub-folders, no hidden files.
+    """Copy the model in `source`: weights of its layout and their companions.
 
     A copy that was cut short leaves its mark behind and is made again by the next call.
     """
     layout = Layout.read(source)
-    wanted = {file.name for file in layout.files}
     need = sum(file.size for file in layout.files)
     store = directory / STORE_DIR
     io.create(store / CLONING_MARK).close()
     io.fsync_dir(store)
-    for path in sorted(source.iterdir()):
-        other = any(fnmatch.fnmatch(path.name, pattern) for pattern in OTHER_WEIGHTS)
-        if path.name.startswith(".") or not path.is_file() or (other and path.name not in wanted):
-            continue
+    weights = [source / file.name for file in layout.files]
+    for path in sorted([*weights, *companions(source, layout)]):
         _copy(io, path, directory / path.name, store / "clone.tmp", need)
     io.fsync_dir(store)
     io.fsync_dir(directory)
+
+
+def companions(directory: Path, layout: Layout) -> list[Path]:
+    """What belongs to a model besides its weights: configuration, tokenizer; no sub-folders, no hidden files."""
+    weights = {file.name for file in layout.files}
+    return sorted(
+        path
+        for path in directory.iterdir()
+        if path.is_file()
+        and not path.name.startswith(".")
+        and path.name not in weights
+        and not any(fnmatch.fnmatch(path.name, pattern) for pattern in OTHER_WEIGHTS)
+    )
 
 
 def _copy(io: FileIo, source: Path, target: Path, temp: Path, need: int) -> None:

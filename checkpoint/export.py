@@ -1,5 +1,6 @@
 """A generation as a clean model directory or a tar: what `vllm serve` and `from_pretrained` load."""
 
+import contextlib
 import io as pyio
 import os
 import shutil
@@ -11,6 +12,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from hogwild.checkpoint.clone import companions
 from hogwild.checkpoint.constants import FRAME_BLOCKS
 from hogwild.checkpoint.durable import FileIo, explained
 from hogwild.checkpoint.fingerprints import Bytes, Table, differing, fingerprints
@@ -31,28 +33,31 @@ def export(
 ) -> None:
     """Write generation `commit` to an empty directory, a path that ends in `.tar`, or a binary stream (as tar)."""
     weights = {file.name: file.size for file in layout.files}
-    others = sorted(
-        path
-        for path in directory.iterdir()
-        if path.is_file() and not path.name.startswith(".") and path.name not in weights
-    )
+    others = companions(directory, layout)
+    untouched = "The checkpoint itself was not touched."
     if not isinstance(target, str | os.PathLike):
-        _tar(target, others, weights, layout, snapshot, table, commit)
+        with explained("the export", directory, kept=lambda: untouched):
+            _tar(target, others, weights, layout, snapshot, table, commit)
         return
     path = Path(target)
-    kept = f"The export in {path} is incomplete: remove it. The checkpoint itself was not touched."
-    with explained("the export", path.parent, kept=lambda: kept):
-        if path.suffix == ".tar":
+    if path.suffix == ".tar":
+        with explained("the export", path.parent, kept=lambda: untouched):
             if path.exists():
                 raise CheckpointError(f"{path} exists already: choose another name.")
             temp = path.with_name(path.name + ".tmp")
-            with temp.open("wb") as stream:
-                _tar(stream, others, weights, layout, snapshot, table, commit)
-                stream.flush()
-                os.fsync(stream.fileno())
-            io.rename(temp, path)
+            try:
+                with temp.open("wb") as stream:
+                    _tar(stream, others, weights, layout, snapshot, table, commit)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                io.rename(temp, path)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    io.unlink(temp)
+                raise
             io.fsync_dir(path.parent)
-            return
+        return
+    with explained("the export", path.parent, kept=lambda: f"{path} is incomplete: remove it. {untouched}"):
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise CheckpointError(f"{path} is not an empty directory: choose another one.")
         path.mkdir(parents=True, exist_ok=True)

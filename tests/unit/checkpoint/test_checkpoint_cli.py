@@ -1,6 +1,8 @@
 """The commands, on a real checkpoint and against a real HTTP server that answers as the API does."""
 
+import errno
 import json
+import os
 import tarfile
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -68,6 +70,46 @@ def test_as_many_generations_as_the_settings_keep(run, model, tmp_path, io, monk
     monkeypatch.setenv("HOGWILD_KEEP_LAST", "4")
     run("checkpoint", "repair", "-d", tmp_path / "c")
     assert len(json.loads(run("checkpoint", "list", "-d", tmp_path / "c", "--json"))) == 5
+
+
+def test_export_of_a_checkpoint_in_place_leaves_stale_weights_out(model, tmp_path, io):
+    """Given the model's own directory, where weights in other formats lie beside the safetensors."""
+    (model.directory / "consolidated.safetensors").write_bytes(b"a duplicate")
+    with CheckpointStore.open(model.directory, io=io) as store:
+        store.export(tmp_path / "e")
+        store.export(tmp_path / "e.tar")
+    expected = {"config.json", "tokenizer.json", "model.safetensors.index.json"}
+    expected |= {f"model-0000{n}-of-00002.safetensors" for n in (1, 2)}
+    assert {path.name for path in (tmp_path / "e").iterdir()} == expected
+    with tarfile.open(tmp_path / "e.tar") as tar:
+        assert set(tar.getnames()) == expected
+
+
+def test_a_failed_export_leaves_no_half_tar_and_says_what_to_remove(directory, tmp_path, io, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with CheckpointStore.open(directory, read_only=True, io=io) as store:
+        with monkeypatch.context() as patched:
+            patched.setattr(tarfile.TarFile, "addfile", full)
+            with pytest.raises(CheckpointError, match=r"the disk is full .*\. The checkpoint itself was not touched"):
+                store.export(tmp_path / "e.tar")
+        assert not list(tmp_path.glob("e.tar*"))
+        with monkeypatch.context() as patched:
+            patched.setattr(io, "create", full)
+            with pytest.raises(CheckpointError, match=f"{tmp_path / 'e'} is incomplete: remove it"):
+                store.export(tmp_path / "e")
+
+
+def test_a_tar_stream_that_nobody_reads_on(directory, io):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with (
+        CheckpointStore.open(directory, read_only=True, io=io) as store,
+        open(writing, "wb", buffering=0) as stream,
+        pytest.raises(CheckpointError, match=r"the export failed: Broken pipe\. The checkpoint itself"),
+    ):
+        store.export(stream)
 
 
 def test_list_works_beside_a_running_writer(run, directory):
