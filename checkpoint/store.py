@@ -355,6 +355,9 @@ class CheckpointStore:
 
     def _still(self) -> str:
         """What is said of the checkpoint when something failed."""
+        unsure = self.head.generation + 1
+        if self._history.path(unsure, "commit").exists():
+            return f"Whether generation {unsure} is safe is not known: the next sync or start finishes what is there."
         if self._history.unapplied(self.head):
             return (
                 f"Generation {self.head.generation} is safe; its files are brought up to it by the next sync or start."

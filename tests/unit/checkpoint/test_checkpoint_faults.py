@@ -107,8 +107,7 @@ def test_any_operation_fails_and_the_next_sync_works(model, tmp_path, faulty, he
                 assert "failed" in caught.message
                 assert ("the disk is full" in caught.message) == (error == errno.ENOSPC)
                 committed = (store.directory / f".hogwild/generations/{head + 1:08d}.commit").exists()
-                if not committed:
-                    assert f"still generation {head}, whole;" in caught.message
+                assert (f"still generation {head}, whole;" in caught.message) == (not committed)
                 # Then whoever opens the files now finds a whole generation
                 faulty.left = -1
                 if not committed:
