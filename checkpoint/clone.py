@@ -5,7 +5,7 @@ import os
 import stat
 from pathlib import Path
 
-from hogwild.checkpoint.constants import CLONING_MARK, STORE_DIR
+from hogwild.checkpoint.constants import CLONING_MARK, GENERATIONS_DIR, READERS_LOCK, STORE_DIR
 from hogwild.checkpoint.durable import FileIo
 from hogwild.checkpoint.layout import Layout
 from hogwild.errors import CheckpointError, CheckpointLayout
@@ -31,6 +31,20 @@ def check_beginning(directory: Path, source: Path | None) -> None:
             f"{directory} holds files already, but no checkpoint of Hogwild's: choose an empty directory, or pass the "
             "same directory as model and checkpoint to work in place."
         )
+
+
+def make_folders(io: FileIo, directory: Path) -> None:
+    """What a checkpoint has besides the model: our folder, and the file that readers lock."""
+    if not directory.exists():
+        directory.mkdir(parents=True)
+        io.fsync_dir(directory.parent)
+    store = directory / STORE_DIR
+    io.mkdir(store)
+    io.mkdir(store / GENERATIONS_DIR)
+    if not (store / READERS_LOCK).exists():
+        io.create(store / READERS_LOCK).close()
+    io.fsync_dir(store)
+    io.fsync_dir(directory)
 
 
 def clone(io: FileIo, source: Path, directory: Path) -> None:

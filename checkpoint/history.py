@@ -82,6 +82,15 @@ class History:
             return replace(commit, undo_bytes=self.path(commit.generation, "undo").stat().st_size)
         return commit
 
+    def still(self) -> str:
+        """What is said of the checkpoint when something failed."""
+        head = self.head.generation
+        if self.path(head + 1, "commit").exists():
+            return f"Whether generation {head + 1} is safe is not known: the next sync or start finishes what is there."
+        if self.unapplied(self.head):
+            return f"Generation {head} is safe; its files are brought up to it by the next sync or start."
+        return f"The checkpoint is still generation {head}, whole; the next sync writes what this one could not."
+
     def add(self, commit: Commit, blocks: Indices, table: Table) -> int:
         """Write the record that makes a generation exist; bytes written. `blocks`: those that changed."""
         # The full table is smaller where numbers (4 bytes) and fingerprints (16 bytes) of the changed blocks exceed it.

@@ -38,7 +38,7 @@ class PendingSync:
             try:
                 done = Written(store.head, 0, durable=time.perf_counter(), applied=True)
                 if stage.frames:
-                    with explained("the sync", store.directory, kept=store._still):
+                    with explained("the sync", store.directory, kept=lambda: store._history.still()):
                         done = store._write(stage, self._commit)
                 return SyncReport(
                     generation=done.commit.generation,

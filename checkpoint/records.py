@@ -57,9 +57,10 @@ class Commit:
     deferred: dict[str, str] = field(default_factory=dict)  # file → name that its old contents keep until the undo file
     hash: str = HASH_NAME
 
-    def describes(self, layout: Layout) -> bool:
-        """Whether these are the files, with the headers, that the generation was written to."""
-        return layout.id == self.layout and {file.name: file.header for file in layout.files} == self.files
+    def other_headers(self, layout: Layout) -> tuple[str, ...]:
+        """Names of the files whose headers, names and places of tensors with them, are not those of the generation."""
+        today = {file.name: file.header for file in layout.files}
+        return tuple(sorted(dict(today.items() ^ self.files.items())))
 
 
 def new_commit(layout: Layout, table: Table, generation: int, parent: int, kind: Kind, weight_version: int) -> Commit:

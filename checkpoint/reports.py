@@ -56,8 +56,8 @@ class VerifyReport:
     """
 
     generation: int
-    blocks_checked: int
-    live_blocks_checked: int
+    blocks_checked: int = 0
+    live_blocks_checked: int = 0
     disk: dict[str, int] = field(default_factory=dict)
     live: dict[str, int] = field(default_factory=dict)
     headers: tuple[str, ...] = ()

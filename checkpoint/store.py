@@ -26,20 +26,12 @@ import numpy as np
 
 from hogwild.checkpoint import export as exporting
 from hogwild.checkpoint.blockfile import compare_files, file_table
-from hogwild.checkpoint.clone import check_beginning, clone, refuse_links
+from hogwild.checkpoint.clone import check_beginning, clone, make_folders, refuse_links
 from hogwild.checkpoint.compact import compact
-from hogwild.checkpoint.constants import (
-    CLONING_MARK,
-    GENERATIONS_DIR,
-    READERS_LOCK,
-    REDO_MAGIC,
-    STORE_DIR,
-    WRITER_LOCK,
-)
+from hogwild.checkpoint.constants import CLONING_MARK, GENERATIONS_DIR, READERS_LOCK, STORE_DIR, WRITER_LOCK
 from hogwild.checkpoint.durable import OS_IO, FileIo, FileLock, explained
 from hogwild.checkpoint.filesystem import FileSystem
 from hogwild.checkpoint.fingerprints import Table, differing, table_digest
-from hogwild.checkpoint.frames import FrameFile
 from hogwild.checkpoint.history import History
 from hogwild.checkpoint.known import KnownFiles, stamps_of
 from hogwild.checkpoint.layout import Layout
@@ -50,7 +42,7 @@ from hogwild.checkpoint.records import Commit, Kind, new_commit
 from hogwild.checkpoint.reports import RestoreReport, RollbackReport, SyncReport, VerifyReport
 from hogwild.checkpoint.snapshot import Snapshot, stage_difference
 from hogwild.checkpoint.stage import Arena, Stage, available_memory
-from hogwild.checkpoint.transaction import Written, apply, write_logs
+from hogwild.checkpoint.transaction import Written, apply, apply_again, write_logs
 from hogwild.errors import CheckpointError, CheckpointForeign, Conflict, NotFound
 
 if TYPE_CHECKING:
@@ -152,15 +144,7 @@ class CheckpointStore:
 
     def _prepare(self) -> None:
         """Folders and the writer's lock."""
-        if not self.directory.exists():
-            self.directory.mkdir(parents=True)
-            self._io.fsync_dir(self.directory.parent)
-        self._io.mkdir(self._store)
-        self._io.mkdir(self._generations)
-        if not (self._store / READERS_LOCK).exists():
-            self._io.create(self._store / READERS_LOCK).close()
-        self._io.fsync_dir(self._store)
-        self._io.fsync_dir(self.directory)
+        make_folders(self._io, self.directory)
         if not self._writer.acquire():
             raise CheckpointError(
                 f"{self.directory} is kept by another process ({self._writer.read_note()}): stop it, or use its API."
@@ -187,7 +171,7 @@ class CheckpointStore:
         self._history.remove_uncommitted()
         self.layout = Layout.read(self.directory)
         self._foreign = ""
-        if not head.describes(self.layout):
+        if head.other_headers(self.layout):
             self._foreign = f"the tensors in {self.directory} are not those of generation {head.generation}"
         else:
             self._apply_pending(head, patience)
@@ -207,17 +191,7 @@ class CheckpointStore:
                     f"{self.directory} is being read (an export?), and the last sync has to be "
                     "finished first: try again when the reader is done."
                 )
-            redo_path = self._history.path(head.generation, "redo")
-            if redo_path.exists():
-                with FrameFile(self._io, redo_path, REDO_MAGIC, head.generation, head.layout) as redo:
-                    frames = (
-                        (self.layout.tensors[info.tensor], info.numbers, np.frombuffer(payload, np.uint8))
-                        for info, payload in redo
-                    )
-                    apply(self._io, self.directory, self._generations, head, frames)
-            else:
-                apply(self._io, self.directory, self._generations, head, ())
-            self._io.unlink(redo_path)
+            apply_again(self._io, self.directory, self._history, self.layout, head)
 
     def _prune(self) -> None:
         """Forget generations that are too many, before anything needs their space; not under a reader's hands."""
@@ -266,14 +240,11 @@ class CheckpointStore:
         return self._history.kept(sys.maxsize if self.read_only else self.keep_last)
 
     def _kept(self, generation: int) -> Commit:
-        for commit in self.generations():
-            if commit.generation == generation:
-                return commit
-        raise NotFound(
-            f"there is no generation {generation}: kept are {self.generations()[0].generation} to "
-            f"{self.head.generation}.",
-            generation=generation,
-        )
+        kept = {commit.generation: commit for commit in self.generations()}
+        if generation not in kept:
+            text = f"there is no generation {generation}: kept are {min(kept)} to {max(kept)}."
+            raise NotFound(text, generation=generation)
+        return kept[generation]
 
     # --- live weights → disk ------------------------------------------------------------------------------------------
 
@@ -282,11 +253,15 @@ class CheckpointStore:
         from hogwild.checkpoint import views as live
 
         live.check_views(self.layout, views)
-        if any(view.device.type == "cuda" for view in views.values()):
+        self._pin_memory(views)
+        self._arena.reserve(sum(self.layout.by_name[name].nbytes for name in views))
+
+    def _pin_memory(self, views: "Views") -> None:
+        """Staging memory that a GPU copies into, unless there is some already."""
+        if any(view.device.type == "cuda" for view in views.values()) and not self._arena.allocated:
             from hogwild.checkpoint import device
 
             self._arena.allocate = device.pinned
-        self._arena.reserve(sum(self.layout.by_name[name].nbytes for name in views))
 
     def begin_sync(self, views: "Views", *, weight_version: int, jobs: Iterable[str] = ()) -> "PendingSync":
         """Fingerprint the live weights and copy what changed: nobody may write to them until this returns.
@@ -300,13 +275,10 @@ class CheckpointStore:
         with self._mutex:
             self._ready()
             live.check_views(self.layout, views)
-            if any(view.device.type == "cuda" for view in views.values()) and not self._arena.allocated:
-                from hogwild.checkpoint import device
-
-                self._arena.allocate = device.pinned
+            self._pin_memory(views)
             stage = self._new_stage()
             try:
-                with explained("the sync", self.directory, kept=self._still):
+                with explained("the sync", self.directory, kept=lambda: self._history.still()):
                     live.stage_changed(self.layout, views, self._table, stage, self._memo)
             except BaseException:
                 stage.close()
@@ -352,18 +324,6 @@ class CheckpointStore:
         """The record of the generation after the head, before its contents are known."""
         head = self.head.generation
         return new_commit(self.layout, self._table, head + 1, head, kind, weight_version)
-
-    def _still(self) -> str:
-        """What is said of the checkpoint when something failed."""
-        unsure = self.head.generation + 1
-        if self._history.path(unsure, "commit").exists():
-            return f"Whether generation {unsure} is safe is not known: the next sync or start finishes what is there."
-        if self._history.unapplied(self.head):
-            return (
-                f"Generation {self.head.generation} is safe; its files are brought up to it by the next sync or start."
-            )
-        still = f"The checkpoint is still generation {self.head.generation}, whole"
-        return f"{still}; the next sync writes what this one could not."
 
     def _new_stage(self) -> Stage:
         return Stage(self._arena, self._io, self._generations / "stage.spill")
@@ -504,7 +464,7 @@ class CheckpointStore:
             try:
                 version = self.head.weight_version if weight_version is None else weight_version
                 commit = replace(self._next("rollback", version), restores=generation, jobs=tuple(jobs))
-                with explained("the rollback", self.directory, kept=self._still):
+                with explained("the rollback", self.directory, kept=lambda: self._history.still()):
                     with self._snapshot(generation) as old:
                         changed = stage_difference(old, self._history.table(generation), self._table, stage)
                     written, blocks = 0, stage.blocks
@@ -541,41 +501,23 @@ class CheckpointStore:
         """Compare disk, and live weights if given, with the fingerprints of the last generation."""
         started = time.perf_counter()
         with self._mutex, self._still_files() as head:
-            if others := self._other_headers():
-                return VerifyReport(
-                    generation=head.generation, blocks_checked=0, live_blocks_checked=0, headers=others,
-                    seconds=time.perf_counter() - started,
-                )  # fmt: skip
-            stamps = stamps_of(self.directory, self.layout)
-            disk = compare_files(self._io, self.directory, self.layout, self._table)
-            if not disk:
-                self._known.keep_all(self.layout, stamps)
-            checked = 0
-            wrong: dict[str, int] = {}
-            if views is not None:
+            report = VerifyReport(generation=head.generation, headers=head.other_headers(Layout.read(self.directory)))
+            if not report.headers:
+                stamps = stamps_of(self.directory, self.layout)
+                disk = compare_files(self._io, self.directory, self.layout, self._table)
+                if not disk:
+                    self._known.keep_all(self.layout, stamps)
+                report = replace(report, blocks_checked=self.layout.blocks, disk=disk)
+            if views is not None and not report.headers:
                 from hogwild.checkpoint.compare import compare_live
 
                 checked, wrong = compare_live(self.layout, views, self._table)
-            return VerifyReport(
-                generation=head.generation,
-                blocks_checked=self.layout.blocks,
-                disk=disk,
-                live_blocks_checked=checked,
-                live=wrong,
-                seconds=time.perf_counter() - started,
-            )
-
-    def _other_headers(self) -> tuple[str, ...]:
-        """Names of the files of which the header is not that of the last generation, or which only one of both has."""
-        layout = Layout.read(self.directory)
-        if self.head.describes(layout):
-            return ()
-        today = {file.name: file.header for file in layout.files}
-        return tuple(sorted(dict(today.items() ^ self.head.files.items())))
+                report = replace(report, live_blocks_checked=checked, live=wrong)
+            return replace(report, seconds=time.perf_counter() - started)
 
     def _check_headers(self) -> None:
         """Raise CheckpointForeign unless tensors and block numbers mean in the files what the last generation says."""
-        if others := self._other_headers():
+        if others := self.head.other_headers(Layout.read(self.directory)):
             raise CheckpointForeign(
                 f"the tensors or the metadata in {', '.join(others)} of {self.directory} are not those of generation "
                 f"{self.head.generation}: `hogwild checkpoint adopt` accepts the files as they are.",
@@ -635,16 +577,16 @@ class CheckpointStore:
             if self.read_only:
                 raise CheckpointError(f"{self.directory} was opened for reading only.")
             with explained("adopting the files", self.directory, kept=lambda: "No generation was lost."):
-                self.layout = Layout.read(self.directory)
-                refuse_links(self.directory, self.layout)
-                stamps = stamps_of(self.directory, self.layout)
-                table = file_table(self._io, self.directory, self.layout)
+                layout = Layout.read(self.directory)
+                refuse_links(self.directory, layout)
+                stamps = stamps_of(self.directory, layout)
+                table = file_table(self._io, self.directory, layout)
                 head = self.head
-                if head.describes(self.layout) and not len(differing(table, self._table)):
+                if not head.other_headers(layout) and not len(differing(table, self._table)):
                     return head
                 generation = head.generation + 1
                 version = head.weight_version if weight_version is None else weight_version
-                commit = new_commit(self.layout, table, generation, generation, "adopt", version)
+                commit = new_commit(layout, table, generation, generation, "adopt", version)
                 self._stale = True
                 self._history.add(replace(commit, base_model=head.base_model), np.arange(len(table)), table)
                 self._recover()

@@ -26,6 +26,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import xxhash
 
 from hogwild.checkpoint.blockfile import check_old, read_blocks, runs, write_blocks
@@ -34,7 +35,8 @@ from hogwild.checkpoint.constants import BLOCK, REDO_MAGIC, REPLACE_SHARE, UNDO_
 from hogwild.checkpoint.durable import FileIo, Handle
 from hogwild.checkpoint.filesystem import FileSystem
 from hogwild.checkpoint.fingerprints import Bytes, Indices, Table
-from hogwild.checkpoint.frames import FrameWriter
+from hogwild.checkpoint.frames import FrameFile, FrameWriter
+from hogwild.checkpoint.history import History
 from hogwild.checkpoint.known import KnownFiles
 from hogwild.checkpoint.layout import Layout, TensorSpec
 from hogwild.checkpoint.records import Commit
@@ -331,3 +333,17 @@ def apply(
     if pending:
         io.fsync_dir(directory)
     return written
+
+
+def apply_again(io: FileIo, directory: Path, history: History, layout: Layout, commit: Commit) -> None:
+    """`apply` for a generation whose writer did not get so far: from its redo file, if it has one, and new files."""
+    redo_path = history.path(commit.generation, "redo")
+    if redo_path.exists():
+        with FrameFile(io, redo_path, REDO_MAGIC, commit.generation, commit.layout) as redo:
+            frames = (
+                (layout.tensors[info.tensor], info.numbers, np.frombuffer(payload, np.uint8)) for info, payload in redo
+            )
+            apply(io, directory, redo_path.parent, commit, frames)
+    else:
+        apply(io, directory, redo_path.parent, commit, ())
+    io.unlink(redo_path)
