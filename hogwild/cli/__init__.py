@@ -4,6 +4,7 @@ import sys
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from hogwild import __version__
 from hogwild.errors import HogwildError
@@ -40,5 +41,6 @@ def main() -> None:
     try:
         app()
     except HogwildError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]hogwild:[/] {error.message}")
+        console = Console(stderr=True, highlight=False, soft_wrap=True)
+        console.print(f"[bold red]hogwild:[/] {escape(error.message)}")
         sys.exit(1)

@@ -40,7 +40,7 @@ def up(settings: Settings, *, no_vllm: bool) -> None:
     try:
         with stack:
             stack.wait_ready()
-            _notice(f"[bold green]ready[/] after {time.monotonic() - started:.0f} s")
+            _notice(f"ready after {time.monotonic() - started:.0f} s", style="green")
             for name, url in stack.urls.items():
                 _notice(f"  {name:<{WIDTH}}  {url}")
             _notice(f"  {'logs':<{WIDTH}}  {stack.supervisor.logs}")
@@ -55,8 +55,9 @@ def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
     sys.exit(0)
 
 
-def _notice(text: str) -> None:
-    console.print(f"[bold]{'hogwild':<{WIDTH}}[/] [bold]|[/] {text}")
+def _notice(text: str, *, style: str = "") -> None:
+    """`text` is not markup: the last lines of a service's log are in it."""
+    console.print(f"[bold]{'hogwild':<{WIDTH}} |[/] {escape(text)}", style=style)
 
 
 def _log_line(service: str, line: str) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from hogwild import cli
+from hogwild.cli import up
 from hogwild.config import Settings, load_settings, slug
 from hogwild.errors import ConfigError
 from hogwild.stack import embedded_redis, services
@@ -179,3 +181,23 @@ def test_the_log_follower_shows_new_lines_only_and_survives_rotation(tmp_path: P
     assert seen == [("api", "one"), ("api", "half line"), ("api", "after rotation")]
     assert tail(log, 5) == ["after rotation"]
     assert tail(tmp_path / "missing", 5) == []
+
+
+def test_what_looks_like_markup_in_a_log_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    line = "user [/INST] said [bold]"
+    up._notice(line)
+    up._log_line("vllm", line)
+    assert capsys.readouterr().out.count(line) == 2
+
+
+def test_an_error_with_brackets_is_printed_as_it_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise ConfigError("pip install 'hogwild[worker]'")
+
+    monkeypatch.setattr(cli, "app", fail)
+    monkeypatch.setattr("hogwild.cli.commands.register", lambda app: None)
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "pip install 'hogwild[worker]'" in capsys.readouterr().err
