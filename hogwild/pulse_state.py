@@ -82,12 +82,12 @@ class PulseWriter:
     """The side in vLLM. Not thread-safe: one per stat logger, which vLLM calls from one event loop."""
 
     def __init__(self, path: Path, engine_index: int = 0) -> None:
-        """Claim a slot in `path`, made when missing. Raises OSError when all slots belong to live processes."""
+        """Claim a slot in `path`, made when missing. Raises OSError when the disk is full or every slot is in use."""
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             _lock(fd, path)
-            if os.fstat(fd).st_size < FILE_BYTES:
-                os.ftruncate(fd, FILE_BYTES)
+            # Its blocks, not its size alone: writing into a hole of a full disk would be SIGBUS in vLLM's API server.
+            os.posix_fallocate(fd, 0, FILE_BYTES)
             self._map = mmap.mmap(fd, FILE_BYTES)
             words = memoryview(self._map).cast("Q")
             header = (MAGIC, FORMAT_VERSION, SLOTS, SLOT_BYTES)

@@ -1,5 +1,6 @@
 """The shared pulse file: what one process writes, another reads; dead writers, foreign files, many writers."""
 
+import errno
 import fcntl
 import stat
 import subprocess
@@ -97,6 +98,15 @@ def test_more_writers_than_slots(tmp_path):
 
     with pytest.raises(OSError, match=f"{SLOTS} vLLM processes"):
         PulseWriter(path, SLOTS)
+
+
+def test_a_full_disk_is_an_error_and_no_bus_error_later(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left"):
+        PulseWriter(tmp_path / "pulse.state")
 
 
 def test_a_file_of_an_older_format_is_started_anew_by_the_writer(tmp_path):
