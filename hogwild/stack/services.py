@@ -21,6 +21,7 @@ CPU_KV_CACHE_GIB = 1
 # Share of the card that vLLM takes when the user names none: the rest is for gradients, activations and optimizer.
 GPU_MEMORY_UTILIZATION = 0.80
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
+DEV = Path("/dev")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +88,9 @@ def environment(settings: Settings) -> dict[str, str]:
 
 
 def has_gpu() -> bool:
-    """Whether an NVIDIA GPU is there for vLLM."""
-    return Path("/dev/nvidia0").exists() and os.environ.get("CUDA_VISIBLE_DEVICES", "0") not in {"", "-1"}
+    """Whether an NVIDIA GPU is there for vLLM: a container may have any one of the host's; WSL has them at /dev/dxg."""
+    cards = any(DEV.glob("nvidia[0-9]*")) or (DEV / "dxg").exists()
+    return cards and os.environ.get("CUDA_VISIBLE_DEVICES", "0") not in {"", "-1"}
 
 
 def vllm_command(settings: Settings, model_dir: Path) -> list[str]:

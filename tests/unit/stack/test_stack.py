@@ -201,3 +201,13 @@ def test_an_error_with_brackets_is_printed_as_it_is(
     with pytest.raises(SystemExit):
         cli.main()
     assert "pip install 'hogwild[worker]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("device", "found"), [("nvidia3", True), ("dxg", True), ("nvidiactl", False)])
+def test_a_gpu_is_found_whatever_its_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, found: bool
+) -> None:
+    monkeypatch.setattr(services, "DEV", tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    (tmp_path / device).touch()
+    assert services.has_gpu() is found
