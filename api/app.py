@@ -16,7 +16,7 @@ from starlette.responses import PlainTextResponse
 
 import hogwild
 from hogwild.api.auth import authenticator
-from hogwild.api.problems import REQUEST_ID, Guard, problem_of, responses, route_class
+from hogwild.api.problems import REQUEST_ID, problem_of, responses, route_class
 from hogwild.api.routes_checkpoint import checkpoint_router
 from hogwild.api.routes_files import files_router
 from hogwild.api.routes_finetune import finetune_router
@@ -28,22 +28,18 @@ from hogwild.config import Settings, load_settings
 _BEARER = Security(HTTPBearer(auto_error=False, description="HOGWILD_API_KEY, or a key of HOGWILD_API_KEYS_FILE."))
 
 
-def create_router(settings: Settings, *, prefix_guard: Guard | None = None, extra_keys: Iterable[str] = (),
-                  service: Service | None = None) -> APIRouter:
+def create_router(settings: Settings, *, extra_keys: Iterable[str] = (), service: Service | None = None) -> APIRouter:
     """All routes of the job service, for this application or a foreign one (vLLM's).
 
     Nothing is registered on the application that includes it: errors become problem documents, bodies are limited
     and keys are checked per route.
 
-    `prefix_guard`: called before our own check of the key; may raise an error of ours or an HTTPException.
     `extra_keys`: keys that are valid besides the deployment's own: vLLM's `--api-key`.
     """
     service = service or Service(settings, extra_keys)
     authenticate = authenticator(service.keys)
 
     async def caller(request: Request) -> None:
-        if prefix_guard is not None:
-            await prefix_guard(request)
         request.state.api_key = await authenticate(request)
         if settings.rate_limit:
             await run_in_threadpool(service.check_rate, request.state.api_key)

@@ -4,6 +4,7 @@ Nothing below the edge reads the environment: rooms take values or frozen config
 every field here with its default and description.
 """
 
+import ipaddress
 import os
 import re
 import tempfile
@@ -68,7 +69,7 @@ class Settings(BaseSettings):
     api_port: int = Field(8100, ge=1, le=65535, description="Port the API listens on.")
     flower_host: str = Field("127.0.0.1", description="Address Flower listens on.")
     flower_port: int = Field(5555, ge=1, le=65535, description="Port Flower listens on.")
-    api_key: SecretStr | None = Field(None, description="Key every API route but /livez asks for.")
+    api_key: SecretStr | None = Field(None, min_length=1, description="Key every API route but /livez asks for.")
     api_keys_file: Path | None = Field(None, description="File with several named, hashed API keys (see docs/api.md).")
     cors_origins: list[str] = Field([], description="Origins browsers may call the API from; none by default.")
     rate_limit: int = Field(0, ge=0, description="Requests a minute for each API key; 0: no limit.")
@@ -161,6 +162,14 @@ def load_settings(**given: Any) -> Settings:
             for e in error.errors()
         ]
         raise ConfigError("; ".join(lines)) from None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether who listens on this address is reached from this machine alone; '' is every address."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def slug(name: str) -> str:

@@ -11,7 +11,8 @@ from typing import Any
 
 from pydantic import SecretStr
 
-from hogwild.config import Settings
+from hogwild.api.auth import keys_of
+from hogwild.config import Settings, is_loopback
 from hogwild.errors import ConfigError
 from hogwild.mps import Mps
 from hogwild.stack import embedded_redis
@@ -20,7 +21,6 @@ from hogwild.stack import embedded_redis
 CPU_KV_CACHE_GIB = 1
 # Share of the card that vLLM takes when the user names none: the rest is for gradients, activations and optimizer.
 GPU_MEMORY_UTILIZATION = 0.80
-LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 DEV = Path("/dev")
 
 
@@ -68,13 +68,6 @@ def environment(settings: Settings) -> dict[str, str]:
     env.setdefault("TOKENIZERS_PARALLELISM", "false")
     if settings.api_key:
         env["FLOWER_BASIC_AUTH"] = f"hogwild:{settings.api_key.get_secret_value()}"
-    elif settings.flower_host in LOOPBACK:
-        env["FLOWER_UNAUTHENTICATED_API"] = "true"
-    else:
-        raise ConfigError(
-            f"Flower would listen on {settings.flower_host} without a password: set HOGWILD_API_KEY, "
-            "or HOGWILD_FLOWER_HOST=127.0.0.1."
-        )
     if settings.vllm_api_key:
         env["VLLM_API_KEY"] = settings.vllm_api_key.get_secret_value()
     if not has_gpu():
@@ -85,6 +78,22 @@ def environment(settings: Settings) -> dict[str, str]:
         # demo's model took 0.2 s with sleeping threads and up to 4 s with spinning ones.
         env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return env
+
+
+def check_access(settings: Settings, *, vllm: bool) -> None:
+    """Raise ConfigError when a service would be open to the network, or when the API keys file can't be used."""
+    keys = bool(keys_of(settings))
+    services = [("The API", "api", keys), ("Flower", "flower", settings.api_key is not None)]  # it takes no keys file
+    if vllm:
+        own = any(word.split("=", 1)[0] == "--api-key" for word in shlex.split(settings.vllm_args))
+        services.append(("vLLM", "vllm", keys or own or settings.vllm_api_key is not None))
+    for title, name, guarded in services:
+        host = getattr(settings, f"{name}_host")
+        if not guarded and not is_loopback(host):
+            raise ConfigError(
+                f"{title} would listen on {host} without a key: set HOGWILD_API_KEY, "
+                f"or HOGWILD_{name.upper()}_HOST=127.0.0.1."
+            )
 
 
 def has_gpu() -> bool:

@@ -32,6 +32,7 @@ from hogwild.mps import Mps
 from hogwild.stack import embedded_redis, services
 from hogwild.stack.logs import LogFollower, tail
 from hogwild.stack.supervise import State, Supervisor
+from hogwild.tasks.registry import Registry
 
 POLL_S = 0.5
 LAST_LINES = 15  # of a dead service's log
@@ -83,6 +84,7 @@ class Stack:
     def start(self) -> None:
         """Start every service; returns when supervisor has launched them, not when they are ready."""
         s = self.settings
+        services.check_access(s, vllm=self._vllm)
         s.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._take_lock()
         try:
@@ -217,9 +219,10 @@ class Stack:
     def _worker_attached(self) -> bool:
         """Whether the worker that runs now says so; the last words of one that was killed don't count."""
         try:
-            response = httpx.get(f"{self.api_url}/train/status", timeout=5.0, headers=self._api_headers())
-            worker = response.raise_for_status().json()["worker"] or {}
-        except httpx.HTTPError:
+            # Not by way of the API: of a keys file only hashes are known here.
+            with redis_client.Redis.from_url(self.settings.redis_url or "", socket_timeout=2) as client:
+                worker = Registry(client, self.settings.model_name).worker() or {}
+        except (redis_client.RedisError, OSError):
             return False
         return bool(worker.get("alive") and worker.get("attached") and psutil.pid_exists(worker.get("pid", -1)))
 
@@ -269,10 +272,6 @@ class Stack:
     def urls(self) -> dict[str, str]:
         """Service → URL, for those with one."""
         return {p.name: p.url for p in self.supervisor.services if p.url}
-
-    def _api_headers(self) -> dict[str, str]:
-        key = self.settings.api_key
-        return {"Authorization": f"Bearer {key.get_secret_value()}"} if key else {}
 
     # --- down -----------------------------------------------------------------------------------------------------
 
@@ -394,9 +393,9 @@ def only_exported_model(runtime_dir: Path) -> str:
     raise ConfigError(f"Several models are being served: {', '.join(sorted(names))}. Choose with --served-model-name.")
 
 
-def _answers(url: str, headers: dict[str, str] | None = None) -> bool:
+def _answers(url: str) -> bool:
     try:
-        return httpx.get(url, timeout=3.0, headers=headers).status_code == httpx.codes.OK
+        return httpx.get(url, timeout=3.0).status_code == httpx.codes.OK
     except httpx.HTTPError:
         return False
 

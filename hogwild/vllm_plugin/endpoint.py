@@ -15,7 +15,7 @@ from typing import Any
 
 from fastapi import FastAPI, Header, HTTPException
 
-from hogwild.config import load_settings
+from hogwild.config import is_loopback, load_settings
 from hogwild.frontend import FILE_NAME, Frontend
 from hogwild.manifest import sweep
 from hogwild.runtime_files import at_exit, private_dir, process_start_time, remove_at_exit
@@ -78,6 +78,7 @@ class HogwildEndpoint:
         """The same routes as on the API's own port, for this model, guarded by vLLM's API keys as well as by ours."""
         try:
             from hogwild.api.app import create_router
+            from hogwild.api.auth import keys_of
         except ImportError as error:
             logger.info("hogwild: the API is not installed beside vLLM (%s): only the worker's routes are added", error)
             return
@@ -85,6 +86,14 @@ class HogwildEndpoint:
         names = getattr(args, "served_model_name", None) or [Path(args.model).name]
         name = names if isinstance(names, str) else names[0]
         settings = load_settings().model_copy(update={"served_model_name": name})
+        host = getattr(args, "host", None) or ""  # vLLM's default is every address
+        if not getattr(args, "uds", None) and not is_loopback(host) and not keys_of(settings, api_keys(args)):
+            logger.warning(
+                "hogwild: /train is not on vLLM's port: whoever reaches %s could change the weights without a key. "
+                "Set HOGWILD_API_KEY or vLLM's --api-key, or start vLLM with --host 127.0.0.1",
+                host or "any address of this machine",
+            )
+            return
         app.include_router(create_router(settings, extra_keys=api_keys(args)))
 
     def _publish(self, engine_client: Any, args: Namespace) -> None:

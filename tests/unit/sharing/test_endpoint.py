@@ -108,6 +108,25 @@ def test_training_routes_obey_vllms_key(runtime_dir: Path) -> None:
     assert client.post("/checkpoint").status_code == 401
 
 
+@pytest.mark.parametrize("host", [None, "0.0.0.0", "10.0.0.7"])
+def test_training_routes_are_not_open_to_the_network(
+    host: str | None, runtime_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    client, _ = serving(runtime_dir, Engine(True), host=host)
+    assert client.post("/checkpoint").status_code == 404
+    assert "Set HOGWILD_API_KEY or vLLM's --api-key" in caplog.text
+    client, _ = serving(runtime_dir, Engine(True), host=host, api_key=["secret"])
+    assert client.post("/checkpoint").status_code == 401
+
+
+@pytest.mark.parametrize("options", [{"host": "127.0.0.1"}, {"uds": "/run/vllm.sock"}])
+def test_training_routes_need_no_key_where_only_this_machine_reaches_them(
+    options: dict[str, str], runtime_dir: Path
+) -> None:
+    client, _ = serving(runtime_dir, Engine(True), **options)
+    assert client.get("/checkpoint/operations/x").headers["x-request-id"]
+
+
 def test_the_weight_version_is_on_every_answer_once_exported(runtime_dir: Path) -> None:
     client, _ = serving(runtime_dir, Engine(True))
     assert "x-hogwild-weight-version" not in client.get("/v1/models").headers

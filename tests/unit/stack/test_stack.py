@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
 from hogwild import cli
 from hogwild.cli import up
@@ -75,10 +76,40 @@ def test_the_users_vllm_arguments_win(tmp_path: Path, model_dir: Path) -> None:
     assert argv[-2:] == ["--max-model-len", "512"]
 
 
-def test_flower_is_open_on_loopback_only(tmp_path: Path) -> None:
-    assert services.environment(settings(tmp_path))["FLOWER_UNAUTHENTICATED_API"] == "true"
-    with pytest.raises(ConfigError, match="without a password: set HOGWILD_API_KEY"):
-        services.environment(settings(tmp_path, flower_host="0.0.0.0"))
+@pytest.mark.parametrize("service", ["api", "flower", "vllm"])
+def test_nothing_is_open_to_the_network_without_a_key(tmp_path: Path, service: str) -> None:
+    s = settings(tmp_path, **{f"{service}_host": "0.0.0.0"})
+    with pytest.raises(ConfigError, match=f"set HOGWILD_API_KEY, or HOGWILD_{service.upper()}_HOST"):
+        services.check_access(s, vllm=True)
+    services.check_access(s.model_copy(update={"api_key": SecretStr("sesame")}), vllm=True)
+    services.check_access(settings(tmp_path, **{f"{service}_host": "127.0.0.2"}), vllm=True)
+
+
+def test_a_keys_file_guards_the_api_and_vllm_but_not_flower(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"alice : read-write : {'0' * 64}\n")
+    s = settings(tmp_path, api_keys_file=file, api_host="0.0.0.0", vllm_host="0.0.0.0")
+    services.check_access(s, vllm=True)
+    with pytest.raises(ConfigError, match="Flower would listen"):
+        services.check_access(s.model_copy(update={"flower_host": "0.0.0.0"}), vllm=True)
+    file.write_text("# nobody yet\n")
+    with pytest.raises(ConfigError, match="The API would listen"):
+        services.check_access(s, vllm=True)
+
+
+def test_a_bad_keys_file_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="HOGWILD_API_KEYS_FILE"):
+        Stack(settings(tmp_path, model="/m", api_keys_file=tmp_path / "missing"), vllm=True).start()
+
+
+@pytest.mark.parametrize("fields", [{"vllm_api_key": "open"}, {"vllm_args": "--api-key=open"}])
+def test_vllms_own_key_is_enough_for_vllm(tmp_path: Path, fields: dict[str, str]) -> None:
+    s = settings(tmp_path, vllm_host="0.0.0.0", **fields)
+    services.check_access(s, vllm=True)
+
+
+def test_flowers_api_that_any_web_page_could_call_is_never_open(tmp_path: Path) -> None:
+    assert "FLOWER_UNAUTHENTICATED_API" not in services.environment(settings(tmp_path))
 
 
 def test_with_an_api_key_flower_asks_for_it_everywhere(tmp_path: Path) -> None:
