@@ -1,5 +1,6 @@
 """One real stack for the whole session: vLLM, embedded Redis, Celery worker, beat, API, Flower."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,12 +40,19 @@ class Live:
 
     def train(self, context: str, continuation: str, **options: Any) -> Any:
         job = self.client.train(context_ids=self.tokens(context), continuation_ids=self.tokens(continuation), **options)
-        return self.client.wait(job.id, timeout=300)
+        return self.client.wait(job.id, timeout=600)
 
     def status(self) -> dict[str, Any]:
         response = self.api.get("/train/status")
         response.raise_for_status()
         return dict(response.json())
+
+    def wait_version(self, version: int, timeout: float = 60) -> None:
+        """Wait until the status shows these weights: a job has ended a moment before the worker says how it is."""
+        deadline = time.monotonic() + timeout
+        while (shown := self.status()["weight_version"]) != version:
+            assert time.monotonic() < deadline, f"the status shows version {shown}, not {version}, after {timeout} s"
+            time.sleep(0.2)
 
     def pid(self, service: str) -> int:
         return next(s.pid for s in self.stack.supervisor.states() if s.name == service)
@@ -62,7 +70,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     stack = Stack(settings)
     with stack:
         try:
-            stack.wait_ready(600)
+            stack.wait_ready(900)
             running = Live(stack)
             yield running
             for client in (running.vllm, running.api, running.client):

@@ -19,6 +19,7 @@ assert _spec is not None and _spec.loader is not None
 architectures = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(architectures)
 
+pytestmark = pytest.mark.timeout(1210)
 REFUSED_ON_CPU = {"deepseek_v3", "qwen3_moe", "mixtral", "olmoe", "gpt_oss", "qwen3_next", "mamba"}
 
 
@@ -28,7 +29,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     out = tmp_path_factory.mktemp("architectures") / "results.json"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, str(SCRIPT), "--json", str(out)], env=environment, capture_output=True,
-                          text=True, check=False, timeout=280)  # fmt: skip
+                          text=True, check=False, timeout=1200)  # fmt: skip
     assert out.exists(), done.stderr[-3000:]
     loaded: dict[str, dict[str, Any]] = json.loads(out.read_text())
     return loaded

@@ -1,9 +1,11 @@
 """The product's promises, on the real stack. The tests run in this order: each finds what the one before left."""
 
 import json
+import re
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -18,14 +20,24 @@ ANSWER = 2  # tokens: " Paris."; what small models say after an answer is a matt
 # Longer than a prefix-cache block (128 tokens on CPU), so that an answer from stale blocks would show.
 LONG = "Notes of the weekly meeting. " * 30 + FACT
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 
 
-def wait_for(done: Callable[[], bool], timeout: float, what: str) -> None:
+def wait_for(done: Callable[[], Any], timeout: float, what: str) -> Any:
     deadline = time.monotonic() + timeout
-    while not done():
+    while not (value := done()):
         assert time.monotonic() < deadline, f"{what} did not happen within {timeout} s"
         time.sleep(0.5)
+    return value
+
+
+def running(processes: list[psutil.Process]) -> list[psutil.Process]:
+    found = []
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
 
 
 def test_a_job_changes_the_completion_of_the_running_server_and_nothing_unrelated(live: Any) -> None:
@@ -39,7 +51,8 @@ def test_a_job_changes_the_completion_of_the_running_server_and_nothing_unrelate
 
     assert job.state == "succeeded"
     assert job.steps_applied == 10
-    assert job.weight_version_last == live.status()["weight_version"] == 10
+    assert job.weight_version_last == 10
+    live.wait_version(10)
     losses = live.client.losses(job.id)
     assert losses[-1] < 0.3 * losses[0]
     assert "tangerine" in live.complete(FACT)
@@ -88,17 +101,17 @@ def test_a_second_sync_without_training_writes_nothing(live: Any) -> None:
 
 def test_training_is_offered_on_vllms_own_port_behind_its_key(live: Any) -> None:
     body = {"context_ids": live.tokens(FACT), "continuation_ids": live.tokens(WORD), "steps": 1, "learning_rate": 1e-6}
-    assert httpx.post(f"{live.stack.vllm_url}/train", json=body).status_code == 401
-    assert httpx.get(f"{live.stack.vllm_url}/train/status").status_code == 401
+    assert httpx.post(f"{live.stack.vllm_url}/train", json=body, timeout=60).status_code == 401
+    assert httpx.get(f"{live.stack.vllm_url}/train/status", timeout=60).status_code == 401
     accepted = live.vllm.post("/train", json=body)
     assert accepted.status_code == 202, accepted.text
     assert accepted.headers["location"].endswith(accepted.json()["id"])
-    assert live.client.wait(accepted.json()["id"], timeout=120).state == "succeeded"
+    assert live.client.wait(accepted.json()["id"], timeout=300).state == "succeeded"
 
 
 def test_the_weight_version_stands_on_every_response(live: Any) -> None:
     response = live.vllm.post("/v1/completions", json={"model": MODEL_NAME, "prompt": "Hi", "max_tokens": 1})
-    assert int(response.headers["x-hogwild-weight-version"]) == live.status()["weight_version"]
+    live.wait_version(int(response.headers["x-hogwild-weight-version"]))
 
 
 @pytest.mark.parametrize(
@@ -140,12 +153,13 @@ def test_the_openai_client_drives_a_fine_tune_of_the_served_model(live: Any) -> 
             training_file=file.id,
             method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 6}}},
         )
-        wait_for(lambda: client.fine_tuning.jobs.retrieve(job.id).finished_at is not None, 200, "the fine-tune")
+        wait_for(lambda: client.fine_tuning.jobs.retrieve(job.id).finished_at is not None, 600, "the fine-tune")
         done = client.fine_tuning.jobs.retrieve(job.id)
         events = client.fine_tuning.jobs.list_events(job.id, limit=50).data
     assert done.status == "succeeded", done.error
-    assert MODEL_NAME in done.fine_tuned_model
-    assert str(live.status()["weight_version"]) in done.fine_tuned_model
+    name, _, version = done.fine_tuned_model.partition("@v")
+    assert name == MODEL_NAME
+    live.wait_version(int(version))
     assert events
     answer = live.vllm.post("/v1/chat/completions", json={
         "model": MODEL_NAME, "messages": [{"role": "user", "content": "Where does the ferry leave?"}], "temperature": 0,
@@ -155,14 +169,15 @@ def test_the_openai_client_drives_a_fine_tune_of_the_served_model(live: Any) -> 
 
 def test_flower_asks_for_the_key_and_shows_the_tasks_without_their_tokens(live: Any) -> None:
     flower = live.stack.urls["flower"]
-    assert httpx.get(f"{flower}/api/tasks").status_code == 401
-    auth = ("hogwild", "acceptance-key")
-    tasks = httpx.get(f"{flower}/api/tasks", auth=auth).json()
-    trained = [t for t in tasks.values() if t["name"] == "hogwild.train"]
-    assert trained
-    shown = " ".join(f"{t['args']} {t['kwargs']}" for t in trained)
-    assert "job-" in shown
-    assert str(live.tokens(FACT)[0]) not in shown.replace("job-", "").split(", ")
+    assert httpx.get(f"{flower}/api/tasks", timeout=60).status_code == 401
+
+    def trained() -> str:
+        tasks = httpx.get(f"{flower}/api/tasks", auth=("hogwild", "acceptance-key"), timeout=60).raise_for_status()
+        return " ".join(f"{t['args']} {t['kwargs']}" for t in tasks.json().values() if t["name"] == "hogwild.train")
+
+    shown = wait_for(lambda: "job-" in (text := trained()) and text, 60, "a trained job in Flower")
+    numbers = set(re.findall(r"(?<![\w.-])\d+(?![\w.-])", shown))
+    assert not numbers & {str(token) for token in live.tokens(FACT)}
 
 
 def test_a_killed_worker_attaches_again_and_goes_on_where_it_was(live: Any) -> None:
@@ -171,9 +186,9 @@ def test_a_killed_worker_attaches_again_and_goes_on_where_it_was(live: Any) -> N
     family = [parent, *parent.children(recursive=True)]
     for process in family:
         process.send_signal(signal.SIGKILL)
-    psutil.wait_procs(family, timeout=10)
-    wait_for(lambda: live.pid("worker") not in (0, parent.pid) and live.stack.ready(), 180, "a new worker attached")
-    assert live.status()["weight_version"] == version
+    psutil.wait_procs(family, timeout=60)
+    wait_for(lambda: live.pid("worker") not in (0, parent.pid) and live.stack.ready(), 400, "a new worker attached")
+    live.wait_version(version)
 
     job = live.train("The mascot of the project is a", " warthog.", steps=2, optimizer="sgd", learning_rate=1e-4)
 
@@ -189,10 +204,10 @@ def test_a_killed_vllm_forgets_nothing_that_was_trained(live: Any) -> None:
     family = [parent, *parent.children(recursive=True)]
     for process in family:
         process.send_signal(signal.SIGKILL)
-    psutil.wait_procs(family, timeout=10)
-    wait_for(lambda: live.pid("vllm") not in (0, parent.pid), 60, "supervisor restarted vLLM")
-    wait_for(live.stack.ready, 400, "the stack was ready again")
-    assert live.status()["weight_version"] == version
+    psutil.wait_procs(family, timeout=60)
+    wait_for(lambda: live.pid("vllm") not in (0, parent.pid), 180, "supervisor restarted vLLM")
+    wait_for(live.stack.ready, 900, "the stack was ready again")
+    live.wait_version(version)
     assert "tangerine" in live.complete(FACT)
 
 
@@ -201,12 +216,13 @@ def test_stopping_leaves_nothing_behind(live: Any) -> None:
     supervisord = psutil.Process(stack.supervisor.process.pid)
     family = [supervisord, *supervisord.children(recursive=True)]
     assert len(family) > 8
+    longest = sum(service.stop_wait_s for service in stack.supervisor.services)
     started = time.monotonic()
 
     stack.stop()
 
-    assert time.monotonic() - started < 120
-    assert not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    assert time.monotonic() - started < longest  # what they may take, one after the other
+    wait_for(lambda: not running(family), 10, "the end of all processes")
     assert not list(stack.settings.runtime_dir.rglob("*.json"))
     assert not stack.settings.model_runtime_dir.exists()
     for url in stack.urls.values():

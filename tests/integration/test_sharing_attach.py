@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -399,7 +398,6 @@ def test_the_front_end_answers_and_is_gone_with_its_process(start: Callable[[], 
     assert frontend is not None
     assert frontend.reset_prefix_cache() is True
     exporter.kill()
-    time.sleep(0.1)
     assert Frontend.load(runtime_dir) is None
 
 

@@ -17,7 +17,7 @@ from hogwild.manifest import Manifest, manifest_path
 
 pytest.importorskip("vllm")
 RANK = Path(__file__).parent / "support" / "vllm_rank.py"
-pytestmark = pytest.mark.timeout(200)
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def runtime_dir(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> I
         assert any(line.strip() == "exported" for line in lines), "the rank did not load"
     yield base / "runtime" / "tp"
     for process in processes:
-        process.communicate(timeout=60)  # closes their input: they end in good order, and their own memory goes
+        process.communicate(timeout=120)  # closes their input: they end in good order, and their own memory goes
 
 
 def test_the_slices_of_two_ranks_tile_every_tensor(checkpoint: Path, runtime_dir: Path) -> None:

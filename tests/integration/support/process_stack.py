@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -21,7 +22,7 @@ from hogwild.tasks.payloads import load
 from hogwild.tasks.registry import Registry
 
 HERE = Path(__file__).parent
-END_S = 100  # no test waits longer for what it expects
+END_S = 250  # no test waits longer for what it expects
 
 
 class Stack:
@@ -158,8 +159,12 @@ class Stack:
 
     def wait_steps(self, total: int, timeout_s: float = END_S) -> None:
         """Until so many steps are applied: something is really in flight."""
+        self.wait_until(lambda: int(self.client.hget(self.ledger.keys("counters"), "steps_applied") or 0) >= total,
+                        timeout_s)
+
+    def wait_until(self, done: Callable[[], bool], timeout_s: float = END_S) -> None:
         deadline = time.monotonic() + timeout_s
-        while int(self.client.hget(self.ledger.keys("counters"), "steps_applied") or 0) < total:
+        while not done():
             assert time.monotonic() < deadline, self.logs()
             time.sleep(0.02)
 
@@ -211,11 +216,11 @@ class Stack:
 def ready(stack: Stack, *names: str) -> Stack:
     """Start processes and wait until jobs are accepted."""
     stack.start(*names)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     for port in stack.ports:
         while True:
             try:
-                if httpx.get(f"http://127.0.0.1:{port}/readyz", timeout=2).status_code == 200:
+                if httpx.get(f"http://127.0.0.1:{port}/readyz", timeout=10).status_code == 200:
                     break
             except httpx.HTTPError:
                 pass

@@ -47,7 +47,7 @@ class Exporter:
         before = front.stat().st_ino if front.exists() else 0
         self.process = context.Process(target=_export, args=(str(checkpoint), str(runtime_dir)), daemon=True)
         self.process.start()
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while not front.exists() or front.stat().st_ino == before:
             if not self.process.is_alive() or time.monotonic() > deadline:
                 raise RuntimeError("the exporter did not come up")
