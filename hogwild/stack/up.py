@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import xmlrpc.client
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -36,6 +36,8 @@ from hogwild.tasks.registry import Registry
 
 POLL_S = 0.5
 LAST_LINES = 15  # of a dead service's log
+ENDS_ITSELF = {"worker"}  # its child sees that its parent was killed, saves what it trained and ends
+KILLED_S = 5.0  # a process is gone this soon after SIGKILL, unless the kernel itself hangs
 # Files that vLLM and the worker leave in the runtime directory; worthless once both are gone.
 RUNTIME_FILES = ("rank*.json", "frontend.json", "weights.state", "pulse.state", "worker.lock", "*.stop")
 
@@ -60,7 +62,7 @@ class Stack:
         self._lock: IO[str] | None = None
         self._mps: Mps | None = None
         self._states: dict[str, State] = {}
-        self._seen: dict[int, psutil.Process] = {}
+        self._families: dict[str, set[psutil.Process]] = {}  # service → its processes; psutil knows a recycled pid
         if vllm and settings.model is None:
             raise ConfigError(
                 "Which model should vLLM serve? Name its directory: hogwild up --model DIR "
@@ -244,9 +246,8 @@ class Stack:
         for now in states:
             before = self._states.get(now.name)
             self._states[now.name] = now
-            if now.pid:
-                with suppress(psutil.NoSuchProcess):
-                    self._seen.setdefault(now.pid, psutil.Process(now.pid))
+            if before is not None and before.pid != now.pid and now.name not in ENDS_ITSELF:
+                _kill(self._families.pop(now.name, set()))  # vLLM's engine would keep the memory from the next vLLM
             died = before is not None and before.pid and before.pid != now.pid and now.state != "STOPPING"
             if died or (now.state == "BACKOFF" and (before is None or before.state != "BACKOFF")):
                 self._notice(
@@ -255,6 +256,24 @@ class Stack:
                 )
                 for line in tail(self.supervisor.log_file(now.name), LAST_LINES):
                     self._notice(f"    {line}")
+        self._note_families()
+
+    def _note_families(self) -> None:
+        """Remember each service's processes: once its first one was killed, nobody can tell whose the rest are."""
+        names = {state.pid: name for name, state in self._states.items() if state.pid}
+        below: dict[int, psutil.Process] = {}
+        if self.supervisor.process is not None:
+            with suppress(psutil.Error):
+                supervisord = psutil.Process(self.supervisor.process.pid)
+                below = {p.pid: p for p in supervisord.children(recursive=True)}
+        self._families = {name: set(filter(_alive, family)) for name, family in self._families.items()}
+        for process in below.values():
+            with suppress(psutil.Error):
+                first = process
+                while first.pid not in names and (parent := below.get(first.ppid())):
+                    first = parent
+                if first.pid in names:
+                    self._families.setdefault(names[first.pid], set()).add(process)
 
     # --- addresses ------------------------------------------------------------------------------------------------
 
@@ -286,7 +305,7 @@ class Stack:
     def _stop(self) -> None:
         supervisor = getattr(self, "supervisor", None)
         if supervisor is not None:
-            self._report_pids()
+            self._report_changes()
             if not supervisor.stop(sum(p.stop_wait_s for p in supervisor.services) + 10.0):
                 self._notice("supervisord does not end: killing what is left")
                 supervisor.process.kill()
@@ -307,25 +326,19 @@ class Stack:
             self._lock.close()
             self._lock = None
 
-    def _report_pids(self) -> None:
-        """Remember every descendant, to be sure at the end that none outlives us."""
-        self._report_changes()
-        for process in list(self._seen.values()):
-            with suppress(psutil.Error):
-                for child in process.children(recursive=True):
-                    self._seen.setdefault(child.pid, child)
-
     def _end_leftovers(self) -> None:
-        # psutil compares the start time, so a recycled pid is never touched.
-        left = [p for p in self._seen.values() if p.is_running()]
-        for process in left:
-            with suppress(psutil.Error):
-                process.terminate()
-        _, stubborn = psutil.wait_procs(left, timeout=5)
-        for process in stubborn:
-            with suppress(psutil.Error):
-                process.kill()
-        self._seen.clear()
+        """Nothing is left when supervisord stopped the services. When it was killed, they are stopped here, in the same
+        order: the worker's last sync needs what vLLM and Redis hold."""
+        for service in sorted(self.supervisor.services, key=lambda service: -service.priority):
+            family = {p for p in self._families.pop(service.name, set()) if _alive(p)}
+            state = self._states.get(service.name)
+            main = {p for p in family if state is not None and p.pid == state.pid}
+            for process in list(main or family):
+                with suppress(psutil.Error):
+                    family.update(process.children(recursive=True))
+                    process.terminate()
+            _wait_gone(family, service.stop_wait_s)
+            _kill(family)
 
     def __enter__(self) -> Self:
         self.start()
@@ -335,6 +348,27 @@ class Stack:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+
+def _alive(process: psutil.Process) -> bool:
+    """Whether that very process runs; not one that nobody collects, nor another one with its pid."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _wait_gone(processes: Collection[psutil.Process], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while any(map(_alive, processes)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
+def _kill(processes: Collection[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.Error):
+            process.kill()
+    _wait_gone(processes, KILLED_S)
 
 
 @contextmanager

@@ -7,7 +7,9 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 from pydantic import SecretStr
 
@@ -17,7 +19,9 @@ from hogwild.config import Settings, load_settings, slug
 from hogwild.errors import ConfigError
 from hogwild.stack import embedded_redis, services
 from hogwild.stack.logs import LogFollower, tail
+from hogwild.stack.supervise import State
 from hogwild.stack.up import Stack, check_ports, only_exported_model
+from hogwild.stack.up import _alive as alive
 
 
 @pytest.fixture
@@ -242,3 +246,62 @@ def test_a_gpu_is_found_whatever_its_number(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     (tmp_path / device).touch()
     assert services.has_gpu() is found
+
+
+class FakeSupervisor:
+    """This process in supervisord's place; `pids` are what it says of its services."""
+
+    def __init__(self, *plan: services.Service) -> None:
+        self.services, self.pids = plan, {p.name: 0 for p in plan}
+        self.process = SimpleNamespace(pid=os.getpid())
+
+    def states(self) -> list[State]:
+        return [State(name, "RUNNING" if pid else "STARTING", pid, 0, "") for name, pid in self.pids.items()]
+
+    def log_file(self, name: str) -> Path:
+        return Path("/nowhere") / name
+
+
+def service(name: str, priority: int) -> services.Service:
+    return services.Service(name=name, argv=[], priority=priority, stop_wait_s=10)
+
+
+def with_child(supervisor: FakeSupervisor, name: str) -> tuple[subprocess.Popen[str], psutil.Process]:
+    """A service with a child that outlives it, as vLLM's engine does."""
+    main = subprocess.Popen(["sh", "-c", "sleep 300 & echo $!; wait"], stdout=subprocess.PIPE, text=True)
+    supervisor.pids[name] = main.pid
+    return main, psutil.Process(int(main.stdout.readline()))
+
+
+def test_what_a_killed_service_leaves_is_killed_but_not_the_workers_child_that_saves(tmp_path: Path) -> None:
+    stack = Stack(settings(tmp_path, model="/m"), notice=lambda text: None)
+    stack.supervisor = FakeSupervisor(service("vllm", 20), service("worker", 30))
+    vllm, engine = with_child(stack.supervisor, "vllm")
+    worker, child = with_child(stack.supervisor, "worker")
+    stack._report_changes()
+    for process in (vllm, worker):
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    stack.supervisor.pids.update(vllm=0, worker=0)
+    stack._report_changes()
+    assert not alive(engine)
+    assert alive(child)
+    stack._end_leftovers()
+    assert not alive(child)
+
+
+def test_without_supervisord_the_worker_ends_before_what_it_needs(tmp_path: Path) -> None:
+    stack = Stack(settings(tmp_path, model="/m"), notice=lambda text: None)
+    stack.supervisor = FakeSupervisor(service("vllm", 20), service("worker", 30))
+    vllm = subprocess.Popen(["sleep", "300"])
+    saved = tmp_path / "saved"
+    saving = f"trap 'sleep 0.3; kill -0 {vllm.pid} && touch {saved}; exit' TERM; echo; while :; do sleep 0.1; done"
+    worker = subprocess.Popen(["sh", "-c", saving], stdout=subprocess.PIPE)
+    worker.stdout.readline()
+    worker.stdout.close()
+    stack.supervisor.pids.update(vllm=vllm.pid, worker=worker.pid)
+    stack._report_changes()
+    stack._end_leftovers()
+    assert saved.exists()
+    assert vllm.wait(5) and worker.wait(5) == 0
