@@ -23,8 +23,8 @@ from rich.table import Table
 from hogwild.client import Client
 from hogwild.config import Settings
 from hogwild.demo_model import MODEL_NAME
-from hogwild.errors import TrainingError
-from hogwild.stack.up import Stack
+from hogwild.errors import ConfigError, TrainingError
+from hogwild.stack.up import LOCK, Stack, take_lock
 
 # The fact, in the phrasings that are trained. It is invented: no model can know it.
 SUBJECT, ANSWER = "the Velmora Bridge", "Ingrid Halloway"
@@ -42,6 +42,7 @@ UNRELATED = "The capital of France is"
 STEPS = 12  # optimizer steps over all lessons
 MAX_MODEL_LEN = 1024  # keeps the KV cache small on a laptop
 ANSWER_TOKENS = 24
+MARKER = ".hogwild-demo"  # a data directory with this file is a demo's, to be wiped by the next one
 
 console = Console(highlight=False, record=True, width=min(Console().width, 100))
 
@@ -61,9 +62,26 @@ class Timings:
         self.phases.append((name, time.monotonic() - started))
 
 
+def clear(data_dir: Path) -> None:
+    """An empty data directory, in place of an earlier demo's.
+
+    Raises ConfigError: something else is there, or that demo is still up.
+    """
+    if data_dir.exists() and any(data_dir.iterdir()):
+        if not (data_dir / MARKER).is_file():
+            raise ConfigError(
+                f"{data_dir} holds something that no demo put there, so it is not wiped: name a new directory with "
+                "--data-dir."
+            )
+        with take_lock(data_dir / LOCK, f"A demo is still up on {data_dir}: stop it first."):
+            shutil.rmtree(data_dir)
+    data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    (data_dir / MARKER).touch()
+
+
 def run(model_dir: Path, data_dir: Path, *, steps: int = STEPS, keep_running: bool = False) -> bool:
     """Run the demo; True when the fact was learned and nothing else was forgotten."""
-    shutil.rmtree(data_dir, ignore_errors=True)  # a fresh model each time, or the first answer would be right already
+    clear(data_dir)  # a fresh model each time, or the first answer would be right already
     ports = free_ports(4)
     settings = Settings(
         model=str(model_dir), served_model_name=MODEL_NAME, data_dir=data_dir, runtime_dir=data_dir / "run",

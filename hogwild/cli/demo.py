@@ -15,7 +15,7 @@ def demo(
     model: Path = typer.Option(
         Path(".cache/models/SmolLM2-135M-Instruct"), help="Where the demo's model is kept; made there if missing."
     ),
-    data_dir: Path = typer.Option(Path(".hogwild/demo"), help="Wiped, then used for logs and checkpoints."),
+    data_dir: Path = typer.Option(Path(".hogwild/demo"), help="For logs and checkpoints; an earlier demo's is wiped."),
     steps: int = typer.Option(None, min=1, help="Optimizer steps; default: as many as the fact needs."),
     record: Path = typer.Option(None, help="Write what the demo printed to this SVG file."),
     keep_running: bool = typer.Option(False, "--keep-running", help="Go on serving afterwards, until Ctrl-C."),

@@ -29,12 +29,14 @@ import redis as redis_client
 from hogwild.config import Settings
 from hogwild.errors import ConfigError, HogwildError
 from hogwild.mps import Mps
+from hogwild.runtime_files import private_dir
 from hogwild.stack import embedded_redis, services
 from hogwild.stack.logs import LogFollower, tail
 from hogwild.stack.supervise import State, Supervisor
 from hogwild.tasks.registry import Registry
 
 POLL_S = 0.5
+LOCK = "up.lock"  # in the data directory and in the model's runtime directory
 LAST_LINES = 15  # of a dead service's log
 ENDS_ITSELF = {"worker"}  # its child sees that its parent was killed, saves what it trained and ends
 KILLED_S = 5.0  # a process is gone this soon after SIGKILL, unless the kernel itself hangs
@@ -59,7 +61,7 @@ class Stack:
         self._notice = notice
         self._log_line = log_line
         self._follower: LogFollower | None = None
-        self._lock: IO[str] | None = None
+        self._locks: list[IO[str]] = []
         self._mps: Mps | None = None
         self._states: dict[str, State] = {}
         self._families: dict[str, set[psutil.Process]] = {}  # service → its processes; psutil knows a recycled pid
@@ -88,12 +90,12 @@ class Stack:
         s = self.settings
         services.check_access(s, vllm=self._vllm)
         s.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._take_lock()
+        s.runtime_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        private_dir(s.model_runtime_dir)
         try:
+            self._take_locks()
             for folder in ("redis", "beat", "flower"):
-                (s.data_dir / folder).mkdir(exist_ok=True)
-            for path in (s.runtime_dir, s.model_runtime_dir):
-                path.mkdir(parents=True, exist_ok=True, mode=0o700)
+                private_dir(s.data_dir / folder)  # training text is in Redis' files
             if self._vllm:
                 self._prepare_checkpoint()
             if self._vllm and services.has_gpu():
@@ -121,23 +123,15 @@ class Stack:
             self.stop()
             raise
 
-    def _take_lock(self) -> None:
-        path = self.settings.data_dir / "up.lock"
-        self._lock = path.open("a+")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.seek(0)
-            pid = self._lock.read().strip() or "?"
-            self._lock.close()
-            self._lock = None
-            raise ConfigError(
-                f"A stack is already up on {self.settings.data_dir} (process {pid}): stop it, or give this "
-                "one a data directory of its own with --data-dir."
-            ) from None
-        self._lock.truncate(0)
-        self._lock.write(str(os.getpid()))
-        self._lock.flush()
+    def _take_locks(self) -> None:
+        s = self.settings
+        self._locks.append(take_lock(
+            s.data_dir / LOCK, f"A stack is already up on {s.data_dir}: stop it, or give this one a data directory of "
+            "its own with --data-dir."))  # fmt: skip
+        # The manifest and the weight version are there: a second vLLM would take the first one's away.
+        self._locks.append(take_lock(
+            s.model_runtime_dir / LOCK, f"A stack already serves {s.model_name} by way of {s.runtime_dir}: stop it, or "
+            "set --runtime-dir to another directory for this one."))  # fmt: skip
 
     def _prepare_checkpoint(self) -> None:
         """vLLM serves the checkpoint directory itself, so that a restarted vLLM has all that was saved."""
@@ -316,15 +310,17 @@ class Stack:
         if self._follower:
             self._follower.stop()
             self._follower = None
+        if len(self._locks) == 2:  # both were taken: what is there is ours
+            (self.settings.model_runtime_dir / LOCK).unlink(missing_ok=True)
         if self._vllm and supervisor is not None:
             for pattern in RUNTIME_FILES:
                 for path in self.settings.model_runtime_dir.glob(pattern):
                     path.unlink(missing_ok=True)
             with suppress(OSError):
                 self.settings.model_runtime_dir.rmdir()
-        if self._lock:
-            self._lock.close()
-            self._lock = None
+        for lock in self._locks:
+            lock.close()
+        self._locks.clear()
 
     def _end_leftovers(self) -> None:
         """Nothing is left when supervisord stopped the services. When it was killed, they are stopped here, in the same
@@ -382,6 +378,26 @@ def _signals_ignored() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def take_lock(path: Path, refusal: str) -> IO[str]:
+    """Hold a lock file until it is closed. Raises ConfigError: another process holds it."""
+    while True:
+        file = path.open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            pid = file.read().strip() or "?"
+            file.close()
+            raise ConfigError(f"{refusal} (It is process {pid}.)") from None
+        if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+            break
+        file.close()  # its last holder removed it
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
 
 
 def check_ports(plan: list[services.Service]) -> None:

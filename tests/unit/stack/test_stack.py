@@ -13,14 +13,14 @@ import psutil
 import pytest
 from pydantic import SecretStr
 
-from hogwild import cli
+from hogwild import cli, demo
 from hogwild.cli import up
 from hogwild.config import Settings, load_settings, slug
 from hogwild.errors import ConfigError
 from hogwild.stack import embedded_redis, services
 from hogwild.stack.logs import LogFollower, tail
 from hogwild.stack.supervise import State
-from hogwild.stack.up import Stack, check_ports, only_exported_model
+from hogwild.stack.up import Stack, check_ports, only_exported_model, take_lock
 from hogwild.stack.up import _alive as alive
 
 
@@ -148,15 +148,40 @@ def test_a_model_that_is_no_directory_is_refused_before_anything_starts(tmp_path
     assert not hasattr(stack, "supervisor")
 
 
-def test_a_second_stack_on_the_same_data_directory_is_refused(tmp_path: Path, model_dir: Path) -> None:
-    first = Stack(settings(tmp_path, model=str(model_dir)))
-    first.settings.data_dir.mkdir(parents=True)
-    first._take_lock()
+@pytest.mark.parametrize(("same", "option"), [("data_dir", "--data-dir"), ("runtime_dir", "--runtime-dir")])
+def test_a_second_stack_in_the_same_place_is_refused(
+    tmp_path: Path, model_dir: Path, same: str, option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = {name: {"data_dir": tmp_path / name / "d", "runtime_dir": tmp_path / name / "r"} for name in "ab"}
+    places["b"][same] = places["a"][same]
+    first, second = (Stack(Settings(model=str(model_dir), **places[name])) for name in "ab")
+    monkeypatch.setattr(Stack, "_prepare_checkpoint", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError), monkeypatch.context() as patch:
+        patch.setattr(Stack, "stop", lambda self: None)
+        first.start()
     try:
-        with pytest.raises(ConfigError, match=rf"already up .*\(process {os.getpid()}\)"):
-            Stack(settings(tmp_path, model=str(model_dir))).start()
+        with pytest.raises(ConfigError, match=rf"{option}.*process {os.getpid()}"):
+            second.start()
+        assert stat.S_IMODE((first.settings.data_dir / "redis").stat().st_mode) == 0o700
     finally:
         first.stop()
+    with pytest.raises(ZeroDivisionError):
+        second.start()
+
+
+def test_the_demo_wipes_nothing_but_an_earlier_demo(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "thesis").touch()
+    with pytest.raises(ConfigError, match="not wiped"):
+        demo.clear(home)
+    assert (home / "thesis").exists()
+    for _ in range(2):
+        demo.clear(tmp_path / "demo")
+        assert not (tmp_path / "demo" / "logs").exists()
+        (tmp_path / "demo" / "logs").mkdir()
+    with take_lock(tmp_path / "demo" / "up.lock", ""), pytest.raises(ConfigError, match="still up"):
+        demo.clear(tmp_path / "demo")
 
 
 @pytest.mark.parametrize("names", [[], ["a"], ["a", "b"]])
