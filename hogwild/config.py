@@ -5,17 +5,21 @@ every field here with its default and description.
 """
 
 import ipaddress
+import json
 import os
 import re
+import shlex
 import tempfile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from hogwild.errors import ConfigError
 
+Optimizer = Literal["apollo", "apollo-mini", "adamw", "sgd"]
 PrefixCachePolicy = Literal["after_job", "every_n_steps", "never"]
 
 
@@ -71,7 +75,9 @@ class Settings(BaseSettings):
     flower_port: int = Field(5555, ge=1, le=65535, description="Port Flower listens on.")
     api_key: SecretStr | None = Field(None, min_length=1, description="Key every API route but /livez asks for.")
     api_keys_file: Path | None = Field(None, description="File with several named, hashed API keys (see docs/api.md).")
-    cors_origins: list[str] = Field([], description="Origins browsers may call the API from; none by default.")
+    cors_origins: Annotated[list[str], NoDecode] = Field(
+        [], description="Origins browsers may call the API from, separated by commas; none by default."
+    )
     rate_limit: int = Field(0, ge=0, description="Requests a minute for each API key; 0: no limit.")
 
     # --- jobs -----------------------------------------------------------------------------------------------------
@@ -85,7 +91,7 @@ class Settings(BaseSettings):
     job_time_limit_s: float = Field(6 * 3600.0, gt=0, description="Hard time limit of one job, in seconds.")
 
     # --- training -------------------------------------------------------------------------------------------------
-    optimizer: str = Field("apollo", description="Optimizer of jobs that name none.")
+    optimizer: Optimizer = Field("apollo", description="Optimizer of jobs that name none.")
     learning_rate: float | None = Field(None, gt=0, description="Rate of jobs that name none; default: by optimizer.")
     replay: float = Field(1.0, ge=0, le=1000, description="Weight of staying as it was on text of its own, of jobs "
                           "that name none; 0: no replay.")
@@ -110,6 +116,29 @@ class Settings(BaseSettings):
     sync_tick_s: float = Field(30.0, gt=0, description="How often beat asks whether a sync is due.")
     keep_last: int = Field(8, ge=1, description="Checkpoint generations that can be rolled back to.")
 
+    @field_validator("cors_origins", mode="before")
+    @classmethod
+    def _origins(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        if value.lstrip().startswith("["):  # as `hogwild up` hands it to its services
+            return json.loads(value)
+        return [origin.strip() for origin in value.split(",") if origin.strip()]
+
+    @field_validator("redis_url")
+    @classmethod
+    def _has_scheme(cls, url: str | None) -> str | None:
+        if url is not None and not url.startswith(("redis://", "rediss://", "unix://")):
+            raise ValueError("must begin with redis://, rediss:// or unix://")
+        urlsplit(url or "").port  # noqa: B018 - a port that is none is a ValueError
+        return url
+
+    @field_validator("vllm_args")
+    @classmethod
+    def _can_be_split(cls, words: str) -> str:
+        shlex.split(words)  # quotes that don't close are a ValueError
+        return words
+
     @field_validator("replay_openings")
     @classmethod
     def _has_openings(cls, path: Path | None) -> Path | None:
@@ -125,11 +154,7 @@ class Settings(BaseSettings):
     @property
     def model_name(self) -> str:
         """Served model name; also names the queue `train.<name>` and the manifest's folder."""
-        if self.served_model_name:
-            return self.served_model_name
-        if self.model:
-            return Path(self.model).name
-        return "default"
+        return served_name(self.served_model_name, self.model or "default")
 
     @property
     def model_slug(self) -> str:
@@ -162,6 +187,15 @@ def load_settings(**given: Any) -> Settings:
             for e in error.errors()
         ]
         raise ConfigError("; ".join(lines)) from None
+
+
+def served_name(names: str | list[str] | None, model: str) -> str:
+    """The name a model is served under: the first of `names`, or the last part of its path when none was given."""
+    name = names if isinstance(names, str) or not names else names[0]
+    if name and name != model:  # vLLM's name of a model without one is the model's path
+        return str(name)
+    path = Path(model)
+    return path.name if path.name not in {"", ".."} else path.resolve().name  # a link keeps its own name
 
 
 def is_loopback(host: str) -> bool:

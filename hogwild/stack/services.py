@@ -14,7 +14,7 @@ from pydantic import SecretStr
 from hogwild.api.auth import keys_of
 from hogwild.config import Settings, is_loopback
 from hogwild.errors import ConfigError
-from hogwild.mps import Mps
+from hogwild.mps import Mps, worker_limits
 from hogwild.stack import embedded_redis
 
 # Tokens of KV cache a CPU vLLM gets, in GiB: enough for a small model's demo, small enough for a laptop.
@@ -121,7 +121,8 @@ def vllm_command(settings: Settings, model_dir: Path) -> list[str]:
     ]
     if "--dtype" not in given:
         # 'auto' may cast what is on disk; views and checkpoint must hold the same bits.
-        argv += ["--dtype", checkpoint_dtype(model_dir)]
+        cloned = (model_dir / "config.json").exists()
+        argv += ["--dtype", checkpoint_dtype(model_dir if cloned else Path(settings.model or ""))]
     if has_gpu():
         if "--gpu-memory-utilization" not in given:
             argv += ["--gpu-memory-utilization", str(GPU_MEMORY_UTILIZATION)]
@@ -178,7 +179,7 @@ def build(settings: Settings, *, vllm: bool, mps: Mps | None = None) -> list[Ser
         Service(
             name="worker",
             priority=30,
-            env=mps.worker_environment() if mps else {},
+            env=mps.worker_environment() if mps else worker_limits(settings),  # a joined vLLM may be under MPS
             stop_wait_s=120,
             argv=[
                 *celery,

@@ -8,6 +8,7 @@ Ctrl-C / SIGTERM → flower, beat, api, worker (last sync), vllm, redis → mani
 
 import fcntl
 import hashlib
+import json
 import os
 import signal
 import socket
@@ -29,7 +30,7 @@ import redis as redis_client
 from hogwild.config import Settings
 from hogwild.errors import ConfigError, HogwildError
 from hogwild.mps import Mps
-from hogwild.runtime_files import private_dir
+from hogwild.runtime_files import boot_id, private_dir, process_alive
 from hogwild.stack import embedded_redis, services
 from hogwild.stack.logs import LogFollower, tail
 from hogwild.stack.supervise import State, Supervisor
@@ -97,11 +98,13 @@ class Stack:
             for folder in ("redis", "beat", "flower"):
                 private_dir(s.data_dir / folder)  # training text is in Redis' files
             if self._vllm:
+                self._check_model()
+            check_ports(services.build(s, vllm=self._vllm))  # before the model is cloned, which can take minutes
+            if self._vllm:
                 self._prepare_checkpoint()
             if self._vllm and services.has_gpu():
                 self._mps = Mps.start(s)
             plan = services.build(s, vllm=self._vllm, mps=self._mps)
-            check_ports(plan)
             redis_url = s.redis_url or embedded_redis.url(s.data_dir / "redis", s.redis_port)
             self.settings = s = s.model_copy(update={"redis_url": redis_url})
             digest = hashlib.sha256(str(s.data_dir).encode()).hexdigest()[:12]
@@ -133,8 +136,7 @@ class Stack:
             s.model_runtime_dir / LOCK, f"A stack already serves {s.model_name} by way of {s.runtime_dir}: stop it, or "
             "set --runtime-dir to another directory for this one."))  # fmt: skip
 
-    def _prepare_checkpoint(self) -> None:
-        """vLLM serves the checkpoint directory itself, so that a restarted vLLM has all that was saved."""
+    def _check_model(self) -> None:
         source = Path(self.settings.model or "")
         if not (source / "config.json").is_file():
             raise ConfigError(
@@ -142,6 +144,10 @@ class Stack:
                 "the checkpoint on disk, so it needs the model's files: download it first and name the "
                 "directory."
             )
+
+    def _prepare_checkpoint(self) -> None:
+        """vLLM serves the checkpoint directory itself, so that a restarted vLLM has all that was saved."""
+        source = Path(self.settings.model or "")
         target = self.settings.model_checkpoint_dir
         if not target.exists():
             self._notice(f"cloning {source} to {target}, where checkpoints will be kept")
@@ -426,12 +432,13 @@ def only_exported_model(runtime_dir: Path) -> str:
 
     Raises ConfigError otherwise, with what is there.
     """
-    import json
-
     names = set()
     for path in runtime_dir.glob("*/rank0.json"):
         with suppress(OSError, ValueError, KeyError, TypeError):
-            names.add(str(json.loads(path.read_text())["__metadata__"]["served_model_name"]))
+            meta = json.loads(path.read_text())["__metadata__"]
+            # What a killed vLLM left is not served.
+            if meta["boot_id"] == boot_id() and process_alive(int(meta["pid"]), float(meta["process_start_time"])):
+                names.add(str(meta["served_model_name"]))
     if len(names) == 1:
         return names.pop()
     if not names:

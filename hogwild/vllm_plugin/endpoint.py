@@ -15,7 +15,7 @@ from typing import Any
 
 from fastapi import FastAPI, Header, HTTPException
 
-from hogwild.config import is_loopback, load_settings
+from hogwild.config import is_loopback, load_settings, served_name
 from hogwild.frontend import FILE_NAME, Frontend
 from hogwild.manifest import sweep
 from hogwild.runtime_files import at_exit, private_dir, process_start_time, remove_at_exit
@@ -83,8 +83,7 @@ class HogwildEndpoint:
             logger.info("hogwild: the API is not installed beside vLLM (%s): only the worker's routes are added", error)
             return
         args = app.state.args
-        names = getattr(args, "served_model_name", None) or [Path(args.model).name]
-        name = names if isinstance(names, str) else names[0]
+        name = served_name(getattr(args, "served_model_name", None), args.model)
         settings = load_settings().model_copy(update={"served_model_name": name})
         host = getattr(args, "host", None) or ""  # vLLM's default is every address
         if not getattr(args, "uds", None) and not is_loopback(host) and not keys_of(settings, api_keys(args)):

@@ -32,6 +32,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from hogwild import config
 from hogwild.config import load_settings, slug
 from hogwild.errors import HogwildError
 from hogwild.manifest import Manifest, Refusal, manifest_path, refusal_path
@@ -383,7 +384,7 @@ class Load:
         name = served_name(self.model_config)
         for problem in refusals:
             logger.warning("hogwild: the weights of %s are not shared: %s [%s]", name, problem.message, problem.check)
-        manifest_path(self.runtime_dir, self.rank).unlink(missing_ok=True)
+        self.void()
         path, pid = refusal_path(self.runtime_dir, self.rank), os.getpid()
         Refusal(
             reasons=tuple((p.check, p.message) for p in refusals),
@@ -394,6 +395,12 @@ class Load:
             process_start_time=process_start_time(pid),
         ).write(path)
         remove_at_exit(path)
+
+    def void(self) -> None:
+        """Whatever an earlier vLLM of this name left does not hold any more, its weight version neither."""
+        manifest_path(self.runtime_dir, self.rank).unlink(missing_ok=True)
+        if self.rank == 0:
+            (self.runtime_dir / STATE_FILE).unlink(missing_ok=True)
 
     def forget(self) -> None:
         """Everything but the shared memory itself has done its work."""
@@ -415,8 +422,7 @@ def _begin(original: Callable[..., Any], loader: Any, args: tuple[Any, ...], kwa
     if model_config is not vllm_config.model_config:
         return None  # a draft model for speculative decoding
     load = Load(model_config, private_dir(model_runtime_dir(vllm_config)))
-    # Whatever an earlier vLLM of this name left is void from here on.
-    manifest_path(load.runtime_dir, load.rank).unlink(missing_ok=True)
+    load.void()
     refusal_path(load.runtime_dir, load.rank).unlink(missing_ok=True)
     refusals = problems(facts_of(vllm_config, model_config, loader))
     if refusals:
@@ -472,10 +478,8 @@ def model_runtime_dir(vllm_config: Any) -> Path:
 
 
 def served_name(model_config: Any) -> str:
-    """The first served model name; for a model without one, the last part of its path (as in `Settings.model_name`)."""
-    name = model_config.served_model_name
-    name = name if isinstance(name, str) or not name else name[0]
-    return Path(model_config.model).name if not name or name == model_config.model else str(name)
+    """The name that everything of ours goes by."""
+    return config.served_name(model_config.served_model_name, model_config.model)
 
 
 def checkpoint_path(model_config: Any) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 
 from vllm.v1.metrics.loggers import StatLoggerBase
 
+from hogwild.config import load_settings
 from hogwild.pulse_state import FILE_NAME, PulseWriter
 from hogwild.vllm_plugin.hooks import model_runtime_dir
 
@@ -29,6 +30,8 @@ class PulseStatLogger(StatLoggerBase):  # type: ignore[misc]  # vLLM is not ther
     def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
         self._writer: PulseWriter | None = None
         try:
+            if load_settings().disable:
+                return
             directory = model_runtime_dir(vllm_config)
             if _is_private_dir(directory):
                 self._writer = PulseWriter(directory / FILE_NAME, engine_index)

@@ -55,6 +55,13 @@ def test_nothing_is_written_where_nothing_was_exported(runtime):
     assert not (runtime.parent / "another").exists()
 
 
+def test_nothing_is_written_when_hogwild_is_switched_off(runtime, monkeypatch):
+    monkeypatch.setenv("HOGWILD_DISABLE", "1")
+    PulseStatLogger(config()).record(SchedulerStats(), IterationStats())
+
+    assert not (runtime / "pulse.state").exists()
+
+
 def test_a_directory_others_can_write_to_is_not_used(runtime):
     runtime.chmod(0o777)
     PulseStatLogger(config()).record(SchedulerStats(), IterationStats())

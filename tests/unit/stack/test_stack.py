@@ -15,8 +15,9 @@ from pydantic import SecretStr
 
 from hogwild import cli, demo
 from hogwild.cli import up
-from hogwild.config import Settings, load_settings, slug
+from hogwild.config import Settings, load_settings, served_name, slug
 from hogwild.errors import ConfigError
+from hogwild.runtime_files import boot_id, process_start_time
 from hogwild.stack import embedded_redis, services
 from hogwild.stack.logs import LogFollower, tail
 from hogwild.stack.supervise import State
@@ -156,6 +157,7 @@ def test_a_second_stack_in_the_same_place_is_refused(
     places["b"][same] = places["a"][same]
     first, second = (Stack(Settings(model=str(model_dir), **places[name])) for name in "ab")
     monkeypatch.setattr(Stack, "_prepare_checkpoint", lambda self: 1 / 0)
+    monkeypatch.setattr("hogwild.stack.up.check_ports", lambda plan: None)
     with pytest.raises(ZeroDivisionError), monkeypatch.context() as patch:
         patch.setattr(Stack, "stop", lambda self: None)
         first.start()
@@ -186,14 +188,68 @@ def test_the_demo_wipes_nothing_but_an_earlier_demo(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("names", [[], ["a"], ["a", "b"]])
 def test_joining_needs_exactly_one_exported_model_or_a_name(tmp_path: Path, names: list[str]) -> None:
-    for name in names:
+    me = {"boot_id": boot_id(), "pid": os.getpid(), "process_start_time": process_start_time(os.getpid())}
+    killed = {**me, "process_start_time": 0.0}
+    for name, exporter in [*((name, me) for name in names), ("killed", killed)]:
         (tmp_path / name).mkdir()
-        (tmp_path / name / "rank0.json").write_text(json.dumps({"__metadata__": {"served_model_name": name}}))
+        (tmp_path / name / "rank0.json").write_text(
+            json.dumps({"__metadata__": {"served_model_name": name, **exporter}})
+        )
     if len(names) == 1:
         assert only_exported_model(tmp_path) == "a"
     else:
         with pytest.raises(ConfigError, match="exported weights" if not names else "a, b"):
             only_exported_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("optimizer", "adam"),
+        ("redis_url", "localhost:6379"),
+        ("redis_url", "redis://localhost:port"),
+        ("vllm_args", "--chat-template 'a"),
+        ("cors_origins", '["a"'),
+        ("api_key", ""),
+    ],
+)
+def test_a_value_that_would_fail_later_is_refused_at_once(name: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=f"HOGWILD_{name.upper()}"):
+        load_settings(**{name: value})
+
+
+def test_origins_can_be_written_on_a_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    origins = ["https://a.example", "https://b.example"]
+    assert load_settings(cors_origins="https://a.example, https://b.example").cors_origins == origins
+    monkeypatch.setenv("HOGWILD_CORS_ORIGINS", json.dumps(origins))
+    assert load_settings().cors_origins == origins
+
+
+def test_a_model_is_named_by_its_directory_however_it_is_written(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(model_dir)
+    (model_dir / "shard").mkdir()
+    for model in (".", "./", str(model_dir), f"{model_dir}/", "../Tiny-1B", "shard/.."):
+        assert Settings(model=model).model_name == "Tiny-1B"
+        assert served_name([model], model) == "Tiny-1B"
+    assert Settings(model="org/Remote-7B").model_name == "Remote-7B"
+    assert Settings(model=".", served_model_name="mine").model_name == served_name(["mine", "other"], ".") == "mine"
+    assert Settings(model=None).model_name == "default"
+
+
+def test_a_taken_port_is_found_before_the_model_is_cloned(tmp_path: Path, model_dir: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        stack = Stack(settings(tmp_path, model=str(model_dir), api_port=taken.getsockname()[1]))
+        with pytest.raises(ConfigError, match="--api-port"):
+            stack.start()
+    assert not stack.settings.model_checkpoint_dir.exists()
+
+
+def test_the_worker_is_held_back_beside_a_vllm_of_the_users_own_too(tmp_path: Path) -> None:
+    assert plan(settings(tmp_path, mps_threads=40))["worker"].env["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] == "40"
 
 
 def test_a_wrong_setting_is_named_with_its_variable() -> None:
