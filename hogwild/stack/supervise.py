@@ -6,6 +6,7 @@ a Redis whose disk is full can come back at any time.
 """
 
 import ctypes
+import os
 import shlex
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from typing import Any
 
 from supervisor.xmlrpc import SupervisorTransport
 
+from hogwild.runtime_files import write_private
 from hogwild.stack.services import Service
 
 START_S = 10  # a service that lives this long has started; one that dies earlier is restarted with growing pauses
@@ -27,8 +29,7 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 HEAD = """\
 [supervisord]
 nodaemon=true
-user={user}
-logfile={logs}/supervisord.log
+{user}logfile={logs}/supervisord.log
 logfile_maxbytes=1MB
 logfile_backups=1
 pidfile={run}/supervisord.pid
@@ -55,7 +56,6 @@ redirect_stderr=true
 stdout_logfile={logs}/{name}.log
 stdout_logfile_maxbytes={log_bytes}
 stdout_logfile_backups=3
-environment={env}
 """
 
 
@@ -93,23 +93,27 @@ class Supervisor:
         """
         for path in (self.logs, self._run):
             path.mkdir(parents=True, exist_ok=True)
-        import getpass
-
         config = self._run / "supervisord.conf"
         text = HEAD.format(
-            logs=_escape(self.logs), run=_escape(self._run), socket=_escape(self._socket), user=getpass.getuser()
+            logs=_escape(self.logs),
+            run=_escape(self._run),
+            socket=_escape(self._socket),
+            user="user=root\n" if os.geteuid() == 0 else "",  # it warns of root that nobody named
         )
         for s in self.services:
+            # Not in the configuration: Supervisor takes ' ;' and ' #' there for the beginning of a comment.
+            script = self._run / f"{s.name}.sh"
+            exports = "".join(f"export {key}={shlex.quote(value)}\n" for key, value in s.env.items())
+            write_private(script, f"{exports}exec {shlex.join(s.argv)}\n")
             text += PROGRAM.format(
                 name=s.name,
-                command=_escape(shlex.join(s.argv)),
+                command=_escape(shlex.join(["/bin/sh", str(script)])),
                 priority=s.priority,
                 start=START_S,
                 retries=RETRIES,
                 stop_wait=s.stop_wait_s,
                 logs=_escape(self.logs),
                 log_bytes=LOG_BYTES,
-                env=",".join(f'{key}="{_escape(value)}"' for key, value in s.env.items()),
             )
         config.write_text(text)
         self._socket.unlink(missing_ok=True)

@@ -6,6 +6,8 @@ import socket
 import stat
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +22,7 @@ from hogwild.errors import ConfigError
 from hogwild.runtime_files import boot_id, process_start_time
 from hogwild.stack import embedded_redis, services
 from hogwild.stack.logs import LogFollower, tail
-from hogwild.stack.supervise import State
+from hogwild.stack.supervise import State, Supervisor
 from hogwild.stack.up import Stack, check_ports, only_exported_model, take_lock
 from hogwild.stack.up import _alive as alive
 
@@ -386,3 +388,25 @@ def test_without_supervisord_the_worker_ends_before_what_it_needs(tmp_path: Path
     stack._end_leftovers()
     assert saved.exists()
     assert vllm.wait(5) and worker.wait(5) == 0
+
+
+def test_every_argument_and_variable_reaches_the_service_as_it_is(tmp_path: Path) -> None:
+    words = ["{% if a %} ; b", "c # d", "100%", "it's", 'a "quoted" word', "two\nlines"]
+    out = tmp_path / "out"
+    code = "import json, os, sys; json.dump([sys.argv[2:], os.environ['WORD']], open(sys.argv[1], 'w'))"
+    made = services.Service(
+        name="x", argv=[sys.executable, "-c", code, str(out), *words], priority=1, stop_wait_s=1, env={"WORD": words[0]}
+    )
+    supervisor = Supervisor([made], directory=tmp_path, socket=tmp_path / "s", env={"PATH": os.environ["PATH"]})
+    supervisor.start()  # without HOME, LOGNAME and USER, as in a container of any user id
+    try:
+        deadline = time.monotonic() + 20
+        started = False
+        while not out.exists() or not out.read_text():
+            assert time.monotonic() < deadline, (tmp_path / "logs" / "supervisord.err").read_text()
+            with suppress(OSError):
+                started = started or supervisor.call("startProcess", "x", False)
+            time.sleep(0.05)
+    finally:
+        assert supervisor.stop(10)
+    assert json.loads(out.read_text()) == [words, words[0]]
