@@ -5,11 +5,13 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable
+from typing import Any
 
 from hogwild.api.auth import ApiKey, keys_of
 from hogwild.api.events import Hub
 from hogwild.config import Settings
-from hogwild.errors import ServiceUnavailable, TooManyRequests
+from hogwild.errors import ManifestError, ServiceUnavailable, TooManyRequests
+from hogwild.runtime_files import read_private
 from hogwild.tasks.announce import Announcer
 from hogwild.tasks.app import make_app
 from hogwild.tasks.connections import api_client, async_client, redis_url
@@ -99,3 +101,29 @@ class Service:
         if info.get("aof_last_write_status", "ok") != "ok":
             raise ServiceUnavailable("Redis can't write its append-only file: is the disk full?", retry_after=30)
         self.registry.model()
+
+
+class LateService:
+    """A `Service` of the Redis that `hogwild up --no-vllm` starts after vLLM: made when its URL is there, anew when it
+    is another one. Handlers use it as they use a Service; until then each of its parts raises ServiceUnavailable."""
+
+    def __init__(self, settings: Settings, extra_keys: Iterable[str] = ()) -> None:
+        self.settings = settings
+        self.keys = keys_of(settings, extra_keys)
+        self._made: Service | None = None
+        self._lock = threading.Lock()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._service(), name)
+
+    def _service(self) -> Service:
+        try:
+            url = read_private(self.settings.redis_url_file).decode()
+        except ManifestError:
+            raise ServiceUnavailable(
+                "There is no Redis for vLLM's port: 'hogwild up --no-vllm' brings one; for a Redis of your own, start "
+                "vLLM with HOGWILD_REDIS_URL.", retry_after=10) from None
+        with self._lock:
+            if self._made is None or self._made.url != url:
+                self._made = Service(self.settings.model_copy(update={"redis_url": url}))
+            return self._made

@@ -172,6 +172,11 @@ class Settings(BaseSettings):
         return self.runtime_dir / self.model_slug
 
     @property
+    def redis_url_file(self) -> Path:
+        """Where `hogwild up` leaves the URL of its Redis (0600) for a vLLM that was started before it."""
+        return self.model_runtime_dir / "redis.url"
+
+    @property
     def model_checkpoint_dir(self) -> Path:
         """The directory that syncs write to."""
         return self.checkpoint_dir or self.data_dir / "checkpoints" / self.model_slug

@@ -30,7 +30,7 @@ import redis as redis_client
 from hogwild.config import Settings
 from hogwild.errors import ConfigError, HogwildError
 from hogwild.mps import Mps
-from hogwild.runtime_files import boot_id, private_dir, process_alive
+from hogwild.runtime_files import boot_id, private_dir, process_alive, write_private
 from hogwild.stack import embedded_redis, services
 from hogwild.stack.logs import LogFollower, tail
 from hogwild.stack.supervise import State, Supervisor
@@ -119,6 +119,7 @@ class Stack:
             if self.embedded:
                 self.supervisor.start_service("redis")
             self._wait(self._redis_answers, 60, f"Redis at {_without_password(redis_url)}")
+            write_private(s.redis_url_file, redis_url)
             for service in plan:
                 if service.name != "redis":
                     self.supervisor.start_service(service.name)
@@ -317,7 +318,8 @@ class Stack:
             self._follower.stop()
             self._follower = None
         if len(self._locks) == 2:  # both were taken: what is there is ours
-            (self.settings.model_runtime_dir / LOCK).unlink(missing_ok=True)
+            for path in (self.settings.redis_url_file, self.settings.model_runtime_dir / LOCK):
+                path.unlink(missing_ok=True)
         if self._vllm and supervisor is not None:
             for pattern in RUNTIME_FILES:
                 for path in self.settings.model_runtime_dir.glob(pattern):

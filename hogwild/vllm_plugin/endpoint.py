@@ -11,7 +11,7 @@ import secrets
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fastapi import FastAPI, Header, HTTPException
 
@@ -78,22 +78,24 @@ class HogwildEndpoint:
         """The same routes as on the API's own port, for this model, guarded by vLLM's API keys as well as by ours."""
         try:
             from hogwild.api.app import create_router
-            from hogwild.api.auth import keys_of
+            from hogwild.api.service import LateService, Service
         except ImportError as error:
             logger.info("hogwild: the API is not installed beside vLLM (%s): only the worker's routes are added", error)
             return
         args = app.state.args
         name = served_name(getattr(args, "served_model_name", None), args.model)
         settings = load_settings().model_copy(update={"served_model_name": name})
+        make = Service if settings.redis_url else LateService
+        service = cast(Service, make(settings, api_keys(args)))
         host = getattr(args, "host", None) or ""  # vLLM's default is every address
-        if not getattr(args, "uds", None) and not is_loopback(host) and not keys_of(settings, api_keys(args)):
+        if not getattr(args, "uds", None) and not is_loopback(host) and not service.keys:
             logger.warning(
                 "hogwild: /train is not on vLLM's port: whoever reaches %s could change the weights without a key. "
                 "Set HOGWILD_API_KEY or vLLM's --api-key, or start vLLM with --host 127.0.0.1",
                 host or "any address of this machine",
             )
             return
-        app.include_router(create_router(settings, extra_keys=api_keys(args)))
+        app.include_router(create_router(settings, service=service))
 
     def _publish(self, engine_client: Any, args: Namespace) -> None:
         self._engine = engine_client
