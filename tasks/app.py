@@ -26,6 +26,9 @@ PRIORITIES = list(range(10))
 # and respawn it for ever.
 ATTACH_TIMEOUT_S = 600.0
 RESULT_EXPIRES_S = 86_400
+# The worker ends a job at its limit between two steps; Celery kills one that hangs in a step so much later. A step may
+# take long, and a killed one is torn.
+HANGING_S = 900.0
 # The visibility timeout must exceed the hard time limit, or a running job's message is delivered a second time.
 VISIBILITY_MARGIN_S = 3600.0
 
@@ -59,7 +62,7 @@ def make_app(settings: Settings) -> Celery:
         task_acks_late=True,  # early acks lose the job with the worker
         task_reject_on_worker_lost=True,  # the child died, the parent lives: back to the queue at once; the ledger
         #                                   counts attempts, so a job that kills its worker can't come back for ever
-        task_acks_on_failure_or_timeout=True,  # the ledger has the failure; another delivery would change nothing
+        task_acks_on_failure_or_timeout=True,  # the ledger has the failure, or still has the job
         result_backend_always_retry=True,  # a job that ends while Redis restarts would be recorded as failed
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,  # Redis may be away for long; the process manager decides when to give up
@@ -69,7 +72,7 @@ def make_app(settings: Settings) -> Celery:
         # --- never run one twice ---
         worker_deduplicate_successful_tasks=True,  # a redelivered message of a finished task is dropped unread
         worker_cancel_long_running_tasks_on_connection_loss=False,  # True killed the task and lost its message
-        task_time_limit=settings.job_time_limit_s,
+        task_time_limit=settings.job_time_limit_s + HANGING_S,
         # --- what others see ---
         worker_send_task_events=True,
         task_send_sent_event=True,  # Flower then knows queued tasks, not only received ones

@@ -28,6 +28,12 @@ class WorkerStopping(HogwildError):
     """The worker was asked to stop: the job goes on with the next worker."""
 
 
+class TimeLimit(HogwildError):
+    """The job ran for longer than `HOGWILD_JOB_TIME_LIMIT_S`."""
+
+    slug = "time-limit"
+
+
 class JobParked(HogwildError):
     """The job was paused: it goes on when it is resumed."""
 
@@ -36,8 +42,9 @@ class JobControl:
     """Implements the engine's `Control` for one claimed job."""
 
     def __init__(
-        self, runtime: "Runtime", live: "Live", task: Any, lease: Lease, *, first_step: int, n_steps: int
-    ) -> None:
+        self, runtime: "Runtime", live: "Live", task: Any, lease: Lease, *, first_step: int, n_steps: int,
+        ends_at: float,
+    ) -> None:  # fmt: skip
         self._runtime = runtime
         self._live = live
         self._task = task
@@ -46,17 +53,18 @@ class JobControl:
         self.next_step = first_step
         self._in_step = False
         self._looked_at = 0.0
+        self._ends_at = ends_at
 
     def before_step(self, step: int) -> None:
-        """Raises WorkerStopping, ExporterGone, JobCancelled, JobParked, or Conflict when the lease was lost."""
+        """Raises WorkerStopping, ExporterGone, JobCancelled, JobParked, TimeLimit; Conflict when the lease was lost."""
         runtime = self._runtime
         runtime.between_steps()
-        wanted = runtime.ledger.requested(self._lease.job_id)
-        if wanted == "cancel":
-            raise JobCancelled
-        if wanted == "pause" and runtime.ledger.park(self._lease):
+        self._check_time()
+        try:
+            runtime.obey(self._lease)
+        except JobParked:
             send_progress(self._task, step, self._n_steps, phase="paused")
-            raise JobParked
+            raise
         weights = self._live.attachment.weights
         runtime.ledger.begin_step(self._lease, step, weight_version=weights.version)
         self.next_step = step + 1
@@ -99,13 +107,23 @@ class JobControl:
     def between_micro_steps(self) -> None:
         """The pacing governor's turn, and a look whether the job is to end.
 
-        Raises JobCancelled, and WorkerStopping where no step has begun: one that has would count as interrupted.
+        Raises JobCancelled, TimeLimit; WorkerStopping only where no step has begun: one that has would count as
+        interrupted.
         """
         self._live.governor.between_micro_steps()
         if time.monotonic() - self._looked_at < LOOK_S:
             return
         self._looked_at = time.monotonic()
+        self._check_time()
         if not self._in_step and self._runtime.stopping():
             raise WorkerStopping
         if self._runtime.ledger.requested(self._lease.job_id) == "cancel":
             raise JobCancelled
+
+    def _check_time(self) -> None:
+        if time.monotonic() > self._ends_at:
+            limit = self._runtime.settings.job_time_limit_s
+            raise TimeLimit(
+                f"The job ran for {limit:.0f} s, the most that HOGWILD_JOB_TIME_LIMIT_S allows. The steps it made are "
+                "in the weights; send the rest as another job, or raise the limit."
+            )

@@ -90,7 +90,7 @@ class Ledger:
         self.messages = messages or Messages(make_app(settings), settings.queue)
         self.announcer = announcer
         self._scripts = {name: client.register_script(getattr(scripts, name))
-                         for name in ("SUBMIT", "CLAIM", "PLANNED", "BEGIN_STEP", "APPLIED", "FINISH",
+                         for name in ("SUBMIT", "SETTLE", "CLAIM", "PLANNED", "BEGIN_STEP", "APPLIED", "FINISH",
                                       "PARK", "RELEASE", "REQUEST", "REPUBLISH", "PURGE")}
 
     def _call(self, script: str, *args: Any) -> Any:
@@ -206,6 +206,10 @@ class Ledger:
         return self.get(job_id)
 
     # --- the worker's side ------------------------------------------------------------------------------------------
+
+    def settle(self, worker_id: str, weights_version: int) -> None:
+        """Judge the steps that dead workers left open, before anything else moves the version of the live weights."""
+        self._call("SETTLE", worker_id, weights_version)
 
     def claim(self, job_id: str, worker_id: str, *, weights_version: int | None = None) -> Lease | None:
         """Take a job to run it, or None: it is finished, paused, or another living worker has it.

@@ -4,6 +4,7 @@ Celery has no such event of its own; Flower shows any custom task event as a sta
 field as the task's result so far.
 """
 
+from contextlib import suppress
 from typing import Any
 
 
@@ -21,4 +22,5 @@ def send_progress(task: Any, step: int, steps: int, *, phase: str = "training", 
         fields["loss"] = loss
     if weight_version is not None:
         fields["weight_version"] = weight_version
-    task.send_event("task-progress", retry=False, **fields)
+    with suppress(Exception):  # a Redis that went away: what Flower shows must not end the job
+        task.send_event("task-progress", retry=False, **fields)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
+import redis
 import torch
 
 from hogwild.config import Settings
@@ -50,6 +51,10 @@ WATCH_S = 0.5  # how soon a vLLM that came or went is noticed while no job runs
 DUE_S = 1.0  # how often a running job asks Redis whether a sync is due
 LAST_SYNC_S = 90.0  # a stopping worker's last sync may take this long, then the process ends without it
 PREFIX_CACHE_S = 5.0  # vLLM refuses to forget prefixes that running requests hold: asked again for this long
+
+
+def _nothing() -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -114,8 +119,10 @@ class Runtime:
                     try:
                         if self._orphaned:
                             logger.error("the worker's parent process is gone: saving and ending")
-                            self._last_sync()
-                            os._exit(1)  # the pool's loop would wait for its parent for ever
+                            try:
+                                self._last_sync()
+                            finally:
+                                os._exit(1)  # the pool's loop would wait for its parent for ever
                         self._poll()
                     finally:
                         self.weights_lock.release()
@@ -124,6 +131,7 @@ class Runtime:
                     self.heartbeat()
             except Exception:  # the watcher must outlive every hiccup of Redis, the disk or vLLM
                 logger.exception("while watching")
+                _end_if_cuda_is_broken()
 
     def _poll(self) -> None:
         """One look at vLLM; attaches or detaches. The caller holds `weights_lock`."""
@@ -187,6 +195,7 @@ class Runtime:
                 registry=self.registry,
             )
         self._saver.bring_together(attachment)
+        self.ledger.settle(self.worker_id, attachment.weights.version)
         frontend = Frontend.load(settings.model_runtime_dir)
         self.registry.publish_model(
             ModelInfo(
@@ -232,11 +241,20 @@ class Runtime:
         finally:
             live.close()
 
-    def _wait_attached(self) -> Live:
-        """Block until there are weights to train. Raises WorkerStopping."""
+    def obey(self, lease: Lease) -> None:
+        """What the user wants of a running job. Raises JobCancelled, JobParked."""
+        wanted = self.ledger.requested(lease.job_id)
+        if wanted == "cancel":
+            raise JobCancelled
+        if wanted == "pause" and self.ledger.park(lease):
+            raise JobParked
+
+    def _wait_attached(self, meanwhile: Callable[[], None] = _nothing) -> Live:
+        """Block until there are weights to train. Raises WorkerStopping, and what `meanwhile` does."""
         while self._live is None:
             if self.stopping():
                 raise WorkerStopping
+            meanwhile()
             self._poll()
             if self._live is None:
                 time.sleep(WATCH_S)
@@ -269,8 +287,12 @@ class Runtime:
             except HogwildError as error:
                 logger.error("%s failed: %s", job_id, error.message)  # noqa: TRY400 - the message says it all
                 self.ledger.finish(lease, "failed", error)
+            except redis.RedisError:  # longer away than the client's patience: the tick publishes the job again
+                logger.exception("%s: Redis does not answer; it goes on when it does", job_id)
+                return {"job_id": job_id, "state": "running", "reason": "Redis does not answer"}
             except Exception as error:
                 logger.exception("%s failed", job_id)
+                _end_if_cuda_is_broken()
                 self.ledger.finish(lease, "failed", error)
             else:
                 self.ledger.finish(lease, "succeeded")
@@ -287,14 +309,15 @@ class Runtime:
         samples = [Sample(s.context_ids, s.continuation_ids, s.weights) for s in self.ledger.samples(lease)]
         config = TrainConfig.from_dict({**self._defaults(lease.config), **lease.config})
         first_step, pack_tokens = lease.first_step, lease.pack_tokens
+        ends_at = time.monotonic() + self.settings.job_time_limit_s
         while True:
-            live = self._wait_attached()
+            live = self._wait_attached(lambda: self.obey(lease))
             if live.trainer.optimizer is None:
                 live.saver.load_optimizer(live.trainer, config, live.attachment.weights.version)
             plan = live.trainer.plan(samples, config, pack_tokens=pack_tokens)
             pack_tokens = plan.pack_tokens  # stays with the job: another size would make other steps
             self.ledger.planned(lease, plan.n_steps, pack_tokens)
-            control = JobControl(self, live, task, lease, first_step=first_step, n_steps=plan.n_steps)
+            control = JobControl(self, live, task, lease, first_step=first_step, n_steps=plan.n_steps, ends_at=ends_at)
             send_progress(task, first_step, plan.n_steps)
             live.governor.begin_work()
             try:
@@ -441,8 +464,14 @@ class Runtime:
         self.registry.heartbeat(self.worker_id, {**status, **self._status})
 
 
-def _nothing() -> None:
-    """No yield points were installed."""
+def _end_if_cuda_is_broken() -> None:
+    """After a fault on the card every call of this process fails; the next process has a context of its own."""
+    if torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            logger.exception("CUDA is broken in this process: ending it, the next one goes on with the job")
+            os._exit(1)
 
 
 def _memory() -> dict[str, int]:

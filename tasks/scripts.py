@@ -81,40 +81,51 @@ redis.call('LPUSH', ARGV[2], ARGV[4])
 return {'created', id}
 """
 
+SETTLING = """
+local function orphan(owner, worker) return owner == worker or redis.call('EXISTS', P .. 'alive:' .. owner) == 0 end
+-- A step was begun and its end never recorded: the weights know, their version moved on iff it was applied. Asked of
+-- every orphaned job before this worker moves the version, by a step or a rollback.
+local function settle(worker, weights)
+  for _, orphaned in ipairs(redis.call('ZRANGE', P .. 'state:running', 0, -1)) do
+    local k = job_key(orphaned)
+    local s = redis.call('HMGET', k, 'begun', 'applied', 'interrupted', 'begun_version', 'worker')
+    local begun, applied, interrupted = tonumber(s[1]), tonumber(s[2]), tonumber(s[3])
+    if begun > applied + interrupted and orphan(s[5], worker) then
+      local before = tonumber(s[4] or '')
+      if weights ~= '' and before and tonumber(weights) > before then
+        redis.call('HSET', k, 'applied', applied + 1, 'weight_version_last', before + 1, 'last_step', begun - 1)
+        redis.call('HSETNX', k, 'weight_version_first', before + 1)
+        count('steps_applied', 1)
+        event(orphaned, 'step',
+          string.format('{"step":%d,"weight_version":%d,"recovered":true}', begun - 1, before + 1))
+      else
+        redis.call('HSET', k, 'interrupted', interrupted + 1)
+        count('steps_interrupted', 1)
+        event(orphaned, 'interrupted', string.format('{"step":%d}', begun - 1))
+      end
+    end
+  end
+end
+"""
+
+# ARGV: worker id, weight version. For a worker that runs no job and has just attached.
+SETTLE = PRELUDE + SETTLING + """
+settle(ARGV[1], ARGV[2])
+return 'ok'
+"""
+
 # ARGV: id, worker id, call, weight version or '', barren attempts allowed, error for the poison job
-CLAIM = PRELUDE + """
+CLAIM = PRELUDE + SETTLING + """
 local id, worker, weights = ARGV[1], ARGV[2], ARGV[4]
 local key = job_key(id)
 local f = redis.call('HMGET', key, 'state', 'worker', 'claim_call')
 if not f[1] or final(f[1]) then return nil end
 if f[1] == 'running' and f[3] == ARGV[3] then return redis.call('HGETALL', key) end
-local function orphan(owner) return owner == worker or redis.call('EXISTS', P .. 'alive:' .. owner) == 0 end
--- A step was begun and its end never recorded: the weights know, their version moved on iff it was applied. Asked of
--- every orphaned job before this worker's first step, because that step moves the version too.
-local function settle(orphaned)
-  local k = job_key(orphaned)
-  local s = redis.call('HMGET', k, 'begun', 'applied', 'interrupted', 'begun_version')
-  local begun, applied, interrupted = tonumber(s[1]), tonumber(s[2]), tonumber(s[3])
-  if begun <= applied + interrupted then return end
-  local before = tonumber(s[4] or '')
-  if weights ~= '' and before and tonumber(weights) > before then
-    redis.call('HSET', k, 'applied', applied + 1, 'weight_version_last', before + 1, 'last_step', begun - 1)
-    redis.call('HSETNX', k, 'weight_version_first', before + 1)
-    count('steps_applied', 1)
-    event(orphaned, 'step', string.format('{"step":%d,"weight_version":%d,"recovered":true}', begun - 1, before + 1))
-  else
-    redis.call('HSET', k, 'interrupted', interrupted + 1)
-    count('steps_interrupted', 1)
-    event(orphaned, 'interrupted', string.format('{"step":%d}', begun - 1))
-  end
-end
-for _, other in ipairs(redis.call('ZRANGE', P .. 'state:running', 0, -1)) do
-  if orphan(get(other, 'worker')) then settle(other) end
-end
+settle(worker, weights)
 f = redis.call('HMGET', key, 'state', 'worker', 'begun', 'applied', 'requested', 'attempts', 'applied_at_claim',
   'barren')
 local state = f[1]
-if state == 'running' and not orphan(f[2]) then return nil end
+if state == 'running' and not orphan(f[2], worker) then return nil end
 if state == 'queued' and f[5] == 'pause' then return nil end
 local t = now()
 if f[5] == 'cancel' then close(id, state, 'cancelled', '', t); return nil end

@@ -7,7 +7,9 @@ Start-up and shutdown are Celery's signals: the child builds its runtime before 
 shutdown tells a running job through a file to stop at its next step boundary, because the child can't hear SIGTERM.
 """
 
+import logging
 import os
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,10 @@ from hogwild.tasks.app import ROLLBACK, SYNC, TICK, TRAIN, app
 
 if TYPE_CHECKING:
     from hogwild.tasks.runtime import Runtime
+
+logger = logging.getLogger(__name__)
+
+START_AGAIN_S = 5.0
 
 _runtime: "Runtime | None" = None
 
@@ -35,14 +41,21 @@ def runtime() -> "Runtime":
         from hogwild.tasks.runtime import Runtime
 
         settings = load_settings()
-        _runtime = Runtime(settings, stop_file=stop_file(settings, os.getppid()))
-        _runtime.start()
+        made = Runtime(settings, stop_file=stop_file(settings, os.getppid()))
+        made.start()
+        _runtime = made
     return _runtime
 
 
 @signals.worker_process_init.connect  # type: ignore[untyped-decorator]
 def _child_starts(**_: Any) -> None:
-    runtime()
+    try:
+        runtime()
+    except Exception:
+        # Celery would go on with a child that watches nothing. Its parent starts another one.
+        logger.exception("the worker could not start; trying again in %.0f s", START_AGAIN_S)
+        time.sleep(START_AGAIN_S)
+        os._exit(1)
 
 
 @signals.worker_process_shutdown.connect  # type: ignore[untyped-decorator]

@@ -175,6 +175,27 @@ def test_worker_dies_in_a_step_and_the_next_goes_on_after_it(ledger, submit):
             call()
 
 
+def test_an_open_step_is_judged_when_a_worker_attaches_before_a_rollback_moves_the_version(ledger, submit):
+    job_id = submit()
+    lease = ledger.claim(job_id, "w1")
+    ledger.begin_step(lease, 0, weight_version=41)
+    # Given a worker that died in the step, and one that rolls back (version 42) before it claims a job
+    ledger.settle("w2", 41)
+    second = ledger.claim(job_id, "w2", weights_version=42)
+    job = ledger.get(job_id)
+    assert (second.first_step, job.steps_applied, job.steps_interrupted) == (1, 0, 1)
+
+
+def test_a_living_workers_open_step_is_not_judged_by_another(ledger, submit):
+    job_id = submit()
+    ledger.client.set(ledger.keys("alive", "w1"), "1")
+    lease = ledger.claim(job_id, "w1")
+    ledger.begin_step(lease, 0, weight_version=41)
+    ledger.settle("w2", 42)
+    ledger.applied(lease, 0, 42)
+    assert ledger.get(job_id).steps_applied == 1
+
+
 def test_job_of_a_worker_that_stopped_waits_and_is_published_by_the_next_ones_start(ledger, submit):
     job_id = submit()
     run_steps(ledger, lease := ledger.claim(job_id, "w1"), 0, 2)

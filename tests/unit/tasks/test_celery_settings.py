@@ -5,7 +5,9 @@ import sys
 
 import pytest
 
+from hogwild.errors import AlreadyAttached
 from hogwild.tasks.app import make_app
+from hogwild.tasks.progress import send_progress
 
 
 @pytest.mark.parametrize("limit_s", [60.0, 6 * 3600.0, 7 * 86400.0])
@@ -13,7 +15,7 @@ def test_no_running_job_outlasts_the_visibility_timeout(settings, limit_s):
     conf = make_app(settings.model_copy(update={"job_time_limit_s": limit_s})).conf
     timeouts = (conf.broker_transport_options["visibility_timeout"],
                 conf.result_backend_transport_options["visibility_timeout"], conf.visibility_timeout)
-    assert len(set(timeouts)) == 1 and timeouts[0] > limit_s == conf.task_time_limit
+    assert len(set(timeouts)) == 1 and timeouts[0] > conf.task_time_limit > limit_s
 
 
 def test_a_job_is_acknowledged_when_it_ended_and_not_killed_with_the_connection(settings):
@@ -35,3 +37,27 @@ def test_two_models_have_two_queues(settings):
 def test_services_without_a_gpu_do_not_import_torch(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_what_flower_sees_does_not_end_a_job():
+    class Task:
+        def send_event(self, *args, **kwargs):
+            raise ConnectionError("Redis went away")
+
+    send_progress(Task(), 1, 2)
+
+
+def test_a_runtime_that_did_not_start_takes_no_job(monkeypatch):
+    from hogwild.tasks import runtime, worker
+
+    class Refused:
+        def __init__(self, *args, **kwargs):
+            pass
+
+        def start(self):
+            raise AlreadyAttached("a worker on another host serves this model")
+
+    monkeypatch.setattr(runtime, "Runtime", Refused)
+    for _ in range(2):
+        with pytest.raises(AlreadyAttached):
+            worker.runtime()
