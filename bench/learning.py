@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from learning_task import Task, load_task, ordinary_loss, recall
 
+from hogwild.errors import NonFinite
 from hogwild.gpu_worker.config import OPTIMIZERS, TrainConfig
 from hogwild.gpu_worker.control import StepReport
 from hogwild.gpu_worker.engine import Trainer, Unattended
@@ -34,7 +35,7 @@ RATES = {
     "apollo": (2e-4, 4e-4, 8e-4),
     "apollo-mini": (1.2e-4, 2.4e-4, 4.8e-4),
     "adamw": (1.2e-4, 2.4e-4, 4.8e-4),
-    "sgd": (5e-3, 2e-2, 8e-2),
+    "sgd": (2e-3, 5e-3, 1e-2),
 }
 
 Case = tuple[str, dict[str, Any]]
@@ -106,8 +107,13 @@ class Bench:
                           f"recall {point['recall']:.3f} drift {point['drift']:+.4f}", flush=True)  # fmt: skip
                 curve.append(point)
 
-        result = trainer.run(plan, Watch())
-        trainer.close()
+        try:
+            result = trainer.run(plan, Watch())
+        except NonFinite as error:
+            print(f"  {name}: {error.message}", flush=True)
+            return {"name": name, "options": options, "failed": error.message}
+        finally:
+            trainer.close()
         looks = [p for p in curve if "recall" in p]
         reached = next((p["step"] for p in looks if p["recall"] >= GOAL_RECALL), None)
         return {
@@ -124,10 +130,14 @@ class Bench:
         return {"recall": recall(self.model, self.tokenizer, self.task), "drift": loss / self.loss_before - 1}
 
 
+def finished(case: dict[str, Any]) -> bool:
+    return "failed" not in case
+
+
 def best_of_each(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of every optimizer, with and without replay, the case that learned most for what it spoiled."""
     best: dict[tuple[str, float], dict[str, Any]] = {}
-    for case in cases:
+    for case in filter(finished, cases):
         key = (case["optimizer"], case["replay"])
         if key not in best or case["recall"] - case["drift"] > best[key]["recall"] - best[key]["drift"]:
             best[key] = case
@@ -170,6 +180,7 @@ def main() -> None:
     parser.add_argument("--every", type=float, default=0.25, help="share of the steps between looks")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--append", action="store_true", help="add to the cases that the results hold already")
     parser.add_argument("--plot", type=Path, help="draw the curves here (needs matplotlib)")
     args = parser.parse_args()
     if args.threads:
@@ -185,13 +196,15 @@ def main() -> None:
         "facts": bench.task.n_facts, "questions": len(bench.task.questions), "recall_before": bench.recall_before,
         "ordinary_loss_before": bench.loss_before, "cases": [],
     }  # fmt: skip
+    if args.append:
+        record["cases"] = json.loads(args.json.read_text())["cases"]
     for case in cases(args.cases):
         record["cases"].append(bench.run(case))
         record["seconds"] = time.time() - started
         if args.json:  # after every case: a run that is cut short leaves what it had
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(record, indent=1) + "\n")
-    for c in record["cases"]:
+    for c in filter(finished, record["cases"]):
         print(f"{c['name']:20s} {c['optimizer']:12s} {c['learning_rate']:8.1e} replay {c['replay']:g} "
               f"{c['steps']:4d} steps  "
               f"recall {c['recall']:.3f}  drift {c['drift']:+.4f}  {'good' if c['good'] else ''}")  # fmt: skip
