@@ -27,7 +27,6 @@ class Frontend:
     pid: int
     process_start_time: float
     token: str
-    api_key_required: bool
     uds: str | None = None
 
     @classmethod

@@ -187,7 +187,6 @@ class Refusal:
     pid: int
     process_start_time: float
     boot_id: str
-    tensors: Mapping[str, str] = field(default_factory=dict)  # checkpoint tensor → why it can't be shared
 
     @classmethod
     def load(cls, path: Path) -> Self | None:
@@ -214,7 +213,6 @@ class Refusal:
                 pid=int(meta["pid"]),
                 process_start_time=float(meta["process_start_time"]),
                 boot_id=str(meta["boot_id"]),
-                tensors={str(k): str(v) for k, v in data["tensors"].items()},
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ManifestError(f"{path} is not a refusal report: {error!r}") from error
@@ -223,14 +221,13 @@ class Refusal:
 
     def write(self, path: Path) -> None:
         """Put the report in place atomically, readable by its user only."""
-        meta = {k: v for k, v in asdict_shallow(self).items() if k not in ("reasons", "tensors")}
+        meta = {k: v for k, v in asdict_shallow(self).items() if k != "reasons"}
         write_private(
             path,
             json.dumps(
                 {
                     "__metadata__": {"format": REFUSAL_FORMAT, "format_version": FORMAT_VERSION, **meta},
                     "reasons": self.reasons,
-                    "tensors": dict(self.tensors),
                 }
             ),
         )

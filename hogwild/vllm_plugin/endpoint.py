@@ -115,7 +115,6 @@ class HogwildEndpoint:
             pid=pid,
             process_start_time=process_start_time(pid),
             token=secrets.token_urlsafe(32),
-            api_key_required=bool(api_keys(args)),
             uds=uds,
         ).write(self._runtime_dir)
         # vLLM's front end ends last and in good order; its engine and workers are killed by it and can't clean up.

@@ -68,7 +68,6 @@ def main() -> None:
     server = HTTPServer(("127.0.0.1", 0), Handler)
     Frontend(
         url=f"http://127.0.0.1:{server.server_port}", pid=pid, process_start_time=process_start_time(pid), token="t",
-        api_key_required=False,
     ).write(runtime_dir)  # fmt: skip
     print("exported", flush=True)
     server.serve_forever()

@@ -288,8 +288,8 @@ def test_sweep_spares_the_state_of_a_vllm_that_is_just_starting(tmp_path: Path) 
 def test_a_refusal_tells_why_while_its_vllm_runs(tmp_path: Path) -> None:
     pid = os.getpid()
     refusal = Refusal(reasons=(("quantised", "the weights are quantised (fp8)"),), served_model_name="tiny",
-                      vllm_version="0.32.0", pid=pid, process_start_time=process_start_time(pid), boot_id=boot_id(),
-                      tensors={"a": "packed"})  # fmt: skip
+                      vllm_version="0.32.0", pid=pid, process_start_time=process_start_time(pid),
+                      boot_id=boot_id())  # fmt: skip
     assert Refusal.load(refusal_path(tmp_path)) is None
     refusal.write(refusal_path(tmp_path))
     assert Refusal.load(refusal_path(tmp_path)) == refusal
