@@ -139,7 +139,7 @@ def cases(bench: Bench) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     yield "manifest write", patched(manifest.Manifest, "write")
     yield "refusal write too", lambda: _both(bench, manifest)
     yield "runtime directory", patched(hooks, "private_dir")
-    yield "settings", patched(hooks, "Settings")
+    yield "settings", patched(hooks, "load_settings")
 
     def twice() -> dict[str, Any]:
         hooks.install()
