@@ -55,7 +55,8 @@ class TrainRequest(Strict):
         None, description="False: the context runs without gradient, memory follows the continuation's length.")
     seed: StrictInt | None = Field(None, ge=0, lt=2**62, description="Of shuffling and stochastic rounding.")
     shuffle: StrictBool | None = Field(None, description="Draw a new order for every epoch (default).")
-    warmup_steps: StrictInt | None = Field(None, ge=0, le=1_000_000, description="Steps of linear warm-up.")
+    warmup_steps: StrictInt | None = Field(None, ge=0, le=1_000_000, description="Steps of linear warm-up; default: an "
+                                           "eighth of them.")
     schedule: Literal["constant", "linear", "cosine"] | None = Field(None, description="Rate after the warm-up.")
     weight_decay: FiniteFloat | None = Field(None, ge=0, le=10, description="Decoupled weight decay.")
     gradient_accumulation: StrictInt | None = Field(None, ge=1, le=100_000, description="Packs in one step.")

@@ -20,6 +20,7 @@ SCHEDULES: tuple[str, ...] = get_args(ScheduleName)
 # ones the adaptive optimizers' are smaller in proportion: each weight moves by about the rate, and what that does to
 # an output grows with the number of its inputs (arXiv 2203.03466, table 3).
 DEFAULT_LEARNING_RATE: dict[str, float] = {"apollo": 4e-4, "apollo-mini": 2.4e-4, "adamw": 2.4e-4, "sgd": 5e-3}
+WARMUP_SHARE = 8
 REFERENCE_WIDTH = 576
 
 # A job that names neither epochs nor steps passes over its samples eight times, in four steps each time where it has
@@ -62,8 +63,9 @@ class TrainConfig:
     """Of the shuffling and of the stochastic rounding."""
     shuffle: bool = True
     """Draw a new order for every epoch; False: the order given."""
-    warmup_steps: int = 0
-    """Steps over which the rate rises linearly from rate/warmup_steps to its peak."""
+    warmup_steps: int | None = None
+    """Steps over which the rate rises linearly from rate/warmup_steps to its peak; None: an eighth of the job's. The
+    moments of the first steps are made of few gradients, and a whole rate along them throws a model far out."""
     schedule: str = "linear"
     """After the warm-up: `constant`, `linear` to zero, or `cosine` to zero."""
     weight_decay: float = 0.0
@@ -171,12 +173,13 @@ class TrainConfig:
 
     def rate_at(self, step: int, n_steps: int) -> float:
         """Learning rate of `step` (from 0) of a job of `n_steps` steps."""
-        if step < self.warmup_steps:
-            return self.peak_rate * (step + 1) / self.warmup_steps
+        warmup = n_steps // WARMUP_SHARE if self.warmup_steps is None else self.warmup_steps
+        if step < warmup:
+            return self.peak_rate * (step + 1) / warmup
         if self.schedule == "constant":
             return self.peak_rate
         # Position after the warm-up in [0, 1): the last step still moves, a step at rate 0 would be wasted.
-        position = (step - self.warmup_steps) / max(1, n_steps - self.warmup_steps)
+        position = (step - warmup) / max(1, n_steps - warmup)
         if self.schedule == "linear":
             return self.peak_rate * (1.0 - position)
         return self.peak_rate * 0.5 * (1.0 + math.cos(math.pi * position))

@@ -79,6 +79,9 @@ def test_default_rates_of_adaptive_optimizers_fall_with_the_width() -> None:
 def test_warm_up_rises_to_the_peak_and_schedules_fall_from_it() -> None:
     linear = TrainConfig(learning_rate=1.0, warmup_steps=2, schedule="linear")
     assert [linear.rate_at(i, 6) for i in range(6)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+    by_default = TrainConfig(learning_rate=1.0, schedule="constant")
+    assert [by_default.rate_at(i, 24) for i in range(5)] == pytest.approx([1 / 3, 2 / 3, 1.0, 1.0, 1.0])
+    assert by_default.rate_at(0, 7) == 1.0
     cosine = TrainConfig(learning_rate=1.0, schedule="cosine")
     rates = [cosine.rate_at(i, 4) for i in range(4)]
     assert rates[0] == 1.0
