@@ -13,7 +13,7 @@ SHELL := /bin/bash
 # The first that runs and is new enough: a name on PATH may be a version manager's shim for nothing.
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
   $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
-DEVICE ?= $(shell test -e /dev/nvidia0 && echo cuda || echo cpu)
+DEVICE ?= $(shell ls /dev/nvidia[0-9]* /dev/dxg 2>/dev/null | grep -q . && echo cuda || echo cpu)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet

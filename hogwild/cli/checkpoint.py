@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from hogwild.cli.jobs import api_url
 from hogwild.config import load_settings
 from hogwild.errors import CheckpointError, ConfigError, HogwildError, NotFound, ServiceUnavailable
 
@@ -200,10 +201,8 @@ def request(method: str, path: str, body: dict[str, Any] | None) -> dict[str, An
     import httpx
 
     settings = load_settings()
-    everywhere = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S104  # an API bound there is reached here
-    host = everywhere.get(settings.api_host, settings.api_host)
     headers = {"Authorization": f"Bearer {settings.api_key.get_secret_value()}"} if settings.api_key else {}
-    url = f"http://{host}:{settings.api_port}{path}"
+    url = f"{api_url(settings).rstrip('/')}{path}"
     try:
         response = httpx.request(method, url, params={"wait": POLL_S}, json=body, headers=headers, timeout=POLL_S + 30)
     except httpx.HTTPError as error:

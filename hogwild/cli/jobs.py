@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import sys
 import time
 from datetime import UTC, datetime
@@ -13,7 +14,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 
-from hogwild.config import load_settings
+from hogwild.config import Settings, load_settings
 from hogwild.errors import ConfigError, InvalidRequest, TrainingError
 
 if TYPE_CHECKING:
@@ -39,9 +40,14 @@ def connect(url: str | None) -> "Client":
     from hogwild.client import Client
 
     settings = load_settings()
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.api_host, settings.api_host)  # noqa: S104
     secret = settings.api_key.get_secret_value() if settings.api_key else None
-    return Client(url or f"http://{host}:{settings.api_port}", api_key=secret, retries=3)
+    return Client(url or api_url(settings), api_key=secret, retries=3)
+
+
+def api_url(settings: Settings) -> str:
+    """The API to talk to: `HOGWILD_URL`, else where these settings put it."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.api_host, settings.api_host)  # noqa: S104
+    return os.environ.get("HOGWILD_URL") or f"http://{host}:{settings.api_port}"
 
 
 def train(

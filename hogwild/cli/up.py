@@ -78,7 +78,7 @@ def with_settings(command: Any) -> Any:
         default = field.get_default(call_default_factory=True)
         text = field.description or ""
         if default not in (None, PydanticUndefined, "", []):
-            text += f" [default: {default}]"
+            text += f" (default: {default})"  # brackets would be markup
         choices = [a for a in get_args(field.annotation) if isinstance(a, str)]
         parameters.append(
             inspect.Parameter(

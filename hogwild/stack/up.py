@@ -29,6 +29,7 @@ import redis as redis_client
 
 from hogwild.config import Settings
 from hogwild.errors import ConfigError, HogwildError
+from hogwild.manifest import Refusal, refusal_path
 from hogwild.mps import Mps
 from hogwild.runtime_files import boot_id, private_dir, process_alive, write_private
 from hogwild.stack import embedded_redis, services
@@ -200,11 +201,14 @@ class Stack:
     def wait_ready(self, timeout: float = 900.0, tick: Callable[[dict[str, bool]], None] | None = None) -> None:
         """Wait for `ready`, reporting deaths meanwhile; `tick` gets which services answer, once a round.
 
-        Raises StackError after `timeout` seconds.
+        Raises StackError after `timeout` seconds, and as soon as vLLM's weights are refused: it would never be ready.
         """
         deadline = time.monotonic() + timeout
         while not self.ready():
             self.watch()
+            if refusal := Refusal.load(refusal_path(self.settings.model_runtime_dir)):
+                reasons = "; ".join(text for _, text in refusal.reasons)
+                raise StackError(f"vLLM's weights can't be trained: {reasons}")
             if tick:
                 tick(self.answering())
             if time.monotonic() > deadline:

