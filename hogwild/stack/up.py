@@ -277,7 +277,8 @@ class Stack:
                 first = process
                 while first.pid not in names and (parent := below.get(first.ppid())):
                     first = parent
-                if first.pid in names:
+                # Python's resource tracker ends by itself, after it has removed the shared memory of those who died.
+                if first.pid in names and not any("resource_tracker" in word for word in process.cmdline()):
                     self._families.setdefault(names[first.pid], set()).add(process)
 
     # --- addresses ------------------------------------------------------------------------------------------------

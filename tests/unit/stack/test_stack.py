@@ -391,6 +391,32 @@ def test_what_a_killed_service_leaves_is_killed_but_not_the_workers_child_that_s
     assert not alive(child)
 
 
+def test_shared_memory_of_a_killed_service_is_removed(tmp_path: Path) -> None:
+    code = """
+import time
+from multiprocessing.shared_memory import SharedMemory
+memory = SharedMemory(create=True, size=4096)
+print(memory.name, flush=True)
+time.sleep(300)
+"""
+    stack = Stack(settings(tmp_path, model="/m"), notice=lambda text: None)
+    stack.supervisor = FakeSupervisor(service("vllm", 20))
+    vllm = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    memory = Path("/dev/shm") / vllm.stdout.readline().strip()
+    assert memory.is_file()
+    stack.supervisor.pids.update(vllm=vllm.pid)
+    stack._report_changes()
+    vllm.kill()
+    vllm.wait()
+    vllm.stdout.close()
+    stack.supervisor.pids.update(vllm=0)
+    stack._report_changes()
+    deadline = time.monotonic() + 20
+    while memory.exists():
+        assert time.monotonic() < deadline, "nobody removed it"
+        time.sleep(0.05)
+
+
 def test_without_supervisord_the_worker_ends_before_what_it_needs(tmp_path: Path) -> None:
     stack = Stack(settings(tmp_path, model="/m"), notice=lambda text: None)
     stack.supervisor = FakeSupervisor(service("vllm", 20), service("worker", 30))
