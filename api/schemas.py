@@ -4,6 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StringConstraints
 
+from hogwild.gpu_worker.config import OptimizerName, ScheduleName
+
 # The limits of OpenAI's API, which its clients already know.
 Metadata = Annotated[
     dict[Annotated[str, StringConstraints(min_length=1, max_length=64)],
@@ -49,7 +51,7 @@ class TrainRequest(Strict):
         None, gt=0, le=1e6, description="Factor of the peak rate, given or by default.")
     steps: StrictInt | None = Field(None, ge=1, le=1_000_000, description="Optimizer steps; not with epochs.")
     epochs: StrictInt | None = Field(None, ge=1, le=100_000, description="Passes over the samples; not with steps.")
-    optimizer: Literal["apollo", "apollo-mini", "adamw", "sgd"] | None = Field(
+    optimizer: OptimizerName | None = Field(
         None, description="Default: HOGWILD_OPTIMIZER.")
     context_grad: StrictBool | None = Field(
         None, description="False: the context runs without gradient, memory follows the continuation's length.")
@@ -57,7 +59,7 @@ class TrainRequest(Strict):
     shuffle: StrictBool | None = Field(None, description="Draw a new order for every epoch (default).")
     warmup_steps: StrictInt | None = Field(None, ge=0, le=1_000_000, description="Steps of linear warm-up; default: an "
                                            "eighth of them.")
-    schedule: Literal["constant", "linear", "cosine"] | None = Field(None, description="Rate after the warm-up.")
+    schedule: ScheduleName | None = Field(None, description="Rate after the warm-up.")
     weight_decay: FiniteFloat | None = Field(None, ge=0, le=10, description="Decoupled weight decay.")
     gradient_accumulation: StrictInt | None = Field(None, ge=1, le=100_000, description="Packs in one step.")
     trainable: list[Pattern] | None = Field(

@@ -20,8 +20,10 @@ SCHEDULES: tuple[str, ...] = get_args(ScheduleName)
 # ones the adaptive optimizers' are smaller in proportion: each weight moves by about the rate, and what that does to
 # an output grows with the number of its inputs (arXiv 2203.03466, table 3).
 DEFAULT_LEARNING_RATE: dict[str, float] = {"apollo": 4e-4, "apollo-mini": 2.4e-4, "adamw": 2.4e-4, "sgd": 5e-3}
-WARMUP_SHARE = 8
 REFERENCE_WIDTH = 576
+
+# A job that names no warm-up takes so many-th of its steps for it.
+WARMUP_SHARE = 8
 
 # A job that names neither epochs nor steps passes over its samples eight times, in four steps each time where it has
 # the samples for that, and takes at least as many steps as that makes (same source).

@@ -18,8 +18,8 @@ from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_vali
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from hogwild.errors import ConfigError
+from hogwild.gpu_worker.config import OptimizerName
 
-Optimizer = Literal["apollo", "apollo-mini", "adamw", "sgd"]
 PrefixCachePolicy = Literal["after_job", "every_n_steps", "never"]
 
 
@@ -91,7 +91,7 @@ class Settings(BaseSettings):
     job_time_limit_s: float = Field(6 * 3600.0, gt=0, description="Hard time limit of one job, in seconds.")
 
     # --- training -------------------------------------------------------------------------------------------------
-    optimizer: Optimizer = Field("apollo", description="Optimizer of jobs that name none.")
+    optimizer: OptimizerName = Field("apollo", description="Optimizer of jobs that name none.")
     learning_rate: float | None = Field(None, gt=0, description="Rate of jobs that name none; default: by optimizer.")
     replay: float = Field(1.0, ge=0, le=1000, description="Weight of staying as it was on text of its own, of jobs "
                           "that name none; 0: no replay.")
