@@ -1,8 +1,8 @@
 """What training costs the traffic, and what traffic costs the training: everything in one run, as shares of "alone".
 
     python bench/coserve.py --device cpu                                       # SmolLM2-135M, about 12 minutes, 2 cores
-    python bench/coserve.py --device cuda --shape qwen3-8b --parts share,pace  # parts fit a limit of 10 minutes each
-    python bench/coserve.py --device cuda --shape qwen3-8b --parts timeslice,reload
+    python bench/coserve.py --device cuda --shape qwen3-8b --parts share,pace,reload
+    python bench/coserve.py --device cuda --shape qwen3-8b --parts timeslice --append
     python bench/coserve.py --plot-only bench/results/coserve-cpu.json
 
 Starts the real stack (`hogwild up`'s own code), drives it with bench/load.py and `POST /train`, and measures:
@@ -24,6 +24,7 @@ import json
 import os
 import platform
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -47,7 +48,7 @@ from hogwild.stack import services
 from hogwild.stack.up import Stack
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("share", "pace", "timeslice", "reload")
+PARTS = ("share", "pace", "reload", "timeslice")
 BUDGET = 1.25  # times the inter-token p50 alone
 LEARNING_RATE = 1e-7  # the weights hardly move: every measurement meets the same model
 console = Console(highlight=False, soft_wrap=True)
@@ -81,7 +82,7 @@ class Bed:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop_worker()
+        self.stop_worker()
         self.stack.stop()
         if self.mps:
             self.mps.stop()
@@ -92,7 +93,7 @@ class Bed:
         """A worker with these HOGWILD_<NAME>s in place of the present one."""
         if self._worker is None:
             self.stack.supervisor.call("stopProcess", "worker", True)
-        self._stop_worker()
+        self.stop_worker()
         service = next(s for s in self.stack.supervisor.services if s.name == "worker")
         env = services.environment(self.stack.settings)
         env |= self.mps.worker_environment() if self.mps else {}
@@ -116,7 +117,8 @@ class Bed:
         except psutil.NoSuchProcess:
             return False
 
-    def _stop_worker(self) -> None:
+    def stop_worker(self) -> None:
+        """End the worker that `pace` started."""
         if self._worker is not None:
             self._worker.terminate()
             try:
@@ -400,47 +402,49 @@ def full_speed_after(training: Training, silent: float) -> float | None:
     return round(max(0.0, begins[0] - silent), 2) if begins else None
 
 
-def part_reload(args: argparse.Namespace, report: Report, model: Path, folder: Path) -> None:
-    """With Hogwild: request → next token. Without: stop, train, save, start again."""
+def part_reload(bed: Bed, report: Report, args: argparse.Namespace, model: Path, folder: Path) -> None:
+    """With Hogwild: request → next token. Without: stop, train, save, start again. The last part: it ends the stack."""
     steps = args.reload_steps
-    with Bed(args, model, folder / "reload", mps=args.mps) as bed:
-        rng = random.Random(0)
-        ids = [rng.randrange(100, 30_000) for _ in range(args.train_tokens)]
-        cut = len(ids) * 3 // 4
-        asked = time.monotonic()
-        job = bed.client.train(context_ids=ids[:cut], continuation_ids=ids[cut:], steps=steps, replay=0.0,
-                               learning_rate=LEARNING_RATE)  # fmt: skip
-        job = bed.client.wait(job.id, timeout=1800, poll=0.05)
-        if job.state != "succeeded":
-            raise SystemExit(f"the job ended as {job.state}: {job.error}")
-        version = token(bed.stack.vllm_url)
-        report.add("reload", "hogwild", steps=steps, weight_version_served=version,
-                   seconds_to_new_weights=round(time.monotonic() - asked, 2))  # fmt: skip
-        if version != steps:
-            raise SystemExit(f"the token after {steps} steps came from weight version {version}")
-        asked = time.monotonic()
-        bed.stack.supervisor.call("stopProcess", "worker", True)
-        bed.stack.supervisor.call("stopProcess", "vllm", True)
-        stopped = time.monotonic()
-        new = folder / "retrained"
-        subprocess.run([sys.executable, __file__, "--retrain", str(model), str(new), "--device", args.device,
-                        "--train-tokens", str(args.train_tokens), "--reload-steps", str(steps)],
-                       check=True)  # fmt: skip
-        trained = time.monotonic()
-        argv = services.vllm_command(bed.stack.settings, new)
-        env = services.environment(bed.stack.settings) | {"VLLM_PLUGINS": ""}
-        with (folder / "vllm-again.log").open("wb") as log:
-            server = subprocess.Popen(argv, env=env, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            wait_until(lambda: server.poll() is not None or answers(bed.stack.vllm_url), 900, "vLLM to start again")
-            token(bed.stack.vllm_url)
-            done = time.monotonic()
-        finally:
-            server.terminate()
-            server.wait(60)
-        report.add("reload", "stop, train, reload", steps=steps, seconds_to_new_weights=round(done - asked, 2),
-                   seconds_stop=round(stopped - asked, 2), seconds_train_and_save=round(trained - stopped, 2),
-                   seconds_start=round(done - trained, 2), seconds_not_serving=round(done - asked, 2))  # fmt: skip
+    bed.pace()
+    rng = random.Random(0)
+    ids = [rng.randrange(100, 30_000) for _ in range(args.train_tokens)]
+    cut = len(ids) * 3 // 4
+    before = token(bed.stack.vllm_url) or 0
+    asked = time.monotonic()
+    job = bed.client.train(context_ids=ids[:cut], continuation_ids=ids[cut:], steps=steps, replay=0.0,
+                           learning_rate=LEARNING_RATE)  # fmt: skip
+    job = bed.client.wait(job.id, timeout=1800, poll=0.05)
+    if job.state != "succeeded":
+        raise SystemExit(f"the job ended as {job.state}: {job.error}")
+    version = token(bed.stack.vllm_url)
+    report.add("reload", "hogwild", steps=steps, weight_versions_served=[before, version],
+               seconds_to_new_weights=round(time.monotonic() - asked, 2))  # fmt: skip
+    if version != before + steps:
+        raise SystemExit(f"the token after {steps} steps from version {before} came from weight version {version}")
+    asked = time.monotonic()
+    bed.stop_worker()
+    bed.stack.supervisor.call("stopProcess", "vllm", True)
+    stopped = time.monotonic()
+    new = folder / "retrained"
+    subprocess.run([sys.executable, __file__, "--retrain", str(model), str(new), "--device", args.device,
+                    "--train-tokens", str(args.train_tokens), "--reload-steps", str(steps)],
+                   check=True)  # fmt: skip
+    trained = time.monotonic()
+    argv = services.vllm_command(bed.stack.settings, new)
+    env = services.environment(bed.stack.settings) | {"VLLM_PLUGINS": ""}
+    with (folder / "vllm-again.log").open("wb") as log:
+        server = subprocess.Popen(argv, env=env, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        wait_until(lambda: server.poll() is not None or answers(bed.stack.vllm_url), 900, "vLLM to start again")
+        token(bed.stack.vllm_url)
+        done = time.monotonic()
+    finally:
+        server.terminate()
+        server.wait(60)
+        shutil.rmtree(new)
+    report.add("reload", "stop, train, reload", steps=steps, seconds_to_new_weights=round(done - asked, 2),
+               seconds_stop=round(stopped - asked, 2), seconds_train_and_save=round(trained - stopped, 2),
+               seconds_start=round(done - trained, 2), seconds_not_serving=round(done - asked, 2))  # fmt: skip
 
 
 def token(url: str) -> int | None:
@@ -460,8 +464,6 @@ def answers(url: str) -> bool:
 
 def retrain(source: Path, target: Path, device: str, tokens: int, steps: int) -> None:
     """The other way's training: load, the same steps with plain transformers and AdamW on a copy, save."""
-    import shutil
-
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -566,17 +568,18 @@ def main() -> None:
         elif args.model.name == MODEL_NAME:
             make_demo_model(args.model)
         report = Report(args)
-        if {"share", "pace"} & set(args.parts):
+        if {"share", "pace", "reload"} & set(args.parts):
             with Bed(args, model, folder / "together", mps=args.mps) as bed:
                 if "share" in args.parts:
                     part_share(bed, report, args)
                 if "pace" in args.parts:
                     part_pace(bed, report, args)
+                if "reload" in args.parts:
+                    part_reload(bed, report, args, model, folder)
+            shutil.rmtree(folder / "together")  # two copies of a large model are enough for a disk
         if "timeslice" in args.parts:
             with Bed(args, model, folder / "sliced", mps=False) as bed:
                 part_share(bed, report, args, part="timeslice")
-        if "reload" in args.parts:
-            part_reload(args, report, model, folder)
     plot_coserve(report.data, args.out.with_suffix(".png"))
     console.print(f"{args.out}\n{args.out.with_suffix('.png')}")
 

@@ -11,6 +11,7 @@ The weights are those that vLLM is serving. A step whose loss is not finite neve
 not finite leaves its tensor as it was.
 """
 
+import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -43,6 +44,11 @@ from hogwild.gpu_worker.recompute import Recompute
 from hogwild.gpu_worker.replay import TEXT_TOKENS, OwnText
 from hogwild.gpu_worker.updates import Updates
 from hogwild.gpu_worker.yield_points import layers_of
+
+log = logging.getLogger(__name__)
+
+# Input tokens of the samples that the layers are compiled on.
+COMPILED_ROW = (9, 14)
 
 __all__ = ["Control", "Plan", "StepReport", "TrainResult", "Trainer", "Unattended"]
 
@@ -78,8 +84,8 @@ class Trainer:
         aliases: other names of parameters, for the `trainable` patterns; None: the checkpoint tensors in each, when the
             model was built over live weights.
         memory_limit: most bytes that training may take beside the weights; None: what is free.
-        compile_layers: run the decoder layers through torch.compile. Costs a minute at the first step, and pays on a
-            GPU, where it fuses what lies between the matrix products.
+        compile_layers: run the decoder layers through torch.compile, where that works with the model. Costs up to a
+            minute before the first step, and pays on a GPU, where it fuses what lies between the matrix products.
         own_text: where the text that jobs replay comes from; None: they replay nothing.
 
     Raises:
@@ -171,17 +177,45 @@ class Trainer:
         whole = self.forward.abilities.head == "whole"
         return budget(
             self.profile(), heaviest, params=trained, tokens=self.token_params, head=self.forward.head_weight,
-            optimizer_bytes=state, whole_logits=whole, accumulates=config.gradient_accumulation > 1, free=free,
+            layer_gradients=self._layer_gradients(trained), optimizer_bytes=state, whole_logits=whole,
+            accumulates=config.gradient_accumulation > 1, free=free,
         )  # fmt: skip
 
     def profile(self) -> Profile:
         """Activation sizes of the model, measured at the first call."""
         if self._profile is None:
             self.recompute.kept = len(self.recompute.layers)
+            if self.recompute.compiles:
+                self._compile()
             self._profile = measure(
                 self.model, self.recompute.layers, self.forward.row, self.forward.cache_bytes_per_token()
             )
         return self._profile
+
+    def _compile(self) -> None:
+        """Compile both passes of the layers now, on a short row: what can't be compiled costs speed and not a job."""
+        started = time.perf_counter()
+        try:
+            samples = [Sample([0] * n, [0]) for n in COMPILED_ROW]
+            for row in (samples[:1], samples) if self.forward.abilities.packs else (samples[:1],):
+                with torch.enable_grad():
+                    hidden = self.forward.hidden(collate(row, self.device))
+                # One parameter of the first layer: backward then passes through all of them, and keeps no gradient.
+                torch.autograd.grad(hidden.float().sum(), next(self.recompute.layers[0].parameters()))
+        except Exception as e:  # whatever a compiler can raise
+            self.recompute.compiles = False
+            why = str(e).split("\n", 1)[0]
+            log.warning("torch.compile does not work with this model, training without it: %s", why)
+        else:
+            log.info("decoder layers compiled in %.1f s", time.perf_counter() - started)
+
+    def _layer_gradients(self, trained: Mapping[str, Tensor]) -> int:
+        """Most bytes of gradients of layers that exist at once: a compiled backward pass hands out a layer's together,
+        otherwise each is freed when the next but one is made."""
+        sizes = {id(p): p.numel() * p.element_size() for n, p in trained.items() if n not in self.token_params}
+        if not self.recompute.compiles:
+            return sum(sorted(sizes.values())[-2:])
+        return max((sum(sizes.get(id(p), 0) for p in layer.parameters()) for layer in self.recompute.layers), default=0)
 
     def trainable(self, config: TrainConfig) -> dict[str, Tensor]:
         """The parameters that a job trains, by name.

@@ -51,7 +51,8 @@ def _rounded(new, old, index, key_low, key_high, STOCHASTIC: tl.constexpr, MIX_A
 def _scaled_update(
     p, g, c, ok, decay, key_low, key_high, m, n,
     p_b, p_m, p_n, g_b, g_m, g_n, c_b, c_m, c_n,
-    ROWS: tl.constexpr, COLS: tl.constexpr, STOCHASTIC: tl.constexpr, MIX_A: tl.constexpr, MIX_B: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, BY_ROW: tl.constexpr, BY_COLUMN: tl.constexpr,
+    STOCHASTIC: tl.constexpr, MIX_A: tl.constexpr, MIX_B: tl.constexpr,
 ):  # fmt: skip
     if tl.load(ok) == 0:
         return
@@ -65,7 +66,16 @@ def _scaled_update(
     at = p + b * p_b + rows * p_m + cols * p_n
     old = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     slope = tl.load(g + b * g_b + rows * g_m + cols * g_n, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.load(c + b * c_b + rows * c_m + cols * c_n, mask=inside, other=0.0)
+    # One load for each row, column or tile: a load for each element would cost more than those of p and g.
+    factors = c + b * c_b
+    if BY_ROW and BY_COLUMN:
+        scale = tl.load(factors + rows * c_m + cols * c_n, mask=inside, other=0.0)
+    elif BY_ROW:
+        scale = tl.load(factors + rows * c_m, mask=rows < m, other=0.0)
+    elif BY_COLUMN:
+        scale = tl.load(factors + cols * c_n, mask=cols < n, other=0.0)
+    else:
+        scale = tl.load(factors)
     new = old * (1.0 - decay) - slope * scale
     index = (b * m + rows) * n + cols
     new = _rounded(new, old, index, key_low, key_high, STOCHASTIC, MIX_A, MIX_B)
@@ -179,7 +189,8 @@ def scaled_update_(p: Tensor, g: Tensor, coefficient: Tensor, decay: float, key:
     _scaled_update[grid](
         p, g, c, ok, decay, key & 0xFFFFFFFF, key >> 32, p.shape[1], p.shape[2],
         *p.stride(), *g.stride(), *c.stride(),
-        ROWS=rows, COLS=cols, STOCHASTIC=p.dtype == torch.bfloat16, MIX_A=MIX_1, MIX_B=MIX_2, num_warps=8,
+        ROWS=rows, COLS=cols, BY_ROW=c.stride(1) != 0, BY_COLUMN=c.stride(2) != 0,
+        STOCHASTIC=p.dtype == torch.bfloat16, MIX_A=MIX_1, MIX_B=MIX_2, num_warps=8,
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ Needed on top of the weights, which vLLM holds:
     + gradients held between packs            (accumulation only)
     + the largest of three moments of the step:
         backward begins   activations of all layers + logits of one chunk + the head's gradient
-        in the layers     activations of all layers + one layer recomputed and differentiated + its largest gradients
+        in the layers     activations of all layers + one layer recomputed and differentiated + its gradients
                           (+ the head's gradient, when the head is tied: it waits for the embedding's)
         backward ends     the embedding's gradient (tied: the head's beside it)
 
@@ -136,7 +136,7 @@ def measure(model: nn.Module, layers: list[nn.Module], forward: Callable[[int], 
 
 def budget(
     profile: Profile, load: Load, *, params: Mapping[str, Tensor], tokens: Set[str], head: Tensor, whole_logits: bool,
-    optimizer_bytes: int, accumulates: bool, free: int,
+    layer_gradients: int, optimizer_bytes: int, accumulates: bool, free: int,
 ) -> Budget:  # fmt: skip
     """What `load` needs, keeping the activations of as many layers as the free memory allows.
 
@@ -145,12 +145,12 @@ def budget(
         tokens: names of the embedding and of the head.
         head: the output embedding's weight, (V, H).
         whole_logits: logits are made for all predictors at once.
+        layer_gradients: bytes of a layer's gradients that exist at once.
         optimizer_bytes: state that does not exist yet.
         accumulates: gradients are held from pack to pack.
     """
     vocabulary = head.shape[0]
     sizes = {name: p.numel() * p.element_size() for name, p in params.items()}
-    in_layers = sorted((size for name, size in sizes.items() if name not in tokens), reverse=True)
     of_tokens = [size for name, size in sizes.items() if name in tokens]
     trained_head = sum(sizes[name] for name, p in params.items() if p is head)
     tied_head = trained_head if len(tokens) == 1 else 0
@@ -160,7 +160,7 @@ def budget(
     head_bytes = logits + 2 * int(load.predictors * row) + trained_head
     # A frozen context runs layer by layer without gradient: one layer's activations at a time.
     working = int(BACKWARD_OF_ACTIVATIONS * profile.layer * load.tokens + profile.layer * load.frozen)
-    working += sum(in_layers[:2]) + tied_head
+    working += layer_gradients + tied_head
     # The gradient and one temporary as large; the layers' activations are gone by then.
     embedding = 2 * max(of_tokens, default=0) + tied_head
     gradients = sum(sizes.values()) if accumulates else 0

@@ -19,25 +19,33 @@ class Recompute:
 
     Args:
         layers: in forward order; they draw no random numbers.
-        compile_layers: run each layer through torch.compile (fuses norms, rotary embedding and activations).
+        compile_layers: run each layer through torch.compile where gradients are wanted (fuses norms, rotary embedding
+            and activations). The layers share what was compiled.
     """
 
     def __init__(self, layers: Iterable[nn.Module], *, compile_layers: bool = False) -> None:
         self.layers = list(layers)
+        self.compiles = compile_layers
         self.kept = len(self.layers)
         """Layers, counted from the last, that keep their activations."""
-        for i, layer in enumerate(self.layers):
-            forward = layer.forward
-            if compile_layers:
-                # Rows have any length: symbolic shapes, or every new length would compile again.
-                forward = torch.compile(forward, dynamic=True)
-            layer.forward = self._wrap(i, forward)
+        if compile_layers:
+            import torch._inductor.config as inductor
 
-    def _wrap(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+            inductor.compile_threads = 1  # a handful of kernels: no pool of processes
+        for i, layer in enumerate(self.layers):
+            # Rows have any length: symbolic shapes, or every new length would compile again.
+            compiled = torch.compile(layer.forward, dynamic=True) if compile_layers else layer.forward
+            layer.forward = self._wrap(i, layer.forward, compiled)
+
+    def _wrap(self, index: int, forward: Callable[..., Any], compiled: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
-            if index >= len(self.layers) - self.kept or not torch.is_grad_enabled():
+            if not torch.is_grad_enabled():
                 return forward(*args, **kwargs)
-            return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+            # With a cache, what is compiled would hold for this layer's cache alone.
+            chosen = compiled if self.compiles and kwargs.get("past_key_values") is None else forward
+            if index >= len(self.layers) - self.kept:
+                return chosen(*args, **kwargs)
+            return checkpoint(chosen, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
         return run
 

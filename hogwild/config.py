@@ -108,6 +108,9 @@ class Settings(BaseSettings):
         None, ge=1, le=100, description="Percent of the card's multiprocessors training may use under MPS; unset: all."
     )
     mps_priority: Literal["normal", "low"] = Field("low", description="Priority of training's kernels under MPS.")
+    compile_layers: Literal["auto", "on", "off"] = Field(
+        "auto", description="Run the decoder layers through torch.compile while training: auto does on a GPU."
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads of the worker; default: torch's own choice.")
 
     # --- checkpoints ----------------------------------------------------------------------------------------------

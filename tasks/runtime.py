@@ -221,7 +221,11 @@ class Runtime:
         own_text = OwnText.for_model(
             Path(manifest.model_path), settings.replay_openings, trust_remote_code=manifest.trust_remote_code
         )
-        self._live = Live(attachment, Trainer(model, own_text=own_text), self._saver, governor, remove)
+        compiles = settings.compile_layers == "on" or (
+            settings.compile_layers == "auto" and attachment.device.type == "cuda"
+        )
+        trainer = Trainer(model, compile_layers=compiles, own_text=own_text)
+        self._live = Live(attachment, trainer, self._saver, governor, remove)
         logger.info(
             "attached to %s: %d tensors in %.3f s, weight version %d",
             manifest.served_model_name,

@@ -22,7 +22,8 @@ def compare(shape: tuple[int, int, int], dtype: torch.dtype, *, transposed: bool
         p, g = tensors(shape, dtype, transposed=transposed)
         if not good:
             g[0, 0, 0] = float("nan")
-        for c in (torch.rand(shape[0], 1, shape[2]), torch.rand(shape[0], 1, 1)):
+        b, rows, columns = shape
+        for c in (torch.rand(b, 1, columns), torch.rand(b, rows, 1), torch.rand(b, 1, 1), torch.rand(shape)):
             expected = p.clone()
             inplace.scaled_update_(expected, g.clone(), c * 1e-2, 1e-3, KEY, good)
             kernels.scaled_update_(p, g.clone(), c * 1e-2, 1e-3, KEY, good)

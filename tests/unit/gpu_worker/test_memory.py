@@ -35,7 +35,7 @@ def make(free: int, tokens: int = 1000) -> Budget:
     params = {"w": torch.empty(100, 100)}
     return budget(
         profile, Load(tokens, predictors=10), params=params, tokens=set(), head=torch.empty(200, 50),
-        whole_logits=False, optimizer_bytes=5000, accumulates=False, free=free,
+        whole_logits=False, layer_gradients=40_000, optimizer_bytes=5000, accumulates=False, free=free,
     )  # fmt: skip
 
 
@@ -57,7 +57,7 @@ def test_gradients_of_embedding_and_head_are_counted_when_they_exist() -> None:
     def need(names: set[str], **params: torch.Tensor) -> Budget:
         return budget(
             profile, Load(10, predictors=1), params={"w": layer, **params}, tokens=names, head=head, whole_logits=False,
-            optimizer_bytes=0, accumulates=False, free=1 << 40,
+            layer_gradients=40_000, optimizer_bytes=0, accumulates=False, free=1 << 40,
         )  # fmt: skip
 
     apart, tied = need({"e", "h"}, e=embed, h=head), need({"h"}, h=head)
