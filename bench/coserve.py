@@ -15,7 +15,7 @@ Starts the real stack (`hogwild up`'s own code), drives it with bench/load.py an
   reload      baseline: the way without Hogwild. vLLM is stopped, plain transformers trains the same steps and saves,
               vLLM starts on the result: seconds from the request to train to the first token of the new weights
 
-Each part brings its own "alone" measured minutes apart in the same process, because machines drift. Training tok/s are
+Each start of the stack brings its own "alone", measured minutes apart, because machines drift. Training tok/s are
 all tokens that went through the model. Writes bench/results/coserve-<device>.json after every measurement, and a plot.
 """
 
@@ -31,11 +31,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 from rich.console import Console
 
 from hogwild.client import Client
@@ -108,8 +109,6 @@ class Bed:
 
     def _worker_started_before(self, worker: dict[str, Any]) -> bool:
         """The status can be the last worker's for some seconds: it names the pid of a child of the present one."""
-        import psutil
-
         if self._worker is None:
             return False
         try:
@@ -118,14 +117,15 @@ class Bed:
             return False
 
     def stop_worker(self) -> None:
-        """End the worker that `pace` started."""
-        if self._worker is not None:
-            self._worker.terminate()
-            try:
-                self._worker.wait(60)
-            except subprocess.TimeoutExpired:
-                self._worker.kill()
-            self._worker = None
+        """End the worker that `pace` started, by force: its last sync would take longer than a measurement."""
+        if self._worker is None:
+            return
+        worker = psutil.Process(self._worker.pid)
+        for process in (*worker.children(recursive=True), worker):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._worker.wait()
+        self._worker = None
 
     def load(self, *, streams: int | None = None, rate: float | None = None, seconds: float | None = None,
              warmup: float | None = None, during: Callable[[], Any] | None = None) -> dict[str, Any]:  # fmt: skip
@@ -221,7 +221,8 @@ class Report:
             kept = json.loads(self.path.read_text())
             again = set(args.parts)
             self.data["measurements"] = [m for m in kept["measurements"] if m["part"] not in again]
-        self._alone: dict[tuple[str, str], dict[str, Any]] = {}
+        self.alone: dict[str, dict[str, Any]] = {}
+        """What was measured alone on the present stack, by load; "training" is training."""
 
     def add(self, part: str, mode: str, load: dict[str, Any] | None = None, train: float | None = None,
             **more: Any) -> dict[str, Any]:  # fmt: skip
@@ -233,18 +234,18 @@ class Report:
         if train is not None:
             entry["train_tokens_per_s"] = train
         if mode == "serving alone":
-            self._alone[part, key] = entry
+            self.alone[key] = entry
         if mode == "training alone":
-            self._alone[part, "training"] = entry
-        entry["shares"] = self._shares(part, key, entry)
+            self.alone["training"] = entry
+        entry["shares"] = self._shares(key, entry)
         self.data["measurements"].append(entry)
         self.write()
         console.print(describe(entry))
         return entry
 
-    def _shares(self, part: str, key: str, entry: dict[str, Any]) -> dict[str, float]:
+    def _shares(self, key: str, entry: dict[str, Any]) -> dict[str, float]:
         shares: dict[str, float] = {}
-        alone, training = self._alone.get((part, key)), self._alone.get((part, "training"))
+        alone, training = self.alone.get(key), self.alone.get("training")
         load = entry.get("load")
         if load and alone:
             base = alone["load"]
@@ -304,18 +305,15 @@ def part_share(bed: Bed, report: Report, args: argparse.Namespace, part: str = "
     bed.pace()
     rate = alone(bed, report, args, part)
     with bed.training() as training:
-        start = time.time()
-        time.sleep(args.seconds)
-        end = time.time()
-        training.wait_steps(len(training.steps) + 1)
-        report.add(part, "training alone", train=training.tokens_per_s(start, end - start))
+        training_alone(report, args, part, training)
         for streams in args.streams:
             together(bed, report, part, "both", training, streams=streams)
         if part != "share":
             return
         together(bed, report, part, "both", training, rate=rate)
+        syncs: list[dict[str, Any]] = []
         together(bed, report, part, "both, with syncs", training, streams=args.streams[len(args.streams) // 2],
-                 during=lambda: sync_for(bed, args.seconds))  # fmt: skip
+                 during=lambda: syncs.extend(sync_for(bed, args.seconds)))["syncs"] = syncs  # fmt: skip
     frontend = Frontend.load(bed.stack.settings.model_runtime_dir)
     if frontend is not None:
         times = []
@@ -343,6 +341,15 @@ def alone(bed: Bed, report: Report, args: argparse.Namespace, part: str) -> floa
     return rate
 
 
+def training_alone(report: Report, args: argparse.Namespace, part: str, training: Training) -> None:
+    """Training with nothing beside it."""
+    start = time.time()
+    time.sleep(args.seconds)
+    end = time.time()
+    training.wait_steps(len(training.steps) + 1)
+    report.add(part, "training alone", train=training.tokens_per_s(start, end - start))
+
+
 def together(bed: Bed, report: Report, part: str, mode: str, training: Training, *, streams: int | None = None,
              rate: float | None = None, seconds: float | None = None, warmup: float | None = None,
              during: Callable[[], Any] | None = None) -> dict[str, Any]:  # fmt: skip
@@ -353,33 +360,32 @@ def together(bed: Bed, report: Report, part: str, mode: str, training: Training,
     return report.add(part, mode, load, training.tokens_per_s(load["start"], load["seconds"]), pace=worker.get("pace"))
 
 
-def sync_for(bed: Bed, seconds: float) -> None:
-    """Checkpoints one after the other."""
+def sync_for(bed: Bed, seconds: float) -> list[dict[str, Any]]:
+    """Checkpoints one after the other; what each wrote, and how long it and training's pause took."""
     end = time.monotonic() + seconds
+    done = []
     while time.monotonic() < end:
-        bed.client.checkpoint(wait=True)
+        done.append(bed.client.checkpoint())
+    return done
 
 
 def part_pace(bed: Bed, report: Report, args: argparse.Namespace) -> None:
     """The governor."""
     part = "pace"
-    bed.pace()
-    alone(bed, report, args, part)
-    with bed.training() as training:
-        start = time.time()
-        time.sleep(args.seconds)
-        end = time.time()
-        training.wait_steps(len(training.steps) + 1)
-        report.add(part, "training alone", train=training.tokens_per_s(start, end - start))
+    if "training" not in report.alone:
+        bed.pace()
+        alone(bed, report, args, part)
+        with bed.training() as training:
+            training_alone(report, args, part, training)
     bed.pace(serve_share=args.serve_share)
     learn = max(args.warmup, 5.0)  # the first seconds at a load are spent on learning it
     with bed.training() as training:
         for streams in args.streams:
             together(bed, report, part, f"share {args.serve_share}", training, streams=streams, warmup=learn)
     middle = args.streams[len(args.streams) // 2]
-    idle = next(m for m in report.data["measurements"]
-                if m["part"] == part and m["mode"] == "serving alone" and m["load"]["streams"] == middle)  # fmt: skip
-    budget = BUDGET * idle["load"]["itl_ms"]["p50"]
+    idle = report.alone[f"{middle} streams"]["load"]["itl_ms"]
+    # Tokens that arrive in bursts have a median gap of nothing: then the mean stands for it.
+    budget = BUDGET * (idle["p50"] if idle["p50"] > idle["mean"] / 2 else idle["mean"])
     bed.pace(itl_budget_ms=budget)
     with bed.training() as training:
         entry = together(bed, report, part, "budget 1.25 × p50", training, streams=middle, seconds=3 * args.seconds,

@@ -33,8 +33,9 @@ def plot_coserve(data: dict[str, Any], path: Path) -> None:
     budget = next((m for m in data["measurements"] if "itl_budget_ms" in m), None)
     if budget is not None:
         streams = budget["load"]["streams"]
-        same = [m for m in data["measurements"] if m["part"] == "pace" and m.get("load", {}).get("streams") == streams]
-        for m in same:
+        paced = [m for m in data["measurements"] if m.get("load", {}).get("streams") == streams
+                 and (m["part"] == "pace" or (m["part"], m["mode"]) == ("share", "serving alone"))]  # fmt: skip
+        for m in paced:
             color = ALONE if m["mode"] == "serving alone" else TRAINING if m is budget else SERVING
             windows = m["load"]["windows"]
             lines.plot([w["t"] for w in windows], [w["p50_ms"] for w in windows], color=color, label=m["mode"])

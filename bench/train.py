@@ -227,7 +227,6 @@ def run_one(args: argparse.Namespace) -> dict[str, Any]:
 def compare(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Ratios between the variants that ran."""
     ran = {k: r for k, r in results.items() if "error" not in r}
-    base = ran.get("none")
     ours = {k: r for k, r in ran.items() if k.split("+")[0] in OURS and not k.startswith("none")}
     out: dict[str, Any] = {"speedup": {}, "peak_above_weights_ratio": {}, "optimizer_share_of_step": {}}
     for k, r in ours.items():
@@ -237,7 +236,8 @@ def compare(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
                 out["peak_above_weights_ratio"][f"{k} / {other}"] = (
                     r["peak_above_weights_bytes"] / ran[other]["peak_above_weights_bytes"]
                 )
-        if base is not None and "+" not in k:
+        base = ran.get("+".join(["none", *k.split("+")[1:]]))
+        if base is not None:
             out["optimizer_share_of_step"][k] = 1 - base["step_seconds"] / r["step_seconds"]
     return out
 

@@ -1,0 +1,73 @@
+"""torch.compile around the decoder layers. The compiler's own backend is left out: no C++ compiler is needed here."""
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+from tiny_models import SMALL, build, samples
+from torch._dynamo.utils import counters
+
+from hogwild.gpu_worker.config import TrainConfig
+from hogwild.gpu_worker.engine import Trainer
+
+LAYERS = 10  # more than the versions that torch.compile makes of one function before it gives up
+
+
+@pytest.fixture(autouse=True)
+def compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setitem(SMALL, "num_hidden_layers", LAYERS)
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def losses(trainer: Trainer, **options: Any) -> list[float]:
+    config = TrainConfig(optimizer="sgd", learning_rate=1e-2, max_tokens_per_step=30, **options)
+    return trainer.run(trainer.plan(samples(6), config)).losses
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma2"])
+def test_compiled_layers_train_as_the_others_do_and_share_two_graphs(name: str) -> None:
+    plain, compiled = Trainer(build(name)), Trainer(build(name), compile_layers=True)
+    for options in ({}, {"context_grad": False}, {"trainable": ["*mlp*"]}):
+        assert losses(compiled, **options) == pytest.approx(losses(plain, **options), rel=1e-4), options
+        if not options:
+            assert counters["stats"]["unique_graphs"] == 2  # with a mask and without one
+    assert compiled.recompute.compiles
+
+
+def test_recomputed_layers_are_compiled_too() -> None:
+    plain, compiled = Trainer(build()), Trainer(build(), compile_layers=True)
+    for trainer in (plain, compiled):
+        trainer.memory_limit = trainer.plan(samples(6), TrainConfig(optimizer="sgd")).budget.total - 20_000
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
+
+
+def test_a_model_that_cannot_be_compiled_is_trained_without(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        def run(*_: Any, **__: Any) -> Any:
+            raise RuntimeError("no C compiler\nmany lines of it")
+
+        return run
+
+    expected = losses(Trainer(build()))
+    monkeypatch.setattr(torch, "compile", broken)
+    trainer = Trainer(build(), compile_layers=True)
+    assert losses(trainer) == expected
+    assert not trainer.recompute.compiles
+    assert "training without it: no C compiler" in caplog.text and "many lines" not in caplog.text
+
+
+def test_the_plan_counts_all_gradients_of_a_compiled_layer() -> None:
+    plain, compiled = Trainer(build()), Trainer(build(), compile_layers=True)
+    compiled.profile()
+    layer = sum(p.numel() * p.element_size() for p in compiled.recompute.layers[0].parameters())
+    largest = sorted(p.numel() * p.element_size() for p in compiled.recompute.layers[0].parameters())[-2:]
+    assert compiled._layer_gradients(compiled.params) == layer
+    assert plain._layer_gradients(plain.params) == sum(largest)
+    frozen = {n: p for n, p in compiled.params.items() if n.startswith("model.layers.3.mlp")}
+    assert compiled._layer_gradients(frozen) == sum(p.numel() * p.element_size() for p in frozen.values())
