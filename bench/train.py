@@ -262,6 +262,11 @@ def main() -> None:
         print("RESULT " + json.dumps(run_one(args)), flush=True)
         return
     rounds: dict[str, list[dict[str, Any]]] = {}
+    record: dict[str, Any] = {
+        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "one"},
+        "machine": torch.cuda.get_device_name() if args.device == "cuda" else platform.machine(),
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+    }  # fmt: skip
     for _ in range(args.rounds):
         for variant in args.variants.split(","):
             print(f"{variant:18s} ", end="", flush=True)
@@ -275,17 +280,12 @@ def main() -> None:
             rounds.setdefault(variant, []).append(result)
             print(result.get("error") or f"{result['tokens_per_second']:10.1f} tok/s  "
                   f"{result['peak_above_weights_bytes'] / 1e9:7.3f} GB above the weights", flush=True)  # fmt: skip
-    best = {k: min(rs, key=lambda r: r.get("step_seconds", float("inf"))) for k, rs in rounds.items()}
-    record = {
-        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "one"},
-        "machine": torch.cuda.get_device_name() if args.device == "cuda" else platform.machine(),
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "results": best, "ratios": compare(best),
-    }  # fmt: skip
+            best = {k: min(rs, key=lambda r: r.get("step_seconds", float("inf"))) for k, rs in rounds.items()}
+            record |= {"results": best, "ratios": compare(best)}
+            if args.json:  # after every variant: a run that is cut short leaves what it had
+                args.json.parent.mkdir(parents=True, exist_ok=True)
+                args.json.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record["ratios"], indent=1))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
