@@ -9,6 +9,7 @@ Starts the real stack (`hogwild up`'s own code), drives it with bench/load.py an
 
   share       closed loops of --streams and Poisson arrivals: serving alone, training alone, both at full rate, both
               with syncs; under MPS on a card. Also: how long a reset of the prefix cache takes under load
+  threads     (card only) training on each of --threads percent of the multiprocessors, alone and beside serving
   pace        the governor: --serve-share at each number of streams; then an inter-token budget of 1.25 times the p50
               alone, the share of one-second windows that hold it, and how soon silence gives training full speed
   timeslice   baseline (card only): the same without MPS
@@ -44,12 +45,12 @@ from hogwild.config import Settings
 from hogwild.demo import free_ports
 from hogwild.demo_model import MODEL_NAME, make_demo_model
 from hogwild.frontend import Frontend
-from hogwild.mps import Mps
+from hogwild.mps import Mps, worker_limits
 from hogwild.stack import services
 from hogwild.stack.up import Stack
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("share", "pace", "reload", "timeslice")
+PARTS = ("share", "threads", "pace", "reload", "timeslice")
 BUDGET = 1.25  # times the inter-token p50 alone
 LEARNING_RATE = 1e-7  # the weights hardly move: every measurement meets the same model
 console = Console(highlight=False, soft_wrap=True)
@@ -65,7 +66,7 @@ class Bed:
             model=str(model), served_model_name="bench", data_dir=folder / "data", runtime_dir=folder / "run",
             vllm_port=ports[0], api_port=ports[1], flower_port=ports[2], redis_port=ports[3], redis_url=None,
             vllm_args=args.vllm_args, sync_quiet_s=86_400, sync_max_age_s=86_400, keep_last=2, itl_budget_ms=None,
-            serve_share=None, mps="off", optimizer=args.optimizer, prefix_cache_policy="never")  # fmt: skip
+            serve_share=0.0, mps="off", optimizer=args.optimizer, prefix_cache_policy="never")  # fmt: skip
         self.mps = Mps.start(self.settings.model_copy(update={"mps": "on"})) if mps else None
         self.stack = Stack(self.settings, notice=lambda text: console.print(f"    {text}", style="dim", markup=False))
         self.client = Client(self.stack.api_url)
@@ -90,14 +91,15 @@ class Bed:
         os.environ.clear()
         os.environ.update(self._env_before)
 
-    def pace(self, **targets: float | None) -> None:
-        """A worker with these HOGWILD_<NAME>s in place of the present one."""
+    def pace(self, *, threads: int | None = None, **targets: float | None) -> None:
+        """A worker with these HOGWILD_<NAME>s, and this percent of the multiprocessors, in place of the present one."""
         if self._worker is None:
             self.stack.supervisor.call("stopProcess", "worker", True)
         self.stop_worker()
         service = next(s for s in self.stack.supervisor.services if s.name == "worker")
         env = services.environment(self.stack.settings)
-        env |= self.mps.worker_environment() if self.mps else {}
+        if self.mps:
+            env |= self.mps.environment() | worker_limits(self.settings.model_copy(update={"mps_threads": threads}))
         env |= {f"HOGWILD_{name.upper()}": str(value) for name, value in targets.items() if value is not None}
         with (self.stack.supervisor.logs / "worker.log").open("ab") as log:
             self._worker = subprocess.Popen(service.argv, env=env, stdout=log, stderr=subprocess.STDOUT)
@@ -341,13 +343,23 @@ def alone(bed: Bed, report: Report, args: argparse.Namespace, part: str) -> floa
     return rate
 
 
-def training_alone(report: Report, args: argparse.Namespace, part: str, training: Training) -> None:
+def measure_alone(bed: Bed, report: Report, args: argparse.Namespace, part: str) -> None:
+    """Serving and training alone, unless an earlier part did so on this stack."""
+    if "training" not in report.alone:
+        bed.pace()
+        alone(bed, report, args, part)
+        with bed.training() as training:
+            training_alone(report, args, part, training)
+
+
+def training_alone(report: Report, args: argparse.Namespace, part: str, training: Training,
+                   mode: str = "training alone") -> None:  # fmt: skip
     """Training with nothing beside it."""
     start = time.time()
     time.sleep(args.seconds)
     end = time.time()
     training.wait_steps(len(training.steps) + 1)
-    report.add(part, "training alone", train=training.tokens_per_s(start, end - start))
+    report.add(part, mode, train=training.tokens_per_s(start, end - start))
 
 
 def together(bed: Bed, report: Report, part: str, mode: str, training: Training, *, streams: int | None = None,
@@ -369,14 +381,23 @@ def sync_for(bed: Bed, seconds: float) -> list[dict[str, Any]]:
     return done
 
 
+def part_threads(bed: Bed, report: Report, args: argparse.Namespace) -> None:
+    """Fewer multiprocessors for training: the others are always free for serving's kernels."""
+    part = "threads"
+    measure_alone(bed, report, args, part)
+    for percent in args.threads:
+        mode = f"{percent} % of the card"
+        bed.pace(threads=percent)
+        with bed.training() as training:
+            training_alone(report, args, part, training, mode)
+            for streams in args.streams:
+                together(bed, report, part, mode, training, streams=streams)
+
+
 def part_pace(bed: Bed, report: Report, args: argparse.Namespace) -> None:
     """The governor."""
     part = "pace"
-    if "training" not in report.alone:
-        bed.pace()
-        alone(bed, report, args, part)
-        with bed.training() as training:
-            training_alone(report, args, part, training)
+    measure_alone(bed, report, args, part)
     bed.pace(serve_share=args.serve_share)
     learn = max(args.warmup, 5.0)  # the first seconds at a load are spent on learning it
     with bed.training() as training:
@@ -527,6 +548,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=None)
     parser.add_argument("--output-tokens", type=int, default=None)
     parser.add_argument("--train-tokens", type=int, default=None, help="of one optimizer step")
+    parser.add_argument("--threads", default="30,60", help="percent of the multiprocessors, for the part of that name")
     parser.add_argument("--serve-share", type=float, default=0.95)
     parser.add_argument("--reload-steps", type=int, default=8)
     parser.add_argument("--optimizer", default="apollo-mini")
@@ -550,6 +572,7 @@ def arguments() -> argparse.Namespace:
             setattr(args, name, value)
     args.parts = [p for p in args.parts.split(",") if p]
     args.streams = [int(n) for n in str(args.streams).split(",")]
+    args.threads = [int(n) for n in args.threads.split(",")]
     if unknown := set(args.parts) - set(PARTS):
         parser.error(f"unknown parts: {', '.join(sorted(unknown))}")
     return args
@@ -574,10 +597,12 @@ def main() -> None:
         elif args.model.name == MODEL_NAME:
             make_demo_model(args.model)
         report = Report(args)
-        if {"share", "pace", "reload"} & set(args.parts):
+        if set(args.parts) - {"timeslice"}:
             with Bed(args, model, folder / "together", mps=args.mps) as bed:
                 if "share" in args.parts:
                     part_share(bed, report, args)
+                if "threads" in args.parts:
+                    part_threads(bed, report, args)
                 if "pace" in args.parts:
                     part_pace(bed, report, args)
                 if "reload" in args.parts:

@@ -31,6 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,12 +127,29 @@ def run_ours(args: argparse.Namespace, model: Any, kind: str, options: set[str],
             clock.mark()
 
     result = trainer.run(plan, Timed())
+    kernels = kernels_of(trainer, samples[:args.samples], config, args) if args.kernels else None
     return {
+        **({"kernels": kernels} if kernels else {}),
         "losses": result.losses, "kept_layers": plan.budget.kept_layers, "layers": trainer.profile().layers,
         "planned_bytes": plan.budget.total, "optimizer_bytes": result.optimizer_bytes,
         "attention": model.config._attn_implementation, "packs": trainer.forward.abilities.packs,
         "tokens_per_step": result.tokens // n,
     }  # fmt: skip
+
+
+def kernels_of(trainer: Any, samples: list[Any], config: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """What one more step spends the device's time on: the most expensive kernels, with the sum of all."""
+    from torch.profiler import ProfilerActivity, profile
+
+    cuda = args.device == "cuda"
+    plan = trainer.plan(samples, replace(config, steps=1))
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as found:
+        trainer.run(plan)
+    field = "self_device_time_total" if cuda else "self_cpu_time_total"
+    times = [(getattr(e, field), e.count, e.key) for e in found.key_averages()]
+    rows = sorted(times, reverse=True)[: args.kernels]
+    all_of_them = (sum(t for t, _, _ in times), sum(n for _, n, _ in times), "all")
+    return [{"name": name[:160], "ms": t / 1e3, "count": n} for t, n, name in (all_of_them, *rows)]
 
 
 def hf_batch(args: argparse.Namespace, row: list[list[int]]) -> dict[str, list[int]]:
@@ -255,6 +273,7 @@ def main() -> None:
     parser.add_argument("--variants", default=DEFAULT)
     parser.add_argument("--memory-limit-gb", type=float, help="what training may take beside the weights (CUDA)")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--kernels", type=int, default=0, help="of ours, also list this many of a step's kernels")
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -22,6 +22,9 @@ from hogwild.gpu_worker.config import OptimizerName
 
 PrefixCachePolicy = Literal["after_job", "every_n_steps", "never"]
 
+# Of vLLM's speed, what it keeps beside training unless something else is asked for.
+SERVE_SHARE = 0.9
+
 
 def default_runtime_dir() -> Path:
     """Where vLLM and the worker meet: per user, gone after a reboot, as the weights in memory are."""
@@ -99,8 +102,9 @@ class Settings(BaseSettings):
                                          "replay, in the languages and styles served; default: 32 English ones.")
     prefix_cache_policy: PrefixCachePolicy = Field("after_job", description="When vLLM forgets cached prefixes.")
     prefix_cache_steps: int = Field(10, ge=1, description="n of every_n_steps.")
-    itl_budget_ms: float | None = Field(None, gt=0, description="Inter-token latency to hold, in ms; unset: no pacing.")
-    serve_share: float | None = Field(None, gt=0, le=1, description="Share of serving speed to leave to vLLM.")
+    itl_budget_ms: float | None = Field(None, gt=0, description="Inter-token latency to hold, in ms.")
+    serve_share: float | None = Field(None, ge=0, le=1, description="Share of its speed that vLLM keeps while training "
+                                      f"runs; 0: training never yields. Default: {SERVE_SHARE}, 0 with an itl_budget_ms.")
     mps: Literal["auto", "on", "off"] = Field(
         "auto", description="NVIDIA MPS, so that serving and training overlap on the card: auto starts it where it can."
     )
@@ -173,6 +177,14 @@ class Settings(BaseSettings):
     def model_runtime_dir(self) -> Path:
         """`<runtime_dir>/<model>`: manifest, weight state, vLLM's address."""
         return self.runtime_dir / self.model_slug
+
+    @property
+    def kept_share(self) -> float | None:
+        """Share of its speed that vLLM keeps while training runs; None: training does not yield for it."""
+        share = self.serve_share
+        if share is None:
+            share = SERVE_SHARE if self.itl_budget_ms is None else 0.0
+        return share or None
 
     @property
     def redis_url_file(self) -> Path:

@@ -211,7 +211,7 @@ class Runtime:
             )
         )
         self._saver.publish()
-        pace = GovernorConfig(itl_budget_ms=settings.itl_budget_ms, serve_share=settings.serve_share)
+        pace = GovernorConfig(itl_budget_ms=settings.itl_budget_ms, serve_share=settings.kept_share)
         governor = Governor(
             pace,
             Pulse(settings.model_runtime_dir, self._vllm_metrics),

@@ -164,6 +164,14 @@ def served_output(model: Any, parameter: str) -> Any:
 # --- the worker's side -----------------------------------------------------------------------------------------------
 
 
+def settle(written: Any) -> None:
+    """Wait until the device has written it: the other process looks as soon as it is told."""
+    import torch
+
+    if written.device.type == "cuda":
+        torch.cuda.synchronize(written.device)
+
+
 def worker(pipe: Connection) -> None:
     """Attaches on request, compares logits, changes memory: a process of its own, as the real worker is."""
     import torch
@@ -204,11 +212,11 @@ def worker(pipe: Connection) -> None:
                 view = attachment.views[argument]
                 before = view.clone()
                 view.add_(0.5)
+                settle(view)
                 pipe.send({})
                 pipe.recv()
                 view.copy_(before)
-                if attachment.device.type == "cuda":
-                    torch.cuda.synchronize()
+                settle(view)
                 pipe.send({})
             elif request == "detach":
                 model = None

@@ -28,9 +28,8 @@ def losses(trainer: Trainer, **options: Any) -> list[float]:
     return trainer.run(trainer.plan(samples(6), config)).losses
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gemma2"])
-def test_compiled_layers_train_as_the_others_do_and_share_two_graphs(name: str) -> None:
-    plain, compiled = Trainer(build(name)), Trainer(build(name), compile_layers=True)
+def test_compiled_layers_train_as_the_others_do_and_share_two_graphs() -> None:
+    plain, compiled = Trainer(build("gemma2")), Trainer(build("gemma2"), compile_layers=True)
     for options in ({}, {"context_grad": False}, {"trainable": ["*mlp*"]}):
         assert losses(compiled, **options) == pytest.approx(losses(plain, **options), rel=1e-4), options
         if not options:

@@ -51,7 +51,7 @@ def entry(mode, tokens, train=None, part="share"):
     return part, mode, load, train
 
 
-def test_shares_are_of_the_same_load_alone_in_the_same_part(tmp_path, monkeypatch):
+def test_shares_are_of_the_same_load_alone_on_the_same_stack(tmp_path, monkeypatch):
     monkeypatch.setattr(coserve, "hardware", lambda device: {"kind": device})
     args = SimpleNamespace(device="cpu", out=tmp_path / "r.json", shape=None, model=Path("m"), optimizer="sgd",
                            prompt_tokens=1, output_tokens=1, train_tokens=1, seconds=1.0, serve_share=0.9,
@@ -59,9 +59,11 @@ def test_shares_are_of_the_same_load_alone_in_the_same_part(tmp_path, monkeypatc
     report = coserve.Report(args)
     report.add(*entry("serving alone", 200.0))
     report.add("share", "training alone", train=1000.0)
-    report.add(*entry("serving alone", 400.0, part="timeslice"))
 
-    both = report.add(*entry("both", 150.0, 600.0))
+    both = report.add(*entry("both", 150.0, 600.0, part="pace"))  # another part of the same stack
+
+    report.add(*entry("serving alone", 400.0, part="timeslice"))
+    assert report.add(*entry("both", 100.0, part="timeslice"))["shares"]["serving"] == 0.25
 
     assert both["shares"] == {"serving": 0.75, "itl_p50": 1.0, "itl_p99": 1.0, "ttft_p50": 1.0, "ttft_p99": 1.0,
                               "training": 0.6, "sum": 1.35}

@@ -453,3 +453,17 @@ def test_every_argument_and_variable_reaches_the_service_as_it_is(tmp_path: Path
     finally:
         assert supervisor.stop(10)
     assert json.loads(out.read_text()) == [words, words[0]]
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ({}, 0.9),
+        ({"itl_budget_ms": 20}, None),
+        ({"itl_budget_ms": 20, "serve_share": 0.8}, 0.8),
+        ({"serve_share": 0}, None),
+        ({"serve_share": 1}, 1.0),
+    ],
+)
+def test_training_yields_to_serving_unless_told_otherwise(given: dict[str, float], kept: float | None) -> None:
+    assert load_settings(**given).kept_share == kept
