@@ -104,7 +104,7 @@ class Settings(BaseSettings):
     prefix_cache_steps: int = Field(10, ge=1, description="n of every_n_steps.")
     itl_budget_ms: float | None = Field(None, gt=0, description="Inter-token latency to hold, in ms.")
     serve_share: float | None = Field(None, ge=0, le=1, description="Share of its speed that vLLM keeps while training "
-                                      f"runs; 0: training never yields. Default: {SERVE_SHARE}, 0 with an itl_budget_ms.")
+                                      f"runs; 0: training never yields. Default: {SERVE_SHARE}, 0 with a budget.")
     mps: Literal["auto", "on", "off"] = Field(
         "auto", description="NVIDIA MPS, so that serving and training overlap on the card: auto starts it where it can."
     )
