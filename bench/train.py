@@ -282,7 +282,7 @@ def main() -> None:
         return
     rounds: dict[str, list[dict[str, Any]]] = {}
     record: dict[str, Any] = {
-        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "one"},
+        "settings": {k: v for k, v in vars(args).items() if k not in ("one", "json")},
         "machine": torch.cuda.get_device_name() if args.device == "cuda" else platform.machine(),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
     }  # fmt: skip
