@@ -305,6 +305,7 @@ def windows_held(windows: list[dict[str, float]], budget_ms: float) -> float:
 def part_share(bed: Bed, report: Report, args: argparse.Namespace, part: str = "share") -> None:
     """Everything at full rate."""
     bed.pace()
+    report.data["mps_clients"] = len(bed.mps.clients()) if bed.mps else 0  # vLLM's engine and the worker
     rate = alone(bed, report, args, part)
     with bed.training() as training:
         training_alone(report, args, part, training)

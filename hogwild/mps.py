@@ -204,6 +204,10 @@ class Mps:
         """For the worker alone: `environment()` and what keeps training back."""
         return {**self.environment(), **worker_limits(self._settings)}
 
+    def clients(self) -> list[int]:
+        """Process ids of everybody that uses CUDA through this daemon now."""
+        return self._control.clients()
+
     def stop(self) -> None:
         """Stop the daemon if this stack started it and nobody uses it any more."""
         home = _home(self._settings)

@@ -92,7 +92,7 @@ def os_read(descriptor: int) -> bytes:
 def test_vllm_and_worker_run_at_once_and_both_are_clients(mps):
     serving, training = Client(mps.environment()), Client(mps.worker_environment())
     try:
-        assert sorted(mps._control.clients()) == sorted([serving.process.pid, training.process.pid])
+        assert sorted(mps.clients()) == sorted([serving.process.pid, training.process.pid])
         assert serving.rate(2.0) > 0 and training.rate(2.0) > 0
     finally:
         serving.end()
