@@ -177,7 +177,13 @@ def status(url: Url = None, as_json: AsJson = False) -> None:
     state = worker.get("state", "unknown") if worker.get("alive") else "no worker reports"
     name = model.get("served_model_name", "none was attached yet")
     table.add_row("model", f"{name} {model.get('dtype', '')}".strip())
-    table.add_row("worker", str(state))
+    reason = (worker.get("lifecycle") or {}).get("reason")
+    table.add_row("worker", str(state) if state in ("verified", "no worker reports") or not reason
+                  else f"{state}: {reason}")
+    pace = worker.get("pace") or {}
+    if pace.get("mode") not in (None, "off", "idle"):
+        table.add_row("pace", f"{pace['mode']}, training {pace['duty']:.0%} of the time"
+                      + (f": {pace['note']}" if pace.get("note") else ""))
     table.add_row("weight version", str(now["weight_version"]))
     table.add_row("queue", f"{now['queue_depth']} of {now['queue_limit']}")
     table.add_row("jobs", ", ".join(f"{n} {name}" for name, n in now["jobs"].items() if n) or "none")

@@ -21,7 +21,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self
+from typing import IO, Any, Self
 
 import httpx
 import psutil
@@ -41,6 +41,7 @@ POLL_S = 0.5
 LOCK = "up.lock"  # in the data directory and in the model's runtime directory
 LAST_LINES = 15  # of a dead service's log
 ENDS_ITSELF = {"worker"}  # its child sees that its parent was killed, saves what it trained and ends
+REFUSED_FOR_S = 30.0  # a worker that still refuses the weights after this long will not take them
 KILLED_S = 5.0  # a process is gone this soon after SIGKILL, unless the kernel itself hangs
 # Files that vLLM and the worker leave in the runtime directory; worthless once both are gone.
 RUNTIME_FILES = ("rank*.json", "frontend.json", "weights.state", "pulse.state", "worker.lock", "*.stop")
@@ -201,14 +202,19 @@ class Stack:
     def wait_ready(self, timeout: float = 900.0, tick: Callable[[dict[str, bool]], None] | None = None) -> None:
         """Wait for `ready`, reporting deaths meanwhile; `tick` gets which services answer, once a round.
 
-        Raises StackError after `timeout` seconds, and as soon as vLLM's weights are refused: it would never be ready.
+        Raises StackError after `timeout` seconds, and when vLLM's weights are refused: it would never be ready.
         """
         deadline = time.monotonic() + timeout
+        refused_at = None
         while not self.ready():
             self.watch()
             if refusal := Refusal.load(refusal_path(self.settings.model_runtime_dir)):
                 reasons = "; ".join(text for _, text in refusal.reasons)
                 raise StackError(f"vLLM's weights can't be trained: {reasons}")
+            if reason := self._worker_refuses():  # it tries again meanwhile: another worker may be about to go
+                refused_at = refused_at or time.monotonic()
+                if time.monotonic() - refused_at > REFUSED_FOR_S:
+                    raise StackError(f"The worker can't train vLLM's weights: {reason}")
             if tick:
                 tick(self.answering())
             if time.monotonic() > deadline:
@@ -223,15 +229,23 @@ class Stack:
         result["worker"] = self._worker_attached()
         return result
 
-    def _worker_attached(self) -> bool:
-        """Whether the worker that runs now says so; the last words of one that was killed don't count."""
+    def _worker(self) -> dict[str, Any]:
+        """What the worker that runs now says; the last words of one that was killed don't count."""
         try:
             # Not by way of the API: of a keys file only hashes are known here.
             with redis_client.Redis.from_url(self.settings.redis_url or "", socket_timeout=2) as client:
                 worker = Registry(client, self.settings.model_name).worker() or {}
         except (redis_client.RedisError, OSError):
-            return False
-        return bool(worker.get("alive") and worker.get("attached") and psutil.pid_exists(worker.get("pid", -1)))
+            return {}
+        return worker if worker.get("alive") and psutil.pid_exists(worker.get("pid", -1)) else {}
+
+    def _worker_attached(self) -> bool:
+        return bool(self._worker().get("attached"))
+
+    def _worker_refuses(self) -> str | None:
+        """Why the worker does not take the weights, when it has looked at them and says so."""
+        lifecycle = self._worker().get("lifecycle") or {}
+        return str(lifecycle.get("reason")) if lifecycle.get("state") == "refused" else None
 
     def _running(self, name: str) -> bool:
         state = self._states.get(name)

@@ -305,6 +305,15 @@ def test_jobs_are_shown_and_controlled(cli, client, ledger, run_job):
     assert json.loads(cli("status", "--json"))["jobs"]["cancelled"] == 1
 
 
+def test_status_says_why_a_worker_does_not_train_and_how_it_is_paced(cli, redis_client):
+    said = {"state": "refused", "lifecycle": {"state": "refused", "reason": "qkv was rearranged"},
+            "pace": {"mode": "pacing", "duty": 0.25, "note": "vLLM alone is above the budget"}}
+    Registry(redis_client, "tiny").heartbeat("w", said)
+    shown = " ".join(cli("status").split())
+    assert "refused: qkv was rearranged" in shown
+    assert "pacing, training 25% of the time: vLLM alone is above the budget" in shown
+
+
 def test_new_key_is_printed_once_and_its_line_holds_the_hash(cli, tmp_path):
     result = CliRunner().invoke(_app(), ["key", "alice", "--read-only"], catch_exceptions=False)
     line = result.stdout.strip()

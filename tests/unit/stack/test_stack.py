@@ -348,6 +348,19 @@ def test_refused_weights_end_the_waiting_with_the_reason(tmp_path: Path, monkeyp
         stack.wait_ready(timeout=5)
 
 
+def test_a_worker_that_keeps_refusing_ends_the_waiting_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = Stack(Settings(model=str(tmp_path), served_model_name="tiny", data_dir=tmp_path, runtime_dir=tmp_path))
+    monkeypatch.setattr(stack, "ready", lambda: False)
+    monkeypatch.setattr(stack, "watch", lambda: None)
+    monkeypatch.setattr("hogwild.stack.up.REFUSED_FOR_S", 1.0)
+    states = iter(["refused", "attaching", *["refused"] * 100])
+    said = lambda: {"lifecycle": {"state": next(states), "reason": "qkv was rearranged while loading"}}  # noqa: E731
+    monkeypatch.setattr(stack, "_worker", said)
+    with pytest.raises(StackError, match="qkv was rearranged"):
+        stack.wait_ready(timeout=20)
+    assert len(list(states)) > 90  # after a second, not after all of them
+
+
 class FakeSupervisor:
     """This process in supervisord's place; `pids` are what it says of its services."""
 
