@@ -195,13 +195,14 @@ class Trainer:
     def _compile(self) -> None:
         """Compile both passes of the layers now, on a short row: what can't be compiled costs speed and not a job."""
         started = time.perf_counter()
+        trained = [p for layer in self.recompute.layers for p in layer.parameters() if p.requires_grad]
         try:
             samples = [Sample([0] * n, [0]) for n in COMPILED_ROW]
             for row in (samples[:1], samples) if self.forward.abilities.packs else (samples[:1],):
                 with torch.enable_grad():
                     hidden = self.forward.hidden(collate(row, self.device))
                 # One parameter of the first layer: backward then passes through all of them, and keeps no gradient.
-                torch.autograd.grad(hidden.float().sum(), next(self.recompute.layers[0].parameters()))
+                torch.autograd.grad(hidden.float().sum(), trained[0])
         except Exception as e:  # whatever a compiler can raise
             self.recompute.compiles = False
             why = str(e).split("\n", 1)[0]

@@ -25,7 +25,7 @@ class Recompute:
 
     def __init__(self, layers: Iterable[nn.Module], *, compile_layers: bool = False) -> None:
         self.layers = list(layers)
-        self.compiles = compile_layers
+        self.compiles = compile_layers and bool(self.layers)
         self.kept = len(self.layers)
         """Layers, counted from the last, that keep their activations."""
         if compile_layers:

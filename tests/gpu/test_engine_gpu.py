@@ -171,13 +171,14 @@ def test_replay_is_bit_exact() -> None:
     torch.testing.assert_close(torch.tensor(runs[0][0]), torch.tensor(runs[1][0]), rtol=1e-2, atol=0)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("limit_mb", [150, 400, None])
-def test_peak_memory_stays_within_the_plan(limit_mb: int | None) -> None:
+def test_peak_memory_stays_within_the_plan(limit_mb: int | None, compiled: bool) -> None:
     model = build("qwen3")
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     limit = None if limit_mb is None else before + (limit_mb << 20)
-    trainer = Trainer(model, memory_limit=limit)
+    trainer = Trainer(model, memory_limit=limit, compile_layers=compiled)
     plan = trainer.plan(samples([1000] * 4), TrainConfig(steps=2))
     result = trainer.run(plan)
     assert result.peak_bytes is not None
