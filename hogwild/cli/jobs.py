@@ -177,9 +177,10 @@ def status(url: Url = None, as_json: AsJson = False) -> None:
     state = worker.get("state", "unknown") if worker.get("alive") else "no worker reports"
     name = model.get("served_model_name", "none was attached yet")
     table.add_row("model", f"{name} {model.get('dtype', '')}".strip())
-    reason = (worker.get("lifecycle") or {}).get("reason")
-    table.add_row("worker", str(state) if state in ("verified", "no worker reports") or not reason
-                  else f"{state}: {reason}")
+    lifecycle = worker.get("lifecycle") or {}
+    if worker.get("alive") and lifecycle.get("state", "verified") != "verified":
+        state = f"{state}: {lifecycle['reason']}"
+    table.add_row("worker", str(state))
     pace = worker.get("pace") or {}
     if pace.get("mode") not in (None, "off", "idle"):
         table.add_row("pace", f"{pace['mode']}, training {pace['duty']:.0%} of the time"
