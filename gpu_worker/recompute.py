@@ -28,7 +28,7 @@ class Recompute:
         self.compiles = compile_layers and bool(self.layers)
         self.kept = len(self.layers)
         """Layers, counted from the last, that keep their activations."""
-        if compile_layers:
+        if self.compiles:
             import torch._inductor.config as inductor
 
             inductor.compile_threads = 1  # a handful of kernels: no pool of processes

@@ -54,11 +54,10 @@ async def test_closed_loop_measures_the_servers_speed(server):
 
     result = await load.measure(shape, streams=3, seconds=1.5, warmup=0.3)
 
-    # Never faster than the server; slower on a machine that has other things to do.
-    assert 0.9 * NEXT_S * 1e3 <= result["itl_ms"]["p50"] <= 10 * NEXT_S * 1e3
-    assert 0.9 * FIRST_S * 1e3 <= result["ttft_ms"]["p50"] <= 10 * FIRST_S * 1e3
+    assert 0.9 * NEXT_S * 1e3 <= result["itl_ms"]["p50"] <= 2.5 * NEXT_S * 1e3
+    assert 0.9 * FIRST_S * 1e3 <= result["ttft_ms"]["p50"] <= 2.5 * FIRST_S * 1e3
     expected = 3 * 10 / (FIRST_S + 9 * NEXT_S)
-    assert 0.1 * expected <= result["output_tokens_per_s"] <= 1.1 * expected
+    assert 0.4 * expected <= result["output_tokens_per_s"] <= 1.1 * expected
     assert result["requests_failed"] == 0
     first, last = result["weight_versions"]
     assert first == 1 and len(bodies) - 3 <= last <= len(bodies)  # what was under way at the end was not answered
@@ -74,7 +73,7 @@ async def test_poisson_arrivals_come_at_the_rate_asked_for(server):
 
     await load.measure(shape, rate=40, seconds=2.0, warmup=0.0)
 
-    assert 20 <= len(bodies) <= 130  # 80 expected; a loaded machine is late
+    assert 40 <= len(bodies) <= 130  # 80 expected; a loaded machine is late
 
 
 async def test_a_server_that_refuses_is_counted_not_hidden(server):

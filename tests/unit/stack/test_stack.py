@@ -354,8 +354,8 @@ def test_a_worker_that_keeps_refusing_ends_the_waiting_too(tmp_path: Path, monke
     monkeypatch.setattr(stack, "watch", lambda: None)
     monkeypatch.setattr("hogwild.stack.up.REFUSED_FOR_S", 1.0)
     states = iter(["refused", "attaching", *["refused"] * 100])
-    said = lambda: {"lifecycle": {"state": next(states), "reason": "qkv was rearranged while loading"}}  # noqa: E731
-    monkeypatch.setattr(stack, "_worker", said)
+    reason = "qkv was rearranged while loading"
+    monkeypatch.setattr(stack, "_worker", lambda: {"lifecycle": {"state": next(states), "reason": reason}})
     with pytest.raises(StackError, match="qkv was rearranged"):
         stack.wait_ready(timeout=20)
     assert len(list(states)) > 90  # after a second, not after all of them
