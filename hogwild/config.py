@@ -91,7 +91,8 @@ class Settings(BaseSettings):
     )
     max_job_samples: int = Field(100_000, ge=1, description="Most samples in one job.")
     job_retention_s: float = Field(30 * 86400.0, gt=0, description="Seconds a finished job stays in the ledger.")
-    job_time_limit_s: float = Field(6 * 3600.0, gt=0, description="Hard time limit of one job, in seconds.")
+    job_time_limit_s: float = Field(6 * 3600.0, gt=0, description="Most seconds that one job may train; "
+                                    "waiting for vLLM does not count.")
 
     # --- training -------------------------------------------------------------------------------------------------
     optimizer: OptimizerName = Field("apollo", description="Optimizer of jobs that name none.")

@@ -25,11 +25,11 @@ LOOK_S = 0.5  # between two looks at the ledger within a step
 
 
 class WorkerStopping(HogwildError):
-    """The worker was asked to stop: the job goes on with the next worker."""
+    """The worker was asked to stop, or the task waited too long for vLLM: the job goes back to the queue."""
 
 
 class TimeLimit(HogwildError):
-    """The job ran for longer than `HOGWILD_JOB_TIME_LIMIT_S`."""
+    """The job trained for longer than `HOGWILD_JOB_TIME_LIMIT_S`."""
 
     slug = "time-limit"
 
@@ -124,6 +124,6 @@ class JobControl:
         if time.monotonic() > self._ends_at:
             limit = self._runtime.settings.job_time_limit_s
             raise TimeLimit(
-                f"The job ran for {limit:.0f} s, the most that HOGWILD_JOB_TIME_LIMIT_S allows. The steps it made are "
-                "in the weights; send the rest as another job, or raise the limit."
+                f"The job trained for {limit:.0f} s, the most that HOGWILD_JOB_TIME_LIMIT_S allows. The steps it made "
+                "are in the weights; send the rest as another job, or raise the limit."
             )

@@ -6,6 +6,7 @@ that vLLM is gone. Syncs and rollbacks are `hogwild.tasks.saving`'s.
 """
 
 import logging
+import math
 import os
 import socket
 import threading
@@ -33,6 +34,7 @@ from hogwild.gpu_worker.model import build_model
 from hogwild.gpu_worker.pulse import Pulse
 from hogwild.gpu_worker.replay import OwnText
 from hogwild.gpu_worker.yield_points import device_queue, install_yield_points
+from hogwild.tasks.app import HANGING_S
 from hogwild.tasks.connections import redis_url, worker_client
 from hogwild.tasks.control import JobControl, JobParked, WorkerStopping
 from hogwild.tasks.dirty import Dirty
@@ -95,6 +97,7 @@ class Runtime:
         self._ending = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="hogwild-watch", daemon=True)
         self._asked_due_at = 0.0
+        self._task_ends_at = math.inf
         self._status: dict[str, Any] = {}
         if settings.threads:
             torch.set_num_threads(settings.threads)
@@ -166,8 +169,13 @@ class Runtime:
             logger.exception("the sync failed; the checkpoint is generation %d", live.saver.store.head.generation)
 
     def stopping(self) -> bool:
-        """Whether this worker was asked to stop, or its parent was killed: then nobody can ask any more."""
-        return self._ending.is_set() or self._orphaned or self._stop_file.exists()
+        """Whether this worker was asked to stop, its parent was killed, or Celery would soon kill it."""
+        late = time.monotonic() > self._task_ends_at
+        return late or self._ending.is_set() or self._orphaned or self._stop_file.exists()
+
+    def _task_began(self) -> None:
+        """Celery's clock runs while a task waits for vLLM: well before it kills, the task goes to the queue again."""
+        self._task_ends_at = time.monotonic() + self.settings.job_time_limit_s + HANGING_S / 2
 
     @property
     def _orphaned(self) -> bool:
@@ -268,11 +276,12 @@ class Runtime:
 
     def train(self, task: Any, job_id: str) -> dict[str, Any]:
         """Run a job. Returns what Celery keeps as the result; the ledger has the truth."""
+        self._task_began()
         with self.weights_lock:
             try:
                 live = self._wait_attached()
             except WorkerStopping:
-                return {"job_id": job_id, "state": "queued", "reason": "worker stopping: the next one runs it"}
+                return {"job_id": job_id, "state": "queued", "reason": "stopped before it began: it is run later"}
             lease = self.ledger.claim(job_id, self.worker_id, weights_version=live.attachment.weights.version)
             if lease is None:
                 return {"job_id": job_id, "state": self._state_of(job_id)}
@@ -281,7 +290,7 @@ class Runtime:
             except WorkerStopping:
                 with suppress(HogwildError):  # what it leaves running the next worker takes up as well
                     self.ledger.release(lease)
-                return {"job_id": job_id, "state": "queued", "reason": "worker stopping: the next one goes on"}
+                return {"job_id": job_id, "state": "queued", "reason": "stopped between two steps: it goes on later"}
             except JobParked:
                 return {"job_id": job_id, "state": "paused"}
             except JobCancelled as error:
@@ -313,7 +322,7 @@ class Runtime:
         samples = [Sample(s.context_ids, s.continuation_ids, s.weights) for s in self.ledger.samples(lease)]
         config = TrainConfig.from_dict({**self._defaults(lease.config), **lease.config})
         first_step, pack_tokens = lease.first_step, lease.pack_tokens
-        ends_at = time.monotonic() + self.settings.job_time_limit_s
+        seconds_left = self.settings.job_time_limit_s  # of training: neither planning nor waiting for vLLM counts
         while True:
             live = self._wait_attached(lambda: self.obey(lease))
             if live.trainer.optimizer is None:
@@ -321,13 +330,15 @@ class Runtime:
             plan = live.trainer.plan(samples, config, pack_tokens=pack_tokens)
             pack_tokens = plan.pack_tokens  # stays with the job: another size would make other steps
             self.ledger.planned(lease, plan.n_steps, pack_tokens)
-            control = JobControl(self, live, task, lease, first_step=first_step, n_steps=plan.n_steps, ends_at=ends_at)
             send_progress(task, first_step, plan.n_steps)
+            ends_at = time.monotonic() + seconds_left
+            control = JobControl(self, live, task, lease, first_step=first_step, n_steps=plan.n_steps, ends_at=ends_at)
             live.governor.begin_work()
             try:
                 live.trainer.run(plan, control, first_step=first_step)
             except ExporterGone:
                 first_step = control.next_step
+                seconds_left = ends_at - time.monotonic()
                 logger.warning("%s waits at step %d for vLLM to come back", lease.job_id, first_step)
             else:
                 return
@@ -409,6 +420,8 @@ class Runtime:
         with self.weights_lock:
             training = "job_id" in self._status
             before = dict(self._status)
+            if not training:
+                self._task_began()
             try:
                 live = self.live if training else self._wait_attached()
             except WorkerStopping:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from hogwild.config import Settings
 from hogwild.errors import Conflict
 from hogwild.stack.services import settings_env
+from hogwild.tasks import runtime
 from hogwild.tasks.dirty import Dirty
 from hogwild.tasks.ledger import Ledger
 from hogwild.tasks.metrics import counters
@@ -316,7 +317,7 @@ def test_a_job_whose_vllm_is_gone_can_be_cancelled(site: Site) -> None:
     site.exporter.kill()  # of the test before
     site.exporter.wait()
     site.start_exporter()
-    job = site.submit(**{**SLOW, "steps": 100_000})
+    job = site.submit(**ENDLESS)
     site.stepping(job)
     site.exporter.kill()
     site.exporter.wait()
@@ -327,12 +328,50 @@ def test_a_job_whose_vllm_is_gone_can_be_cancelled(site: Site) -> None:
     until(site.attached, what="attaching")
 
 
-def test_a_job_ends_at_its_time_limit_between_two_steps(site: Site) -> None:
+def restart_with_time_limit(site: Site, seconds: float) -> None:
     site.worker.terminate()
-    site.worker.wait(60)
-    site.env["HOGWILD_JOB_TIME_LIMIT_S"] = "3"
+    site.worker.wait(120)
+    site.env["HOGWILD_JOB_TIME_LIMIT_S"] = str(seconds)
     site.start_worker()
-    done = site.finished(site.submit(**{**SLOW, "steps": 100_000}), 120)
+
+
+def test_waiting_for_vllm_does_not_count_against_the_time_limit(site: Site) -> None:
+    restart_with_time_limit(site, 15)
+    job = site.submit(**ENDLESS)
+    site.stepping(job)
+    site.exporter.kill()
+    site.exporter.wait()
+    until(lambda: not site.registry.worker()["attached"], what="detaching")
+    time.sleep(15)
+    site.start_exporter()
+    site.stepping(job, site.ledger.get(job).steps_applied + 3)
+    site.ledger.request(job, "cancel")
+    done = site.finished(job)
+    assert (done.state, done.attempts) == ("cancelled", 1)
+
+
+def test_a_job_ends_at_its_time_limit_between_two_steps(site: Site) -> None:
+    restart_with_time_limit(site, 5)
+    done = site.finished(site.submit(**ENDLESS))
     assert (done.state, done.attempts, done.steps_interrupted) == ("failed", 1, 0)
     assert "HOGWILD_JOB_TIME_LIMIT_S" in done.error["message"]
     assert done.steps_applied == done.steps_begun > 0
+
+
+def test_a_task_that_waits_too_long_for_vllm_gives_its_job_back_before_celery_kills_the_worker(
+    redis_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "HANGING_S", 1.0)
+    url = redis_server.removesuffix("/0") + "/6"
+    settings = Settings(redis_url=url, served_model_name="late", runtime_dir=tmp_path, job_time_limit_s=0.5)
+    worker = runtime.Runtime(settings, stop_file=tmp_path / "stop")
+    with worker.client as client:
+        ledger = Ledger(client, settings)
+        job, _ = ledger.submit(pack([Sample([1], [2])]), {"steps": 1})
+        operation = worker.operations.submit("sync")
+        assert worker.train(None, job)["state"] == "queued"
+        assert (ledger.get(job).state, ledger.get(job).attempts) == ("queued", 0)
+        began = time.monotonic()
+        worker.run_operation(operation)
+        assert worker.operations.get(operation).state == "pending"
+        assert time.monotonic() - began > 0.9  # its own time, not what was left of the job's
