@@ -168,8 +168,7 @@ def megabytes(count: int) -> str:
 @contextmanager
 def opened(directory: Path | None, *, read_only: bool = False) -> "Iterator[CheckpointStore]":
     """The store in a directory, which must be one already: a command never makes a checkpoint."""
-    settings = load_settings()
-    place = directory or settings.model_checkpoint_dir
+    place = directory or load_settings().model_checkpoint_dir
     try:
         from hogwild.checkpoint.store import CheckpointStore
     except ImportError as error:
@@ -181,7 +180,8 @@ def opened(directory: Path | None, *, read_only: bool = False) -> "Iterator[Chec
             "" if directory else " Set HOGWILD_MODEL or HOGWILD_CHECKPOINT_DIR as for `hogwild up`, or use --directory."
         )
         raise NotFound(f"{place} is no checkpoint of Hogwild's.{where}")
-    with CheckpointStore.open(place, read_only=read_only, keep_last=settings.keep_last) as store:
+    # What is to be forgotten the worker says, which knows `keep_last`; this shell need not.
+    with CheckpointStore.open(place, read_only=read_only, keep_last=sys.maxsize) as store:
         yield store
 
 

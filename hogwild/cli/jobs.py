@@ -243,10 +243,14 @@ def _samples(content: bytes, tokenizer: Path | None, vllm: str | None) -> list[d
 
 def _remote(vllm: str | None) -> Any:
     from hogwild.api.tokenizer import Tokenizer
+    from hogwild.frontend import Frontend
 
     settings = load_settings()
     secret = settings.vllm_api_key.get_secret_value() if settings.vllm_api_key else None
-    url = vllm or settings.vllm_url or f"http://{settings.vllm_host}:{settings.vllm_port}"
+    url = vllm or settings.vllm_url
+    if url is None:
+        published = Frontend.load(settings.model_runtime_dir)
+        url = published.url if published else f"http://{settings.vllm_host}:{settings.vllm_port}"
 
     async def run(examples: Any) -> list[Any]:
         async with Tokenizer(url, api_key=secret) as server:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import os
 import threading
 import time
 
@@ -15,7 +16,10 @@ from typer.testing import CliRunner
 from hogwild.api.app import create_app
 from hogwild.cli import jobs as commands
 from hogwild.client import AsyncClient, Client
+from hogwild.config import load_settings
 from hogwild.errors import CheckpointError, Conflict, InvalidRequest, NotFound, ServiceUnavailable, TooManyRequests
+from hogwild.frontend import Frontend
+from hogwild.runtime_files import private_dir, process_start_time
 from hogwild.tasks.ledger import Ledger
 from hogwild.tasks.operations import Operations
 from hogwild.tasks.registry import ModelInfo, Registry
@@ -260,6 +264,17 @@ def test_train_on_text_from_the_shell(cli, ledger, tokenizer_url):
     assert job.config == {"optimizer": "sgd", "steps": 3, "weight_decay": 0.5} and job.metadata == {"who": "me"}
     [sample] = ledger.samples(ledger.claim(job.id, "w"))
     assert list(sample.context_ids) == [ord(c) % 100 for c in "2+2="]
+    assert list(sample.continuation_ids) == [ord("4")]
+
+
+def test_train_on_text_finds_the_vllm_that_the_plugin_published(cli, ledger, tokenizer_url, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOGWILD_RUNTIME_DIR", str(tmp_path))
+    here = os.getpid()
+    folder = private_dir(load_settings().model_runtime_dir)
+    Frontend(url=tokenizer_url, pid=here, process_start_time=process_start_time(here), token="t").write(folder)
+    cli("train", "--prompt", "2+2=", "--completion", "4", "--detach")
+    [job] = ledger.list().jobs
+    [sample] = ledger.samples(ledger.claim(job.id, "w"))
     assert list(sample.continuation_ids) == [ord("4")]
 
 

@@ -53,23 +53,18 @@ def test_list(run, directory):
     assert [(entry["generation"], entry["kind"]) for entry in listed] == [(2, "sync"), (1, "sync"), (0, "clone")]
 
 
-def test_as_many_generations_as_the_settings_keep(run, model, tmp_path, io, monkeypatch):
+def test_no_command_forgets_a_generation(run, model, tmp_path, io):
     """Given more generations than are kept by default."""
     with CheckpointStore.open(tmp_path / "c", source=model.directory, io=io, keep_last=30) as store:
         for version in range(1, 13):
             model.views["norm.weight"].fill_(version)
             store.sync(model.views, weight_version=version)
-    # Readers show and export all there are, whatever is set
     assert len(json.loads(run("checkpoint", "list", "-d", tmp_path / "c", "--json"))) == 13
     run("checkpoint", "export", tmp_path / "e", "-g", 2, "-d", tmp_path / "c")
     assert norm(tmp_path / "e") == 2
-    # ... and a writer forgets what the settings say, no more
-    monkeypatch.setenv("HOGWILD_KEEP_LAST", "30")
+    run("checkpoint", "repair", "-d", tmp_path / "c")
     assert "contents of generation 3" in run("rollback", 3, "--offline", "-d", tmp_path / "c")
     assert len(json.loads(run("checkpoint", "list", "-d", tmp_path / "c", "--json"))) == 14
-    monkeypatch.setenv("HOGWILD_KEEP_LAST", "4")
-    run("checkpoint", "repair", "-d", tmp_path / "c")
-    assert len(json.loads(run("checkpoint", "list", "-d", tmp_path / "c", "--json"))) == 5
 
 
 def test_export_of_a_checkpoint_in_place_leaves_stale_weights_out(model, tmp_path, io):
