@@ -28,6 +28,7 @@ from hogwild.api.routes_train import JobId, known_id, last_event_id
 from hogwild.api.service import Service
 from hogwild.api.tokenizer import Tokenizer
 from hogwild.api.validation import check_lines
+from hogwild.config import url_host
 from hogwild.errors import InvalidRequest, NotFound
 from hogwild.tasks.jobs import Job
 
@@ -43,7 +44,8 @@ def finetune_router(service: Service, router: APIRouter) -> None:
         return service.ledger.get(known_id(job_id))
 
     def tokenizer() -> Tokenizer:
-        url = settings.vllm_url or service.model().vllm_url or f"http://{settings.vllm_host}:{settings.vllm_port}"
+        url = settings.vllm_url or service.model().vllm_url
+        url = url or f"http://{url_host(settings.vllm_host)}:{settings.vllm_port}"
         key = settings.vllm_api_key.get_secret_value() if settings.vllm_api_key else None
         return Tokenizer(url, api_key=key)
 

@@ -219,6 +219,12 @@ def served_name(names: str | list[str] | None, model: str) -> str:
     return path.name if path.name not in {"", ".."} else path.resolve().name  # a link keeps its own name
 
 
+def url_host(host: str) -> str:
+    """A listening address as the host of a URL that one can connect to."""
+    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared, not bound
+    return f"[{host}]" if ":" in host else host
+
+
 def is_loopback(host: str) -> bool:
     """Whether who listens on this address is reached from this machine alone; '' is every address."""
     try:

@@ -14,7 +14,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 
-from hogwild.config import Settings, load_settings
+from hogwild.config import Settings, load_settings, url_host
 from hogwild.errors import ConfigError, InvalidRequest, TrainingError
 
 if TYPE_CHECKING:
@@ -46,8 +46,7 @@ def connect(url: str | None) -> "Client":
 
 def api_url(settings: Settings) -> str:
     """The API to talk to: `HOGWILD_URL`, else where these settings put it."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.api_host, settings.api_host)  # noqa: S104
-    return os.environ.get("HOGWILD_URL") or f"http://{host}:{settings.api_port}"
+    return os.environ.get("HOGWILD_URL") or f"http://{url_host(settings.api_host)}:{settings.api_port}"
 
 
 def train(
@@ -250,7 +249,7 @@ def _remote(vllm: str | None) -> Any:
     url = vllm or settings.vllm_url
     if url is None:
         published = Frontend.load(settings.model_runtime_dir)
-        url = published.url if published else f"http://{settings.vllm_host}:{settings.vllm_port}"
+        url = published.url if published else f"http://{url_host(settings.vllm_host)}:{settings.vllm_port}"
 
     async def run(examples: Any) -> list[Any]:
         async with Tokenizer(url, api_key=secret) as server:

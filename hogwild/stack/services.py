@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import SecretStr
 
 from hogwild.api.auth import keys_of
-from hogwild.config import Settings, is_loopback
+from hogwild.config import Settings, is_loopback, url_host
 from hogwild.errors import ConfigError
 from hogwild.mps import Mps, worker_limits
 from hogwild.stack import embedded_redis
@@ -276,10 +276,3 @@ def build(settings: Settings, *, vllm: bool, mps: Mps | None = None) -> list[Ser
         )
     )
     return services
-
-
-def url_host(host: str) -> str:
-    """A listening address as the host of a URL one can connect to."""
-    if host in {"0.0.0.0", "::", ""}:  # noqa: S104 - compared with, not listened on
-        return "127.0.0.1"
-    return f"[{host}]" if ":" in host else host

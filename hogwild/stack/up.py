@@ -27,7 +27,7 @@ import httpx
 import psutil
 import redis as redis_client
 
-from hogwild.config import Settings
+from hogwild.config import Settings, url_host
 from hogwild.errors import ConfigError, HogwildError
 from hogwild.manifest import Refusal, refusal_path
 from hogwild.mps import Mps
@@ -300,12 +300,12 @@ class Stack:
     @property
     def api_url(self) -> str:
         """Base URL of the API."""
-        return f"http://{services.url_host(self.settings.api_host)}:{self.settings.api_port}"
+        return f"http://{url_host(self.settings.api_host)}:{self.settings.api_port}"
 
     @property
     def vllm_url(self) -> str:
         """Base URL of vLLM as `up` starts it."""
-        return f"http://{services.url_host(self.settings.vllm_host)}:{self.settings.vllm_port}"
+        return f"http://{url_host(self.settings.vllm_host)}:{self.settings.vllm_port}"
 
     @property
     def urls(self) -> dict[str, str]:

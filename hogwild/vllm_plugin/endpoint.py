@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from fastapi import FastAPI, Header, HTTPException
 
-from hogwild.config import is_loopback, load_settings, served_name
+from hogwild.config import is_loopback, load_settings, served_name, url_host
 from hogwild.frontend import FILE_NAME, Frontend
 from hogwild.manifest import sweep
 from hogwild.runtime_files import at_exit, private_dir, process_start_time, remove_at_exit
@@ -101,11 +101,7 @@ class HogwildEndpoint:
         self._engine = engine_client
         self._runtime_dir = private_dir(self._runtime_dir_of(engine_client.vllm_config))
         self._version.source = VersionSource(self._runtime_dir)
-        host = getattr(args, "host", None) or "127.0.0.1"
-        if host in ("0.0.0.0", "::"):  # noqa: S104 - compared, not bound
-            host = "127.0.0.1" if host == "0.0.0.0" else "::1"  # noqa: S104
-        if ":" in host:
-            host = f"[{host}]"
+        host = url_host(getattr(args, "host", None) or "")
         scheme = "https" if getattr(args, "ssl_keyfile", None) else "http"
         root = (getattr(args, "root_path", None) or "").rstrip("/")
         uds = getattr(args, "uds", None)
