@@ -52,7 +52,7 @@ class JobControl:
         self._n_steps = n_steps
         self.next_step = first_step
         self._in_step = False
-        self._looked_at = 0.0
+        self._looked_at: float | None = None  # None: `before_step` has looked, and nothing was computed since
         self._ends_at = ends_at
 
     def before_step(self, step: int) -> None:
@@ -70,6 +70,7 @@ class JobControl:
         self.next_step = step + 1
         weights.begin()
         self._in_step = True
+        self._looked_at = None
         runtime.step_started(self._lease.job_id, step, self._n_steps)
 
     def after_step(self, report: StepReport) -> None:
@@ -111,9 +112,11 @@ class JobControl:
         interrupted.
         """
         self._live.governor.between_micro_steps()
-        if time.monotonic() - self._looked_at < LOOK_S:
+        now = time.monotonic()
+        if self._looked_at is None or now - self._looked_at < LOOK_S:
+            self._looked_at = self._looked_at or now
             return
-        self._looked_at = time.monotonic()
+        self._looked_at = now
         self._check_time()
         if not self._in_step and self._runtime.stopping():
             raise WorkerStopping

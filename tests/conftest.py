@@ -9,11 +9,18 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import redis
 
 from hogwild.config import Settings
 from hogwild.stack.embedded_redis import server_binary
+
+# A busy machine is no reason to fail an example.
+hypothesis.settings.register_profile(
+    "patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("patient")
 
 
 def free_port() -> int:
@@ -50,7 +57,7 @@ class RedisServer:
                  "--appendonly", "yes", "--appendfsync", "always", "--save", "",
                  "--maxmemory-policy", "noeviction", *self.options],
                 stdout=log, stderr=log, restore_signals=self.restore_signals)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         with redis.Redis.from_url(self.url, socket_timeout=1) as client:
             while True:
                 try:
@@ -77,7 +84,7 @@ class RedisServer:
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(signal.SIGCONT)
             self.process.terminate()
-            self.process.wait(timeout=20)
+            self.process.wait(timeout=60)
 
 
 @pytest.fixture(scope="session")

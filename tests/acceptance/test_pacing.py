@@ -46,7 +46,7 @@ def test_the_pulse_counts_every_token_and_ends_with_the_traffic(live: Any, pulse
                                             "ignore_eos": True}).raise_for_status()  # fmt: skip
 
     took = time.monotonic() - started
-    wait_for(lambda: not reading(pulse).busy, 10)
+    wait_for(lambda: not reading(pulse).busy, 60)
     after = reading(pulse)
     assert after.tokens - before.tokens == 8  # nine tokens have eight gaps
     assert 0 < after.itl_sum_s - before.itl_sum_s < took
@@ -82,7 +82,7 @@ def test_training_steps_aside_for_traffic_and_is_back_within_a_second_of_silence
             said.append(governor.status())
         return (governor.active_s - active) / (time.monotonic() - start), said
 
-    assert train(1.0)[0] > 0.95
+    assert train(4.0)[0] > 0.95
     thread = threading.Thread(target=traffic)
     thread.start()
     try:
@@ -101,7 +101,7 @@ def test_training_steps_aside_for_traffic_and_is_back_within_a_second_of_silence
     assert governor.yielded_s > 0.3 and beside_traffic < 0.99  # at the least the probes
     train(30.0, until=lambda: governor.controller.duty >= 1.0)
     assert time.monotonic() - ended[0] < 10.0 + longest  # a second; the rest is for a busy machine
-    assert train(2.0)[0] > 0.95
+    assert train(4.0)[0] > 0.95
 
 
 def test_a_client_that_hangs_up_does_not_hold_training_back(live: Any, pulse: StatePulse) -> None:
@@ -119,4 +119,4 @@ def test_a_client_that_hangs_up_does_not_hold_training_back(live: Any, pulse: St
     while governor.controller.mode != "idle":
         time.sleep(0.01)
         governor.yield_point()
-        assert time.monotonic() - started < 10, governor.status()
+        assert time.monotonic() - started < 40, governor.status()  # all 800 tokens would take longer

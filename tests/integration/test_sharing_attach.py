@@ -1,5 +1,6 @@
 """Attaching across processes: a real exporter, real shared memory, real kills."""
 
+import gc
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -157,7 +158,8 @@ def test_twenty_workers_come_and_go_and_the_exporters_memory_stays(exporter: Exp
         with attach(runtime_dir) as attachment:
             assert sum(float(view.sum()) for view in attachment.views.values()) != 0
     assert abs(process.memory_full_info().uss - before) < 1 << 20
-    assert own_files() == files
+    gc.collect()  # what tests before left open ends now or later
+    assert own_files() <= files
 
 
 def test_nothing_is_left_behind_when_all_are_killed(exporter: Exporter, runtime_dir: Path) -> None:

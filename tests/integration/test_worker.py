@@ -29,10 +29,10 @@ from hogwild.tasks.registry import Registry
 HERE = Path(__file__).parent
 SLOW = {"steps": 400, "optimizer": "sgd", "learning_rate": 1e-5}  # still running when something is done to it
 ENDLESS = {**SLOW, "steps": 100_000}  # for what never runs to its end, however late it is cancelled
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 
 
-def until(done: Callable[[], Any], timeout: float = 120, what: str = "it") -> Any:
+def until(done: Callable[[], Any], timeout: float = 300, what: str = "it") -> Any:
     deadline = time.monotonic() + timeout
     while not (value := done()):
         assert time.monotonic() < deadline, f"{what} did not happen within {timeout} s"
@@ -80,7 +80,7 @@ class Site:
         sample = Sample([1, 2, 3, 4], [5, 6, 7])
         return self.ledger.submit(pack([sample]), config or {"steps": 3, "optimizer": "sgd", "learning_rate": 0.1})[0]
 
-    def finished(self, job_id: str, timeout: float = 120) -> Any:
+    def finished(self, job_id: str, timeout: float = 300) -> Any:
         until(lambda: self.ledger.get(job_id).final, timeout, f"the end of {job_id}")
         return self.ledger.get(job_id)
 
@@ -135,7 +135,7 @@ def site(redis_server: str, tiny_model: Path, tmp_path_factory: pytest.TempPathF
         made.start_exporter()
         made.start_worker()
         try:
-            until(made.attached, 240, "attaching")
+            until(made.attached, 400, "attaching")
             yield made
         finally:
             made.stop()
@@ -328,34 +328,25 @@ def test_a_job_whose_vllm_is_gone_can_be_cancelled(site: Site) -> None:
     until(site.attached, what="attaching")
 
 
-def restart_with_time_limit(site: Site, seconds: float) -> None:
+def test_a_job_ends_when_it_has_trained_for_its_time_limit_and_waiting_for_vllm_does_not_count(site: Site) -> None:
+    limit = 10.0
     site.worker.terminate()
     site.worker.wait(120)
-    site.env["HOGWILD_JOB_TIME_LIMIT_S"] = str(seconds)
+    site.env["HOGWILD_JOB_TIME_LIMIT_S"] = str(limit)
     site.start_worker()
-
-
-def test_waiting_for_vllm_does_not_count_against_the_time_limit(site: Site) -> None:
-    restart_with_time_limit(site, 15)
     job = site.submit(**ENDLESS)
     site.stepping(job)
     site.exporter.kill()
     site.exporter.wait()
     until(lambda: not site.registry.worker()["attached"], what="detaching")
-    time.sleep(15)
+    before = site.ledger.get(job)
+    time.sleep(limit)  # as long as it may train
+
     site.start_exporter()
-    site.stepping(job, site.ledger.get(job).steps_applied + 3)
-    site.ledger.request(job, "cancel")
     done = site.finished(job)
-    assert (done.state, done.attempts) == ("cancelled", 1)
-
-
-def test_a_job_ends_at_its_time_limit_between_two_steps(site: Site) -> None:
-    restart_with_time_limit(site, 5)
-    done = site.finished(site.submit(**ENDLESS))
     assert (done.state, done.attempts, done.steps_interrupted) == ("failed", 1, 0)
     assert "HOGWILD_JOB_TIME_LIMIT_S" in done.error["message"]
-    assert done.steps_applied == done.steps_begun > 0
+    assert done.steps_applied == done.steps_begun > before.steps_applied > 0
 
 
 def test_a_task_that_waits_too_long_for_vllm_gives_its_job_back_before_celery_kills_the_worker(

@@ -16,7 +16,7 @@ from tiny_model import read_weights, update, write_weights
 
 from hogwild.config import Settings
 from hogwild.errors import Conflict
-from hogwild.tasks.app import TICK, TRAIN, make_app
+from hogwild.tasks.app import ATTACH_TIMEOUT_S, TICK, TRAIN, make_app
 from hogwild.tasks.connections import redis_url, worker_client
 from hogwild.tasks.ledger import Ledger
 from hogwild.tasks.progress import send_progress
@@ -28,7 +28,7 @@ HEARTBEAT_S = 0.5
 settings = Settings()
 app = make_app(settings)
 app.conf.include = []
-app.conf.worker_proc_alive_timeout = 60.0
+app.conf.worker_proc_alive_timeout = ATTACH_TIMEOUT_S
 
 
 class Worker:

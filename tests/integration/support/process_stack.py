@@ -1,5 +1,6 @@
 """The processes of the job service, really started, killed and restarted."""
 
+import contextlib
 import json
 import os
 import random
@@ -75,7 +76,8 @@ class Stack:
                     (self.directory / "beat").unlink(missing_ok=True)  # a schedule file that beat died writing
                     self._spawn(name)
             if self.server.process.poll() is not None:
-                self.server.start()
+                with contextlib.suppress(RuntimeError):  # killed again while it started: the next round starts it
+                    self.server.start()
 
     def stop(self) -> None:
         self.ending.set()
@@ -95,7 +97,9 @@ class Stack:
 
     def child(self) -> int | None:
         """Process id of the worker's child."""
-        status = Registry(self.client, "tiny").worker()
+        status = None
+        with contextlib.suppress(redis.RedisError):
+            status = Registry(self.client, "tiny").worker()
         return status and status.get("pid")
 
     def kill(self, what: str) -> None:
@@ -146,16 +150,17 @@ class Stack:
         return [accepted[n] for n in range(count)]
 
     def wait_ended(self, jobs: list[str], timeout_s: float = END_S) -> None:
+        """`timeout_s`: seconds in which none ends."""
         deadline = time.monotonic() + timeout_s
-        while True:
-            try:
-                states = {job_id: self.ledger.get(job_id).state for job_id in jobs}
-                if set(states.values()) <= {"succeeded", "failed", "cancelled"}:
-                    return
-            except redis.RedisError:
-                states = {}
-            assert time.monotonic() < deadline, f"not ended: {states}\n{self.logs()}"
-            time.sleep(0.3)
+        open_jobs = list(jobs)
+        while open_jobs:
+            with contextlib.suppress(redis.RedisError):
+                if self.ledger.get(open_jobs[0]).final:
+                    open_jobs.pop(0)
+                    deadline = time.monotonic() + timeout_s
+                    continue
+            assert time.monotonic() < deadline, f"not ended: {open_jobs}\n{self.logs()}"
+            time.sleep(0.05)
 
     def wait_steps(self, total: int, timeout_s: float = END_S) -> None:
         """Until so many steps are applied: something is really in flight."""

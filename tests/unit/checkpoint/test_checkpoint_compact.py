@@ -90,13 +90,13 @@ def test_a_sync_begins_while_undo_data_is_made_and_its_commit_waits(
 
     def slow(*args):
         begun.set()
-        assert go_on.wait(10)
+        assert go_on.wait(60)
         return original(*args)
 
     monkeypatch.setattr(compacting, "changed_frames", slow)
     compaction = threading.Thread(target=store.compact)
     compaction.start()
-    assert begun.wait(10)
+    assert begun.wait(60)
     replace_shard(model.views)
     pending = store.begin_sync(model.views, weight_version=2)  # does not wait: training is paused
     commit = threading.Thread(target=pending.commit)
@@ -127,7 +127,7 @@ def test_closing_gives_up_what_is_half_made_and_the_next_open_makes_it(
     monkeypatch.setattr(compacting, "changed_frames", slow)
     thread = threading.Thread(target=lambda: made.append(store.compact()))
     thread.start()
-    assert begun.wait(10)
+    assert begun.wait(60)
     store.close()
     thread.join()
     assert made == [0] and store.compact() == 0

@@ -133,6 +133,7 @@ def test_steps_and_names_draw_different_bits_and_replays_the_same() -> None:
     assert rounding_key(0, 1, "a") == rounding_key(0, 1, "a")
 
 
+@pytest.mark.timeout(610)
 def test_cuda_kernels_compute_what_the_torch_code_does() -> None:
     # Given no GPU here: Triton's interpreter runs the same kernels, in a process that starts with it switched on
     pytest.importorskip("triton")
@@ -142,7 +143,7 @@ def test_cuda_kernels_compute_what_the_torch_code_does() -> None:
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -80,7 +80,7 @@ def test_the_parser_reads_what_prometheus_client_writes():
     assert reading.itl_sum_s == pytest.approx(0.01002)
 
 
-def wait_for(condition, seconds: float = 5.0) -> None:
+def wait_for(condition, seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "did not happen in time"

@@ -326,9 +326,9 @@ def test_hundreds_of_experts_in_one_parameter_cost_little() -> None:
         expert, half = map(int, name.split("."))
         model.w13.data[expert].narrow(0, 4 * half, 4).copy_(tensor)
 
-    started = time.process_time()
+    started = time.thread_time()
     loading.run(tensors, load)
-    assert time.process_time() - started < 2  # 1,024 tensors: no scan of all landings for each operation
+    assert time.thread_time() - started < 2  # 1,024 tensors: no scan of all landings for each operation
     assert all(entry.record.status == "shared" for entry in loading.resolve().values())
 
 
