@@ -60,7 +60,7 @@ class TrainConfig:
     steps: int | None = None
     """Optimizer steps; the samples are repeated (and shuffled anew) until they are done."""
     context_grad: bool = True
-    """False: the context runs without gradient into a KV cache, memory follows the continuation alone."""
+    """False: the context runs without gradient into a KV cache; memory follows the continuation."""
     seed: int = 0
     """Of the shuffling and of the stochastic rounding."""
     shuffle: bool = True

@@ -15,8 +15,9 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from hogwild.gpu_worker.config import TrainConfig
 from hogwild.gpu_worker.control import Control, StepReport, TrainResult, Unattended
 from hogwild.gpu_worker.forward import Forward
 from hogwild.gpu_worker.inplace import SUPPORTED_DTYPES
-from hogwild.gpu_worker.memory import Budget, Load, Profile, budget, free_bytes, measure
+from hogwild.gpu_worker.memory import Budget, Load, Profile, RowKind, budget, free_bytes, measure
 from hogwild.gpu_worker.optim import Optimizer, StepStats, build_optimizer
 from hogwild.gpu_worker.recompute import Recompute
 from hogwild.gpu_worker.replay import TEXT_TOKENS, OwnText
@@ -117,7 +118,8 @@ class Trainer:
         self.optimizer: Optimizer | None = None
         self.memory_limit = memory_limit
         self.recompute = Recompute(layers_of(model), compile_layers=compile_layers)
-        self._profile: Profile | None = None
+        self._profiles: dict[tuple[RowKind, bool], Profile] = {}
+        self._compiled = False
         self._job: int | None = None  # hash of the samples that were trained last
         self._replayed: list[Replayed] | None = None  # of the running job; None: to be made
 
@@ -160,13 +162,16 @@ class Trainer:
             size = max(size // 2, max(lengths))
 
     def _budget(self, samples: Sequence[Sample], steps: Sequence[Step], config: TrainConfig) -> Budget:
-        loads = [_load([samples[i] for i in pack], config.context_grad) for pack in {p for step in steps for p in step}]
-        heaviest = Load(*(max(sizes) for sizes in zip(*(astuple(load) for load in loads), strict=True)))
         replayed = self._texts_per_step(config) * TEXT_TOKENS
-        heaviest = replace(
-            heaviest, tokens=heaviest.tokens + replayed, predictors=heaviest.predictors + replayed
-        )
-        trained = self.trainable(config)
+        packs = {pack for step in steps for pack in step}
+        loads = [_load([samples[i] for i in pack], config.context_grad, replayed) for pack in packs]
+        heaviest = Load(*(max(sizes) for sizes in zip(*(astuple(load) for load in loads), strict=True)))
+        kind: RowKind = "frozen"
+        if config.context_grad:
+            several = self.forward.abilities.packs and (replayed or max(map(len, packs)) > 1)
+            kind = "packed" if several else "one"
+        trained, eager = self.trainable(config), _eager(config)
+        profile = self.profile(kind, eager=eager)
         wanted, current = build_optimizer(config, self.token_params), self.optimizer
         free = free_bytes(self.device, self.memory_limit)
         state = wanted.state_bytes(trained)
@@ -176,24 +181,28 @@ class Trainer:
             free += current.allocated_bytes()  # goes before the first step
         whole = self.forward.abilities.head == "whole"
         return budget(
-            self.profile(), heaviest, params=trained, tokens=self.token_params, head=self.forward.head_weight,
-            layer_gradients=self._layer_gradients(trained), optimizer_bytes=state, whole_logits=whole,
+            profile, heaviest, params=trained, tokens=self.token_params, head=self.forward.head_weight,
+            layer_gradients=self._layer_gradients(trained, eager=eager), optimizer_bytes=state, whole_logits=whole,
             accumulates=config.gradient_accumulation > 1, free=free,
         )  # fmt: skip
 
-    def profile(self) -> Profile:
-        """Activation sizes of the model, measured at the first call."""
-        if self._profile is None:
+    def profile(self, kind: RowKind = "one", *, eager: bool = False) -> Profile:
+        """Activation sizes of the model in rows of that kind, measured at the first call; `eager`: not compiled."""
+        if (kind, eager) not in self._profiles:
             self.recompute.kept = len(self.recompute.layers)
-            if self.recompute.compiles:
+            self.recompute.eager = eager
+            if self.recompute.compiles and not eager and not self._compiled:
                 self._compile()
-            self._profile = measure(
-                self.model, self.recompute.layers, self.forward.row, self.forward.cache_bytes_per_token()
+            cache = self.forward.cache_bytes_per_token()
+            row = partial(self.forward.row, samples=2 if kind == "packed" else 1)
+            self._profiles[kind, eager] = measure(
+                self.model, self.recompute.layers, row, cache_bytes=cache, frozen=kind == "frozen" and cache > 0
             )
-        return self._profile
+        return self._profiles[kind, eager]
 
     def _compile(self) -> None:
         """Compile both passes of the layers now, on a short row: what can't be compiled costs speed and not a job."""
+        self._compiled = True
         started = time.perf_counter()
         trained = [p for layer in self.recompute.layers for p in layer.parameters() if p.requires_grad]
         try:
@@ -210,11 +219,11 @@ class Trainer:
         else:
             log.info("decoder layers compiled in %.1f s", time.perf_counter() - started)
 
-    def _layer_gradients(self, trained: Mapping[str, Tensor]) -> int:
+    def _layer_gradients(self, trained: Mapping[str, Tensor], *, eager: bool = False) -> int:
         """Most bytes of gradients of layers that exist at once: a compiled backward pass hands out a layer's together,
         otherwise each is freed when the next but one is made."""
         sizes = {id(p): p.numel() * p.element_size() for n, p in trained.items() if n not in self.token_params}
-        if not self.recompute.compiles:
+        if eager or not self.recompute.compiles:
             return sum(sorted(sizes.values())[-2:])
         return max((sum(sizes.get(id(p), 0) for p in layer.parameters()) for layer in self.recompute.layers), default=0)
 
@@ -252,7 +261,7 @@ class Trainer:
         if first_step == 0 or self._job not in (None, job):  # not when the job of before, or of a saved state, goes on
             optimizer.begin_job()
         self._job = job
-        self.recompute.kept = plan.budget.kept_layers
+        self.recompute.kept, self.recompute.eager = plan.budget.kept_layers, _eager(config)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         result = TrainResult(first_step=first_step, n_steps=plan.n_steps)
@@ -430,9 +439,22 @@ class Trainer:
         self.optimizer = optimizer
 
 
-def _load(samples: Sequence[Sample], context_grad: bool) -> Load:
-    """What one pack puts through the model."""
-    predictors = sum(s.loss_tokens for s in samples)
-    tokens = sum(s.input_tokens for s in samples)
-    frozen = 0 if context_grad else sum(max(0, len(s.context_ids) - 1) for s in samples)
-    return Load(tokens - frozen, predictors, frozen)
+def _eager(config: TrainConfig) -> bool:
+    """Whether a job runs layers in a way that they are not compiled for; each such way would compile them again."""
+    return config.trainable is not None or not config.context_grad
+
+
+def _load(samples: Sequence[Sample], context_grad: bool, replayed: int) -> Load:
+    """What one pack puts through the model, with so many tokens of text to replay."""
+    if context_grad:
+        rows = [(sum(s.input_tokens for s in samples) + replayed, 0)]
+    else:
+        contexts = [max(0, len(s.context_ids) - 1) for s in samples]
+        rows = [(s.input_tokens - frozen, frozen) for s, frozen in zip(samples, contexts, strict=True)]
+        rows.append((replayed, 0))
+    return Load(
+        tokens=sum(tokens for tokens, _ in rows),
+        predictors=sum(s.loss_tokens for s in samples) + replayed,
+        frozen=sum(frozen for _, frozen in rows),
+        pairs=sum(tokens * (tokens + frozen) for tokens, frozen in rows),
+    )

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from hogwild.errors import InvalidRequest
 from hogwild.gpu_worker import attention
-from hogwild.gpu_worker.batch import Batch, Sample, collate
+from hogwild.gpu_worker.batch import Batch, Sample, collate, with_frozen_context
 from hogwild.gpu_worker.loss import Anchor, anchor_loss, chunk_rows, chunked_losses, linear_losses, target_loss
 
 log = logging.getLogger(__name__)
@@ -71,10 +71,12 @@ class Forward:
 
     # --- measuring -------------------------------------------------------------------------------------------------
 
-    def row(self, tokens: int) -> Tensor:
-        """Hidden states (1, tokens, H) of a row of one sample."""
-        ids = [i % self.vocab_size for i in range(tokens)]
-        return self.hidden(collate([Sample(ids, [0])], self.device))
+    def row(self, tokens: int, frozen: int = 0, *, samples: int = 1) -> Tensor:
+        """Hidden states of a row of `samples` equal parts: (1, tokens, H); (tokens, H) behind `frozen` tokens."""
+        ids = [i % self.vocab_size for i in range(frozen + tokens)]
+        if frozen:
+            return self._predictors(with_frozen_context(Sample(ids[: frozen + 1], [0] * tokens), self.device))
+        return self.hidden(collate([Sample(ids[: tokens // samples], [0])] * samples, self.device))
 
     def cache_bytes_per_token(self) -> float:
         """Keys and values that one token leaves in all layers; 0.0 when the model has no such cache."""

@@ -10,12 +10,15 @@ Needed on top of the weights, which vLLM holds:
                           (+ the head's gradient, when the head is tied: it waits for the embedding's)
         backward ends     the embedding's gradient (tied: the head's beside it)
 
-Bytes per token are measured on the model by `measure`, not derived from a table of architectures; they were linear in
-the row's length wherever attention is fused. The rest is arithmetic on shapes.
+Bytes per token are measured on the model by `measure`, for each kind of row, not derived from a table of architectures.
+They are linear in its length where attention is fused; a mask or the attention's weights grow with its square. Behind a
+frozen context a layer that keeps its activations also has the context's keys and values beside those of its own tokens
+(and is not compiled). The rest is arithmetic on shapes.
 """
 
 from collections.abc import Callable, Mapping, Set
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 import psutil
 import torch
@@ -31,8 +34,11 @@ FIXED_BYTES = 64 << 20
 # Never plan the last of the device's memory: vLLM shares it.
 RESERVE = 0.05
 
-# Row lengths of the measurement: their difference cancels what does not grow with the row.
-SHORT, LONG = 16, 80
+# Row lengths of the measurement, evenly spaced and multiples of 16, to which some kernels pad their masks.
+LENGTHS = (16, 48, 80)
+
+RowKind = Literal["one", "packed", "frozen"]
+"""One sample; several of them side by side; one behind a context that runs without gradient."""
 
 # Backward of one layer holds its saved activations and about as much again in gradients of them.
 BACKWARD_OF_ACTIVATIONS = 2.0
@@ -40,7 +46,7 @@ BACKWARD_OF_ACTIVATIONS = 2.0
 
 @dataclass(frozen=True)
 class Profile:
-    """Activation bytes of a model, for each token of a row."""
+    """Activation bytes of a model in one kind of row: for each token, unless said otherwise."""
 
     layer: float
     """Kept by one layer (the largest), when it is not checkpointed."""
@@ -51,6 +57,10 @@ class Profile:
     cache: float
     """Keys and values of one token in all layers, for a frozen context."""
     layers: int
+    context: float = 0.0
+    """Kept by one layer for each token of a frozen context."""
+    pair: float = 0.0
+    """Kept by one layer for each pair of a token and one in its row: masks, attention that is not fused."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,8 @@ class Load:
     """Positions with loss."""
     frozen: int = 0
     """Context tokens that run without gradient."""
+    pairs: int = 0
+    """Sum over the rows: differentiated tokens × all tokens."""
 
 
 @dataclass(frozen=True)
@@ -110,27 +122,39 @@ def free_bytes(device: torch.device, limit: int | None) -> int:
     return available if limit is None else min(available, limit)
 
 
-def measure(model: nn.Module, layers: list[nn.Module], forward: Callable[[int], Tensor], cache_bytes: float) -> Profile:
-    """Profile a model with two short rows; nothing must be checkpointed meanwhile.
+def measure(
+    model: nn.Module, layers: list[nn.Module], row: Callable[[int, int], Tensor], *, cache_bytes: float, frozen: bool
+) -> Profile:
+    """Profile a model with short rows; nothing must be checkpointed meanwhile.
 
     Args:
-        forward: runs a row of so many tokens and returns the hidden states (1, T, H).
+        row: runs so many tokens behind a frozen context of so many, returns hidden states (…, H).
         cache_bytes: keys and values of one token in all layers.
+        frozen: with a frozen context.
     """
-    seen = []
-    for tokens in (SHORT, LONG):
+    boundary = 0
+
+    def kept(tokens: int, context: int) -> tuple[int, int]:
+        nonlocal boundary
         with torch.enable_grad(), ActivationMeter(model, layers) as meter:
-            hidden = forward(tokens)
-        seen.append((max(meter.by_layer, default=0), meter.elsewhere))
+            hidden = row(tokens, context)
         boundary = hidden.shape[-1] * hidden.element_size()
-        del hidden
-    span = LONG - SHORT
+        return max(meter.by_layer, default=0), meter.elsewhere
+
+    first, middle, last = LENGTHS
+    context, span = first if frozen else 0, last - first
+    (short, outside), (half, _), (long, outside_long) = (kept(tokens, context) for tokens in LENGTHS)
+    # f(t) = a + layer · t + pair · t · (t + context): the second difference is 2 · pair · (middle - first)²
+    pair = max(0.0, (long - 2 * half + short) / (2 * (middle - first) ** 2))
+    of_context = (kept(first, last)[0] - short) / span - pair * first if frozen else 0.0
     return Profile(
-        layer=max(0.0, (seen[1][0] - seen[0][0]) / span),
-        elsewhere=max(0.0, (seen[1][1] - seen[0][1]) / span),
+        layer=max(0.0, (long - short) / span - pair * (first + last + context)),
+        elsewhere=max(0.0, (outside_long - outside) / span),
         boundary=float(boundary),
         cache=cache_bytes,
         layers=len(layers),
+        context=max(0.0, of_context),
+        pair=pair,
     )
 
 
@@ -158,8 +182,9 @@ def budget(
     # float32 logits, the same in the model's precision, and one temporary.
     logits = 3 * min(4 * vocabulary * load.predictors, 2**63 if whole_logits else CHUNK_BYTES)
     head_bytes = logits + 2 * int(load.predictors * row) + trained_head
+    of_layer = profile.layer * load.tokens + profile.context * load.frozen + profile.pair * load.pairs
     # A frozen context runs layer by layer without gradient: one layer's activations at a time.
-    working = int(BACKWARD_OF_ACTIVATIONS * profile.layer * load.tokens + profile.layer * load.frozen)
+    working = int(BACKWARD_OF_ACTIVATIONS * of_layer + profile.layer * load.frozen)
     working += layer_gradients + tied_head
     # The gradient and one temporary as large; the layers' activations are gone by then.
     embedding = 2 * max(of_tokens, default=0) + tied_head
@@ -172,7 +197,7 @@ def budget(
         peak = step + gradients + cache + optimizer_bytes
         return int(peak * SLACK) + FIXED_BYTES
 
-    extra = max(1.0, (profile.layer - row) * load.tokens)
+    extra = max(1.0, of_layer - row * load.tokens)
     kept = min(profile.layers, max(0, int((free - total(least)) / (extra * SLACK))))
     activations = least + int(kept * extra)
     return Budget(

@@ -26,6 +26,8 @@ class Recompute:
     def __init__(self, layers: Iterable[nn.Module], *, compile_layers: bool = False) -> None:
         self.layers = list(layers)
         self.compiles = compile_layers and bool(self.layers)
+        self.eager = False
+        """Leave out what is compiled: it holds for layers whose parameters are all trained, and without a cache."""
         self.kept = len(self.layers)
         """Layers, counted from the last, that keep their activations."""
         if self.compiles:
@@ -41,8 +43,7 @@ class Recompute:
         def run(*args: Any, **kwargs: Any) -> Any:
             if not torch.is_grad_enabled():
                 return forward(*args, **kwargs)
-            # With a cache, what is compiled would hold for this layer's cache alone.
-            chosen = compiled if self.compiles and kwargs.get("past_key_values") is None else forward
+            chosen = compiled if self.compiles and not self.eager else forward
             if index >= len(self.layers) - self.kept:
                 return chosen(*args, **kwargs)
             return checkpoint(chosen, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
@@ -96,4 +97,4 @@ class ActivationMeter:
                 self.elsewhere += storage.nbytes()
             else:
                 self.by_layer[self._at] += storage.nbytes()
-        return t
+        return t.detach()  # `t` may be its operation's own output: kept as it is, neither would ever be freed

@@ -32,8 +32,7 @@ def test_compiled_layers_train_as_the_others_do_and_share_two_graphs() -> None:
     plain, compiled = Trainer(build("gemma2")), Trainer(build("gemma2"), compile_layers=True)
     for options in ({}, {"context_grad": False}, {"trainable": ["*mlp*"]}):
         assert losses(compiled, **options) == pytest.approx(losses(plain, **options), rel=1e-4), options
-        if not options:
-            assert counters["stats"]["unique_graphs"] == 2  # with a mask and without one
+        assert counters["stats"]["unique_graphs"] == 2  # with a mask and without one; other ways run as they are
     assert compiled.recompute.compiles
 
 

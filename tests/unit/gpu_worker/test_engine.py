@@ -291,7 +291,8 @@ def test_memory_of_a_frozen_context_follows_the_continuation() -> None:
     trainer = Trainer(build())
     long = [Sample([1] * 100, [2, 3])]
     budgets = [trainer.plan(long, TrainConfig(steps=1, context_grad=grad)).budget for grad in (True, False)]
-    assert budgets[1].activations < budgets[0].activations / 10
+    # What is left of the context are its keys and values: in the cache, and in layers that keep their activations
+    assert budgets[1].activations + budgets[1].cache < budgets[0].activations / 4
     assert budgets[1].cache > 0
 
 

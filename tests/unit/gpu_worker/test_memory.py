@@ -1,5 +1,8 @@
 """The budget made before a job: measured activations, a refusal with numbers, smaller packs, fewer kept layers."""
 
+import functools
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -10,7 +13,7 @@ from hogwild.errors import DoesNotFit
 from hogwild.gpu_worker.batch import Sample
 from hogwild.gpu_worker.config import TrainConfig
 from hogwild.gpu_worker.engine import Trainer
-from hogwild.gpu_worker.memory import Budget, Load, Profile, budget, free_bytes
+from hogwild.gpu_worker.memory import Budget, Load, Profile, RowKind, budget, free_bytes
 from hogwild.gpu_worker.recompute import ActivationMeter, Recompute
 
 LAYERS, WIDTH = 6, 64
@@ -67,24 +70,46 @@ def test_gradients_of_embedding_and_head_are_counted_when_they_exist() -> None:
     assert 2 * embed.nbytes < apart.total < 3 * embed.nbytes + (64 << 20)
 
 
-def test_profile_matches_what_autograd_keeps() -> None:
-    # Given the profile from two short rows
-    trainer = Trainer(build())
-    profile = trainer.profile()
-    # Then it foretells the bytes of a far longer row, of kept and of checkpointed layers
-    with ActivationMeter(trainer.model, trainer.recompute.layers) as meter:
-        hidden = trainer.forward.row(700)
-    assert profile.layers == LAYERS
-    assert profile.boundary == WIDTH * 4
-    assert sum(meter.by_layer) == pytest.approx(700 * LAYERS * profile.layer, rel=0.1)
-    del hidden
-    trainer.recompute.kept = 2
-    with ActivationMeter(trainer.model, trainer.recompute.layers) as meter:
-        hidden = trainer.forward.row(700)
-    kept = sum(meter.by_layer)
-    assert kept < 700 * (2 * profile.layer + 4 * 1.5 * profile.boundary)
-    assert kept > 700 * 2 * profile.layer * 0.9
-    del hidden
+@pytest.mark.parametrize("compiles", [False, True])
+@pytest.mark.parametrize(("kind", "lengths"), [
+    ("one", [(700, 0)]), ("packed", [(700, 0)]), ("frozen", [(600, 100), (20, 900), (300, 300)])])  # fmt: skip
+def test_profile_matches_what_autograd_keeps(
+    kind: RowKind, lengths: list[tuple[int, int]], compiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given the profile from short rows
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition"))
+    trainer = Trainer(build(), compile_layers=compiles)
+    profile = trainer.profile(kind, eager=kind == "frozen")
+    assert (profile.layers, profile.boundary) == (LAYERS, WIDTH * 4)
+    for tokens, context in lengths:
+        # Then it foretells the bytes of far longer ones, of kept and of checkpointed layers
+        run = functools.partial(trainer.forward.row, tokens, context, samples=2 if kind == "packed" else 1)
+        of_layer = (
+            tokens * profile.layer + context * profile.context + tokens * (tokens + context) * profile.pair
+        )
+        with ActivationMeter(trainer.model, trainer.recompute.layers) as meter:
+            run()
+        assert sum(meter.by_layer) == pytest.approx(LAYERS * of_layer, rel=0.05)
+        trainer.recompute.kept = 2
+        with ActivationMeter(trainer.model, trainer.recompute.layers) as meter:
+            run()
+        trainer.recompute.kept = LAYERS
+        shared = tokens * (tokens + context)  # the mask that all layers are given
+        assert 0.9 * 2 * of_layer < sum(meter.by_layer) < 2 * of_layer + tokens * 4 * 1.5 * profile.boundary + shared
+
+
+def test_nothing_of_a_model_is_left_when_its_trainer_is_closed() -> None:
+    # Given a model whose layers save what they put out (softmax, sigmoid), and whose trainer measured and trained it
+    model = build()
+    trainer = Trainer(model)
+    for context_grad in (True, False):
+        config = TrainConfig(optimizer="sgd", learning_rate=1e-3, steps=1, context_grad=context_grad)
+        trainer.run(trainer.plan(rows(2, 20), config))
+    parameters = [weakref.ref(p) for p in model.parameters()]
+    trainer.close()
+    del trainer, model
+    gc.collect()
+    assert not [p for p in parameters if p() is not None]
 
 
 def test_job_that_cannot_fit_is_refused_with_the_numbers() -> None:
