@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from hogwild.errors import HogwildError, JobCancelled
 from hogwild.gpu_worker.control import StepReport
+from hogwild.tasks.app import HANGING_S
 from hogwild.tasks.ledger import Lease
 from hogwild.tasks.progress import send_progress
 
@@ -43,7 +44,7 @@ class JobControl:
 
     def __init__(
         self, runtime: "Runtime", live: "Live", task: Any, lease: Lease, *, first_step: int, n_steps: int,
-        ends_at: float,
+        seconds: float,
     ) -> None:  # fmt: skip
         self._runtime = runtime
         self._live = live
@@ -52,14 +53,15 @@ class JobControl:
         self._n_steps = n_steps
         self.next_step = first_step
         self._in_step = False
-        self._looked_at: float | None = None  # None: `before_step` has looked, and nothing was computed since
-        self._ends_at = ends_at
+        self._looked_at = 0.0
+        self.seconds = seconds  # that the job's steps took so far
+        self._began_at = 0.0  # the present step
 
     def before_step(self, step: int) -> None:
         """Raises WorkerStopping, ExporterGone, JobCancelled, JobParked, TimeLimit; Conflict when the lease was lost."""
         runtime = self._runtime
         runtime.between_steps()
-        self._check_time()
+        self._check_time(self.seconds)
         try:
             runtime.obey(self._lease)
         except JobParked:
@@ -70,7 +72,7 @@ class JobControl:
         self.next_step = step + 1
         weights.begin()
         self._in_step = True
-        self._looked_at = None
+        self._began_at = self._looked_at = time.monotonic()
         runtime.step_started(self._lease.job_id, step, self._n_steps)
 
     def after_step(self, report: StepReport) -> None:
@@ -83,6 +85,7 @@ class JobControl:
             version = weights.version
             weights.set_version(version)
         self._in_step = False
+        self.seconds += report.seconds
         runtime.ledger.applied(
             self._lease,
             report.step,
@@ -113,19 +116,19 @@ class JobControl:
         """
         self._live.governor.between_micro_steps()
         now = time.monotonic()
-        if self._looked_at is None or now - self._looked_at < LOOK_S:
-            self._looked_at = self._looked_at or now
+        if now - self._looked_at < LOOK_S:
             return
         self._looked_at = now
-        self._check_time()
-        if not self._in_step and self._runtime.stopping():
+        if self._in_step:  # one of many packs; a step that began in time may end, unless it takes far longer
+            self._check_time(self.seconds + now - self._began_at - HANGING_S / 2)
+        elif self._runtime.stopping():
             raise WorkerStopping
         if self._runtime.ledger.requested(self._lease.job_id) == "cancel":
             raise JobCancelled
 
-    def _check_time(self) -> None:
-        if time.monotonic() > self._ends_at:
-            limit = self._runtime.settings.job_time_limit_s
+    def _check_time(self, seconds: float) -> None:
+        limit = self._runtime.settings.job_time_limit_s
+        if seconds >= limit:
             raise TimeLimit(
                 f"The job trained for {limit:.0f} s, the most that HOGWILD_JOB_TIME_LIMIT_S allows. The steps it made "
                 "are in the weights; send the rest as another job, or raise the limit."

@@ -60,6 +60,7 @@ class Lease:
     steps: int | None
     payload: str
     pack_tokens: int | None = None  # of the plan by which the job began
+    seconds: float = 0.0  # that its applied steps took
     config: dict[str, Any] = field(default_factory=dict)
 
 
@@ -225,7 +226,8 @@ class Ledger:
         return Lease(job_id, worker_id, fence=int(h[b"fence"]), first_step=int(h[b"begun"]),
                      attempts=int(h[b"attempts"]), steps=int(h[b"steps"]) if h.get(b"steps") else None,
                      pack_tokens=int(h[b"pack_tokens"]) if h.get(b"pack_tokens") else None,
-                     payload=h[b"payload"].decode(), config=json.loads(h[b"config"]))
+                     seconds=float(h.get(b"seconds", 0.0)), payload=h[b"payload"].decode(),
+                     config=json.loads(h[b"config"]))
 
     def samples(self, lease: Lease) -> Sequence[Sample]:
         """The samples of a claimed job. Raises NotFound, HogwildError (damaged)."""

@@ -321,8 +321,7 @@ class Runtime:
         """Train the lease's remaining steps, through as many restarts of vLLM as there are."""
         samples = [Sample(s.context_ids, s.continuation_ids, s.weights) for s in self.ledger.samples(lease)]
         config = TrainConfig.from_dict({**self._defaults(lease.config), **lease.config})
-        first_step, pack_tokens = lease.first_step, lease.pack_tokens
-        seconds_left = self.settings.job_time_limit_s  # of training: neither planning nor waiting for vLLM counts
+        first_step, pack_tokens, seconds = lease.first_step, lease.pack_tokens, lease.seconds
         while True:
             live = self._wait_attached(lambda: self.obey(lease))
             if live.trainer.optimizer is None:
@@ -331,14 +330,12 @@ class Runtime:
             pack_tokens = plan.pack_tokens  # stays with the job: another size would make other steps
             self.ledger.planned(lease, plan.n_steps, pack_tokens)
             send_progress(task, first_step, plan.n_steps)
-            ends_at = time.monotonic() + seconds_left
-            control = JobControl(self, live, task, lease, first_step=first_step, n_steps=plan.n_steps, ends_at=ends_at)
+            control = JobControl(self, live, task, lease, first_step=first_step, n_steps=plan.n_steps, seconds=seconds)
             live.governor.begin_work()
             try:
                 live.trainer.run(plan, control, first_step=first_step)
             except ExporterGone:
-                first_step = control.next_step
-                seconds_left = ends_at - time.monotonic()
+                first_step, seconds = control.next_step, control.seconds
                 logger.warning("%s waits at step %d for vLLM to come back", lease.job_id, first_step)
             else:
                 return
@@ -366,7 +363,7 @@ class Runtime:
         self._poll()
         live = self.live
         for operation in self.operations.pending():
-            self.run_operation(operation.id)
+            self.run_operation(operation.id, in_job=True)
         if time.monotonic() - self._asked_due_at >= DUE_S:
             self._asked_due_at = time.monotonic()
             live.saver.sync_if_due(live.attachment, live.trainer, wait=False)
@@ -415,15 +412,17 @@ class Runtime:
             self.ledger.reconcile(self.worker_id)
             self.operations.reconcile(self.worker_id)
 
-    def run_operation(self, operation_id: str) -> None:
-        """A sync or a rollback that somebody asked for; exactly one caller of many does it."""
+    def run_operation(self, operation_id: str, *, in_job: bool = False) -> None:
+        """A sync or a rollback that somebody asked for; exactly one caller of many does it.
+
+        `in_job`: between two steps of a job, which holds the lock and the task.
+        """
+        if not in_job:
+            self._task_began()
         with self.weights_lock:
-            training = "job_id" in self._status
             before = dict(self._status)
-            if not training:
-                self._task_began()
             try:
-                live = self.live if training else self._wait_attached()
+                live = self.live if in_job else self._wait_attached()
             except WorkerStopping:
                 return  # it stays pending: the next worker does it
             operation = self.operations.start(operation_id, self.worker_id)
@@ -432,7 +431,7 @@ class Runtime:
             self._status["state"] = "syncing"
             try:
                 if operation.kind == "sync":
-                    live.saver.sync(live.attachment, live.trainer, "asked for", wait=not training, operation=operation)
+                    live.saver.sync(live.attachment, live.trainer, "asked for", wait=not in_job, operation=operation)
                 else:
                     self._rollback(live, operation)
             except (HogwildError, OSError):

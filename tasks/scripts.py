@@ -200,7 +200,7 @@ event(id, 'step', ARGV[9])
 return 'ok'
 """
 
-# ARGV: id, fence. Puts a job back between two steps because its worker stops; the next one's start publishes it.
+# ARGV: id, fence. Puts a job back between two steps; beat's tick or the next worker's start publishes it.
 RELEASE = PRELUDE + """
 local id = ARGV[1]
 if get(id, 'fence') == ARGV[2] and get(id, 'state') == 'queued' then return 'ok' end

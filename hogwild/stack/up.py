@@ -41,7 +41,9 @@ POLL_S = 0.5
 LOCK = "up.lock"  # in the data directory and in the model's runtime directory
 LAST_LINES = 15  # of a dead service's log
 ENDS_ITSELF = {"worker"}  # its child sees that its parent was killed, saves what it trained and ends
-REFUSED_FOR_S = 30.0  # a worker that still refuses the weights after this long will not take them
+# A worker that still refuses the weights after this long will not take them; another one, that a killed stack left
+# behind, may hold them for as long as its last sync takes.
+REFUSED_FOR_S = 120.0
 KILLED_S = 5.0  # a process is gone this soon after SIGKILL, unless the kernel itself hangs
 # Files that vLLM and the worker leave in the runtime directory; worthless once both are gone.
 RUNTIME_FILES = ("rank*.json", "frontend.json", "weights.state", "pulse.state", "worker.lock", "*.stop")
@@ -211,10 +213,13 @@ class Stack:
             if refusal := Refusal.load(refusal_path(self.settings.model_runtime_dir)):
                 reasons = "; ".join(text for _, text in refusal.reasons)
                 raise StackError(f"vLLM's weights can't be trained: {reasons}")
-            if reason := self._worker_refuses():  # it tries again meanwhile: another worker may be about to go
+            weights = self._worker().get("lifecycle") or {}
+            if weights.get("state") == "refused":  # it tries again meanwhile
                 refused_at = refused_at or time.monotonic()
                 if time.monotonic() - refused_at > REFUSED_FOR_S:
-                    raise StackError(f"The worker can't train vLLM's weights: {reason}")
+                    raise StackError(f"The worker can't train vLLM's weights: {weights.get('reason')}")
+            elif weights.get("state") != "attaching":
+                refused_at = None
             if tick:
                 tick(self.answering())
             if time.monotonic() > deadline:
@@ -241,11 +246,6 @@ class Stack:
 
     def _worker_attached(self) -> bool:
         return bool(self._worker().get("attached"))
-
-    def _worker_refuses(self) -> str | None:
-        """Why the worker does not take the weights, when it has looked at them and says so."""
-        lifecycle = self._worker().get("lifecycle") or {}
-        return str(lifecycle.get("reason")) if lifecycle.get("state") == "refused" else None
 
     def _running(self, name: str) -> bool:
         state = self._states.get(name)

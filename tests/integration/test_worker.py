@@ -341,12 +341,12 @@ def test_a_job_ends_when_it_has_trained_for_its_time_limit_and_waiting_for_vllm_
     until(lambda: not site.registry.worker()["attached"], what="detaching")
     before = site.ledger.get(job)
     time.sleep(limit)  # as long as it may train
-
     site.start_exporter()
     done = site.finished(job)
     assert (done.state, done.attempts, done.steps_interrupted) == ("failed", 1, 0)
     assert "HOGWILD_JOB_TIME_LIMIT_S" in done.error["message"]
     assert done.steps_applied == done.steps_begun > before.steps_applied > 0
+    assert limit <= done.seconds < 2 * limit
 
 
 def test_a_task_that_waits_too_long_for_vllm_gives_its_job_back_before_celery_kills_the_worker(
