@@ -42,19 +42,16 @@ class JobParked(HogwildError):
 class JobControl:
     """Implements the engine's `Control` for one claimed job."""
 
-    def __init__(
-        self, runtime: "Runtime", live: "Live", task: Any, lease: Lease, *, first_step: int, n_steps: int,
-        seconds: float,
-    ) -> None:  # fmt: skip
+    def __init__(self, runtime: "Runtime", live: "Live", task: Any, lease: Lease, *, n_steps: int) -> None:
         self._runtime = runtime
         self._live = live
         self._task = task
         self._lease = lease
         self._n_steps = n_steps
-        self.next_step = first_step
+        self.next_step = lease.first_step
         self._in_step = False
         self._looked_at = 0.0
-        self.seconds = seconds  # that the job's steps took so far
+        self.seconds = lease.seconds  # that the job's steps took so far
         self._began_at = 0.0  # the present step
 
     def before_step(self, step: int) -> None:

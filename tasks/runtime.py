@@ -5,6 +5,7 @@ looks after everything else itself between its steps; otherwise the watching thr
 that vLLM is gone. Syncs and rollbacks are `hogwild.tasks.saving`'s.
 """
 
+import gc
 import logging
 import math
 import os
@@ -13,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -252,6 +253,8 @@ class Runtime:
             self._save("vLLM is gone", live)
         finally:
             live.close()
+            del live
+            gc.collect()  # model and trainer refer to each other, and to vLLM's memory
 
     def obey(self, lease: Lease) -> None:
         """What the user wants of a running job. Raises JobCancelled, JobParked."""
@@ -279,10 +282,10 @@ class Runtime:
         self._task_began()
         with self.weights_lock:
             try:
-                live = self._wait_attached()
+                version = self._wait_attached().attachment.weights.version
             except WorkerStopping:
                 return {"job_id": job_id, "state": "queued", "reason": "stopped before it began: it is run later"}
-            lease = self.ledger.claim(job_id, self.worker_id, weights_version=live.attachment.weights.version)
+            lease = self.ledger.claim(job_id, self.worker_id, weights_version=version)
             if lease is None:
                 return {"job_id": job_id, "state": self._state_of(job_id)}
             try:
@@ -321,28 +324,34 @@ class Runtime:
         """Train the lease's remaining steps, through as many restarts of vLLM as there are."""
         samples = [Sample(s.context_ids, s.continuation_ids, s.weights) for s in self.ledger.samples(lease)]
         config = TrainConfig.from_dict({**self._defaults(lease.config), **lease.config})
-        first_step, pack_tokens, seconds = lease.first_step, lease.pack_tokens, lease.seconds
-        while True:
-            live = self._wait_attached(lambda: self.obey(lease))
-            if live.trainer.optimizer is None:
-                live.saver.load_optimizer(live.trainer, config, live.attachment.weights.version)
-            plan = live.trainer.plan(samples, config, pack_tokens=pack_tokens)
-            pack_tokens = plan.pack_tokens  # stays with the job: another size would make other steps
-            self.ledger.planned(lease, plan.n_steps, pack_tokens)
-            send_progress(task, first_step, plan.n_steps)
-            control = JobControl(self, live, task, lease, first_step=first_step, n_steps=plan.n_steps, seconds=seconds)
-            live.governor.begin_work()
-            try:
-                live.trainer.run(plan, control, first_step=first_step)
-            except ExporterGone:
-                first_step, seconds = control.next_step, control.seconds
-                logger.warning("%s waits at step %d for vLLM to come back", lease.job_id, first_step)
-            else:
-                return
-            finally:
-                live.saver.note_job(lease.job_id)
-                if self._live is live and self.settings.prefix_cache_policy != "never":
-                    self._reset_prefix_cache()
+        while left := self._train_on(task, lease, samples, config):
+            lease = left
+            gc.collect()  # the dead vLLM's memory stays mapped as long as one tensor is on it
+            logger.warning("%s waits at step %d for vLLM to come back", lease.job_id, lease.first_step)
+
+    def _train_on(self, task: Any, lease: Lease, samples: list[Sample], config: TrainConfig) -> Lease | None:
+        """Train until the job ends (None), or vLLM does: what is left then."""
+        live = self._wait_attached(lambda: self.obey(lease))
+        if live.trainer.optimizer is None:
+            live.saver.load_optimizer(live.trainer, config, live.attachment.weights.version)
+        plan = live.trainer.plan(samples, config, pack_tokens=lease.pack_tokens)
+        self.ledger.planned(lease, plan.n_steps, plan.pack_tokens)
+        send_progress(task, lease.first_step, plan.n_steps)
+        control = JobControl(self, live, task, lease, n_steps=plan.n_steps)
+        live.governor.begin_work()
+        try:
+            live.trainer.run(plan, control, first_step=lease.first_step)
+        except ExporterGone:
+            # Packs of another size would make other steps.
+            return replace(
+                lease, first_step=control.next_step, pack_tokens=plan.pack_tokens, seconds=control.seconds
+            )
+        else:
+            return None
+        finally:
+            live.saver.note_job(lease.job_id)
+            if self._live is live and self.settings.prefix_cache_policy != "never":
+                self._reset_prefix_cache()
 
     def _defaults(self, config: dict[str, Any]) -> dict[str, Any]:
         defaults: dict[str, Any] = {"replay": self.settings.replay}

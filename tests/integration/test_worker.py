@@ -274,6 +274,8 @@ def test_exporter_killed_in_mid_job_loses_no_step(site: Site) -> None:
     done = site.finished(job, 300)
     assert (done.state, done.steps_applied, done.attempts) == ("succeeded", 400, 1)
     assert done.weight_version_last - done.weight_version_first == 399
+    # and nothing of the dead one's memory is held any more
+    assert len({m.addr for m in site.child().memory_maps(grouped=False) if "memfd:hogwild" in m.path}) == 1
 
 
 def test_quiet_training_is_saved_by_beat(site: Site) -> None:
