@@ -10,8 +10,9 @@ Starts the real stack (`hogwild up`'s own code), drives it with bench/load.py an
   share       closed loops of --streams and Poisson arrivals: serving alone, training alone, both at full rate, both
               with syncs; under MPS on a card. Also: how long a reset of the prefix cache takes under load
   threads     (card only) training on each of --threads percent of the multiprocessors, alone and beside serving
-  pace        the governor: --serve-share at each number of streams; then an inter-token budget of 1.25 times the p50
-              alone, the share of one-second windows that hold it, and how soon silence gives training full speed
+  pace        the governor: each --serve-share at each number of streams and with Poisson arrivals; on a card, the
+              first share also with training always on all multiprocessors; then an inter-token budget of 1.25 times
+              the p50 alone, the share of one-second windows that hold it, and how soon silence gives full speed
   timeslice   baseline (card only): the same without MPS
   reload      baseline: the way without Hogwild. vLLM is stopped, plain transformers trains the same steps and saves,
               vLLM starts on the result: seconds from the request to train to the first token of the new weights
@@ -91,7 +92,7 @@ class Bed:
         os.environ.clear()
         os.environ.update(self._env_before)
 
-    def pace(self, *, threads: int | None = None, **targets: float | None) -> None:
+    def pace(self, *, threads: int | None = None, **targets: float | str | None) -> None:
         """A worker with these HOGWILD_<NAME>s, and this percent of the multiprocessors, in place of the present one."""
         if self._worker is None:
             self.stack.supervisor.call("stopProcess", "worker", True)
@@ -399,11 +400,22 @@ def part_pace(bed: Bed, report: Report, args: argparse.Namespace) -> None:
     """The governor."""
     part = "pace"
     measure_alone(bed, report, args, part)
-    bed.pace(serve_share=args.serve_share)
     learn = max(args.warmup, 5.0)  # the first seconds at a load are spent on learning it
-    with bed.training() as training:
-        for streams in args.streams:
-            together(bed, report, part, f"share {args.serve_share}", training, streams=streams, warmup=learn)
+    most = args.streams[-1]
+    rate = max(0.1, 0.5 * report.alone[f"{most} streams"]["load"]["output_tokens_per_s"] / args.output_tokens)
+    for share in args.serve_share:
+        bed.pace(serve_share=share)
+        with bed.training() as training:
+            for streams in args.streams:
+                together(bed, report, part, f"share {share}", training, streams=streams, warmup=learn)
+            if "poisson" in report.alone:
+                together(bed, report, part, f"share {share}", training, rate=rate, warmup=learn)
+    if args.device == "cuda":
+        bed.pace(serve_share=args.serve_share[0], mps_parts="off")
+        with bed.training() as training:
+            for streams in args.streams:
+                together(bed, report, part, f"share {args.serve_share[0]}, whole card", training, streams=streams,
+                         warmup=learn)  # fmt: skip
     middle = args.streams[len(args.streams) // 2]
     idle = report.alone[f"{middle} streams"]["load"]["itl_ms"]
     # Tokens that arrive in bursts have a median gap of nothing: then the mean stands for it.
@@ -550,7 +562,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--output-tokens", type=int, default=None)
     parser.add_argument("--train-tokens", type=int, default=None, help="of one optimizer step")
     parser.add_argument("--threads", default="30,60", help="percent of the multiprocessors, for the part of that name")
-    parser.add_argument("--serve-share", type=float, default=0.95)
+    parser.add_argument("--serve-share", default="0.9", help="one or several, separated by commas")
     parser.add_argument("--reload-steps", type=int, default=8)
     parser.add_argument("--optimizer", default="apollo-mini")
     parser.add_argument("--vllm-args", default=None)
@@ -574,6 +586,7 @@ def arguments() -> argparse.Namespace:
     args.parts = [p for p in args.parts.split(",") if p]
     args.streams = [int(n) for n in str(args.streams).split(",")]
     args.threads = [int(n) for n in args.threads.split(",")]
+    args.serve_share = [float(share) for share in args.serve_share.split(",")]
     if unknown := set(args.parts) - set(PARTS):
         parser.error(f"unknown parts: {', '.join(sorted(unknown))}")
     return args

@@ -31,6 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,7 @@ def run_trainer(args: argparse.Namespace, model: Any, optimizer: str, clock: Clo
     data = [hf_batch(args, row) for row in rows(args, model.config.vocab_size, args.warmup + args.steps)]
     extra: dict[str, Any] = {}
     if optimizer.startswith("apollo"):
+        stand_in_for_bitsandbytes()
         extra = {
             "optim_target_modules": [r".*attn.*", r".*mlp.*"],
             "optim_args": "proj=random,rank=1,scale=128,scale_type=tensor,update_proj_gap=200",
@@ -205,6 +207,20 @@ def run_trainer(args: argparse.Namespace, model: Any, optimizer: str, clock: Clo
         )  # fmt: skip
         out = Trainer(model=model, args=arguments, train_dataset=data, callbacks=[Timed()]).train()
     return {"losses": [out.training_loss]}
+
+
+def stand_in_for_bitsandbytes() -> None:
+    """apollo-torch imports bitsandbytes for 8-bit variants, not measured here: names with nothing behind them."""
+    if importlib.util.find_spec("bitsandbytes") is not None:
+        return
+    names = ("bitsandbytes", "bitsandbytes.optim", "bitsandbytes.optim.optimizer", "bitsandbytes.functional")
+    modules = {name: types.ModuleType(name) for name in names}
+    for name, module in modules.items():
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(modules[parent], child, module)
+    modules["bitsandbytes.optim.optimizer"].Optimizer2State = torch.optim.Optimizer  # type: ignore[attr-defined]
+    sys.modules |= modules
 
 
 def run_one(args: argparse.Namespace) -> dict[str, Any]:

@@ -14,7 +14,8 @@ not finite leaves its tensor as it was.
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple, dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -88,6 +89,7 @@ class Trainer:
         compile_layers: run the decoder layers through torch.compile, where that works with the model. Costs up to a
             minute before the first step, and pays on a GPU, where it fuses what lies between the matrix products.
         own_text: where the text that jobs replay comes from; None: they replay nothing.
+        placed: a context around everything that runs the model: on which part of the device it does.
 
     Raises:
         ConfigError: a parameter's dtype can't be trained in place.
@@ -101,10 +103,12 @@ class Trainer:
         memory_limit: int | None = None,
         compile_layers: bool = False,
         own_text: OwnText | None = None,
+        placed: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         # Dropout would have the step recompute other layers than it ran, and vLLM serve a model that nobody measured.
         self.model = model.eval()
         self.own_text = own_text
+        self._placed = placed
         # named_parameters() gives a tied weight once, under its first name.
         self.params: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
         for name, p in self.params.items():
@@ -192,12 +196,14 @@ class Trainer:
             self.recompute.kept = len(self.recompute.layers)
             self.recompute.eager = eager
             if self.recompute.compiles and not eager and not self._compiled:
-                self._compile()
+                with self._placed():
+                    self._compile()
             cache = self.forward.cache_bytes_per_token()
             row = partial(self.forward.row, samples=2 if kind == "packed" else 1)
-            self._profiles[kind, eager] = measure(
-                self.model, self.recompute.layers, row, cache_bytes=cache, frozen=kind == "frozen" and cache > 0
-            )
+            with self._placed():
+                self._profiles[kind, eager] = measure(
+                    self.model, self.recompute.layers, row, cache_bytes=cache, frozen=kind == "frozen" and cache > 0
+                )
         return self._profiles[kind, eager]
 
     def _compile(self) -> None:
@@ -267,12 +273,14 @@ class Trainer:
         result = TrainResult(first_step=first_step, n_steps=plan.n_steps)
         self._replayed = None
         if first_step < plan.n_steps:
-            self._replay(plan, control)  # before a step has begun: it takes a while
+            with self._placed():
+                self._replay(plan, control)  # before a step has begun: it takes a while
         bad_in_a_row = 0
         with Updates(self.trainable(config), self.params, optimizer) as updates:
             for step in range(first_step, plan.n_steps):
                 control.before_step(step)
-                report = self._step(plan, step, self._replay(plan, control), updates, control)
+                with self._placed():
+                    report = self._step(plan, step, self._replay(plan, control), updates, control)
                 result.losses.append(report.loss)
                 result.tokens += report.tokens
                 result.loss_tokens += report.loss_tokens

@@ -1,8 +1,10 @@
 """Serving first: decides how long training steps aside so that vLLM keeps the inter-token latency the user asked for.
 
 Training calls `Governor.yield_point()` between micro-steps and, through `hogwild.gpu_worker.yield_points`, before
-every layer. The governor sleeps there long enough that training is active for a share `duty` of the time. What `duty`
-should be is decided by `Controller`, which is pure: readings of vLLM's pulse and the time go in, a number comes out.
+every layer. The governor sees to it that training uses a share `duty` of the device: between two steps it picks the
+smallest part of the multiprocessors that holds `duty`, where they can be divided (`hogwild.gpu_worker.partition`), and
+in the yield points it sleeps for the rest. What `duty` should be is decided by `Controller`, which is pure: readings
+of vLLM's pulse and the time go in, a number comes out.
 
 THE RULE
 
@@ -18,7 +20,7 @@ Everything learned is kept per load class: requests running, rounded down to a p
     gives back 1/200 of that, so that it settles where about one second in two hundred breaks the budget.
  4. PACING. A window is at least 0.25 s and 8 tokens of each request (2 s at most). Its latency y, the mean or the
     median, whichever is larger, less `alone` is what training costs, and the cost is taken as proportional to the
-    share u of the window in which training was active:
+    share u of the device that training used in the window (share of the time × part of the multiprocessors):
         duty* = u · (S − alone) / (y − alone)
     Down: at once to duty*, and at least by a tenth when y > B, after which duty does not rise for 1 s.
     Up: 40 % of the way, at most 1.5 times (or + 0.02) per window, and never while the number of waiting requests grows.
@@ -355,6 +357,26 @@ class DeviceQueue(Protocol):
         ...  # pragma: no cover
 
 
+class Place(Protocol):
+    """The part of the device that training's steps run on."""
+
+    share: float
+
+    def choose(self, duty: float) -> bool:
+        """Take the smallest part that holds this share of the device's work; returns whether that is another one."""
+        ...  # pragma: no cover
+
+
+class Everywhere:
+    """A device that is not divided."""
+
+    share = 1.0
+
+    def choose(self, duty: float) -> bool:
+        """There is one part only."""
+        return False
+
+
 class NoQueue:
     """The CPU: when an operator returns, its work is done."""
 
@@ -376,13 +398,17 @@ class Governor:
     LONGEST_ACTIVE_S = 5.0  # between two yield points; more was a pause of training's own, not work
 
     def __init__(self, config: GovernorConfig, pulse: PulseSource, *, device: DeviceQueue | None = None,
-                 clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep) -> None:
+                 place: Place | None = None, clock: Callable[[], float] = time.monotonic,
+                 sleep: Callable[[float], None] = time.sleep) -> None:
         self.controller = Controller(config)
-        self.active_s = 0.0  # seconds training used, and stepped aside for, since the governor was made
+        # Seconds of the whole device that training used, and left to serving, since the governor was made: a second on
+        # a quarter of it is a quarter of a second used.
+        self.active_s = 0.0
         self.yielded_s = 0.0
         self._enabled = config.enabled
         self._pulse = pulse
         self._device = device or NoQueue()
+        self._place = place or Everywhere()
         self._clock = clock
         self._sleep = sleep
         self._resumed = clock()
@@ -399,6 +425,14 @@ class Governor:
             self._owed_s = 0.0
             self._resumed = now
             self.controller.forget_window()
+        if not self._enabled:
+            return
+        if now >= self._next_poll:
+            self._poll(now)
+        if self.controller.duty > 0.0 and self._place.choose(self.controller.duty):  # not in a probe
+            self._owed_s = 0.0
+            self._resumed = self._clock()
+            self.controller.forget_window()
 
     def yield_point(self, *_: Any) -> None:
         """Step aside for as long as the rule says; takes microseconds when it says nothing. Usable as a hook."""
@@ -407,7 +441,7 @@ class Governor:
         now = self._clock()
         if now >= self._next_poll:
             self._poll(now)
-        if self.controller.duty >= 1.0:
+        if self._working_share() >= 1.0:
             self._device.bound()
             self._account(self._clock())
             self._owed_s = 0.0
@@ -415,7 +449,7 @@ class Governor:
         self._device.drain()
         now = self._clock()
         active = self._account(now)
-        self._owed_s = min(self.LONGEST_YIELD_S, self._owed_s + active * _rest_per_work(self.controller.duty))
+        self._owed_s = min(self.LONGEST_YIELD_S, self._owed_s + active * _rest_per_work(self._working_share()))
         if self._owed_s >= self.QUANTUM_S or self.controller.duty == 0.0:
             self._rest(now)
 
@@ -427,6 +461,7 @@ class Governor:
         reading = rule._last
         return {
             "mode": rule.mode if self._enabled else "off", "duty": round(rule.duty, 4), "note": rule.note,
+            "device_share": round(self._place.share, 4),
             "itl_ms": None if rule.itl_s is None else round(rule.itl_s * 1e3, 3),
             "itl_budget_ms": None if rule.budget_s is None else round(rule.budget_s * 1e3, 3),
             "requests_running": None if reading is None else reading.running,
@@ -439,37 +474,42 @@ class Governor:
         """Stop reading the pulse."""
         self._pulse.close()
 
+    def _working_share(self) -> float:
+        """Share of the time to work on the present part of the device: all of it where the duty fills the part."""
+        return min(1.0, self.controller.duty / self._place.share)
+
     def _poll(self, now: float) -> None:
-        self._next_poll = now + (self.IDLE_POLL_S if self.controller.duty >= 1.0 else self.SLICE_S)
+        self._next_poll = now + (self.IDLE_POLL_S if self._working_share() >= 1.0 else self.SLICE_S)
         self.controller.observe(self._pulse.latest(), now, self.active_s, self.yielded_s)
 
     def _account(self, now: float) -> float:
         active = min(self.LONGEST_ACTIVE_S, max(0.0, now - self._resumed))
-        self.active_s += active
+        self.active_s += active * self._place.share
+        self.yielded_s += active * (1.0 - self._place.share)
         self._resumed = now
         return active
 
     def _rest(self, now: float) -> None:
         deadline = now + self.LONGEST_YIELD_S + self.SLICE_S
         while now < deadline:
-            duty = self.controller.duty
-            if duty >= 1.0:
+            share = self._working_share()
+            if share >= 1.0:
                 self._owed_s = 0.0
-            if duty > 0.0 and self._owed_s < self.QUANTUM_S / 10:
+            if share > 0.0 and self._owed_s < self.QUANTUM_S / 10:
                 break
-            self._sleep(self.SLICE_S if duty == 0.0 else min(self.SLICE_S, self._owed_s))
+            self._sleep(self.SLICE_S if share == 0.0 else min(self.SLICE_S, self._owed_s))
             slept = max(0.0, self._clock() - now)
             now += slept
             self.yielded_s += slept
-            if duty > 0.0:
+            if share > 0.0:
                 self._owed_s -= slept
             self._poll(now)
-            if 0.0 < duty < 1.0 and self.controller.duty > 0.0:  # what is still owed was reckoned at the old duty
-                self._owed_s *= _rest_per_work(self.controller.duty) / _rest_per_work(duty)
+            if 0.0 < share < 1.0 and self.controller.duty > 0.0:  # what is still owed was reckoned at the old duty
+                self._owed_s *= _rest_per_work(self._working_share()) / _rest_per_work(share)
         self._owed_s = max(0.0, self._owed_s)
         self._resumed = now
 
 
-def _rest_per_work(duty: float) -> float:
-    """Seconds to rest for each second of work; a probe (duty 0) leaves no debt behind."""
-    return 1.0 / duty - 1.0 if duty > 0.0 else 0.0
+def _rest_per_work(share: float) -> float:
+    """Seconds to rest for each second of work; a probe (no work at all) leaves no debt behind."""
+    return 1.0 / share - 1.0 if share > 0.0 else 0.0

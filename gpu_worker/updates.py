@@ -6,6 +6,7 @@ A hook on each parameter applies the optimizer as soon as autograd has summed th
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hogwild.gpu_worker.optim import Optimizer, StepStats
@@ -29,6 +30,7 @@ class Updates:
         self.touched = 0
         """Parameters handed to the optimizer since `begin`."""
         self._applying = False
+        self._stream: torch.cuda.Stream | None = None
         self._handles: list[Any] = []
 
     def __enter__(self) -> "Updates":
@@ -49,6 +51,8 @@ class Updates:
 
     def begin(self, rate: float, seed: int) -> None:
         self.touched = 0
+        on_card = any(p.is_cuda for p in self.trained.values())
+        self._stream = torch.cuda.current_stream() if on_card else None
         self.optimizer.begin_step(rate, seed=seed)
         self._applying = True
 
@@ -69,7 +73,17 @@ class Updates:
 
     def _hook(self, name: str) -> Any:
         def apply(p: Tensor) -> None:
-            if self._applying:
+            if not self._applying:
+                return
+            mine, here = self._stream, torch.cuda.current_stream(p.device) if p.is_cuda else None
+            if mine is None or here is None or mine == here:
+                self._apply(name, p)
+                return
+            # Autograd's stream here is the one that was current when the leaf was first used, maybe steps ago.
+            mine.wait_stream(here)
+            if p.grad is not None:
+                p.grad.record_stream(mine)
+            with torch.cuda.stream(mine):
                 self._apply(name, p)
 
         return apply

@@ -17,15 +17,20 @@ from collections.abc import Callable
 import torch
 
 from hogwild.gpu_worker.governor import Governor, NoQueue
+from hogwild.gpu_worker.partition import Placement
 
 AHEAD = 2  # layers queued beyond the one that runs: enough to hide launch latency, a few milliseconds to wait out
 
 
 class CudaQueue:
-    """Bounds and drains the current stream of `device`. One thread at a time, as the governor's own rule."""
+    """Bounds and drains training's stream. One thread at a time, as the governor's own rule.
 
-    def __init__(self, device: torch.device, ahead: int = AHEAD) -> None:
-        self._device = device
+    Args:
+        stream: tells training's present stream, which autograd's thread need not have as its own.
+    """
+
+    def __init__(self, stream: Callable[[], torch.cuda.Stream], ahead: int = AHEAD) -> None:
+        self._stream = stream
         self._ahead = ahead
         self._pending: deque[torch.cuda.Event] = deque()
         self._free: list[torch.cuda.Event] = []
@@ -37,14 +42,14 @@ class CudaQueue:
             self._wait_oldest()
 
     def drain(self) -> None:
-        """Wait until the device has done everything queued on this thread's stream so far."""
+        """Wait until the device has done everything that training has queued so far."""
         self._record()
         while self._pending:
             self._wait_oldest()
 
     def _record(self) -> None:
         event = self._free.pop() if self._free else torch.cuda.Event(blocking=True)
-        event.record(torch.cuda.current_stream(self._device))
+        event.record(self._stream())
         self._pending.append(event)
 
     def _wait_oldest(self) -> None:
@@ -53,9 +58,9 @@ class CudaQueue:
         self._free.append(event)
 
 
-def device_queue(device: torch.device) -> CudaQueue | NoQueue:
+def device_queue(device: torch.device, placement: Placement) -> CudaQueue | NoQueue:
     """What the governor needs to know about the work queued on `device`."""
-    return CudaQueue(device) if device.type == "cuda" else NoQueue()
+    return CudaQueue(placement.stream) if device.type == "cuda" else NoQueue()
 
 
 def layers_of(model: torch.nn.Module) -> list[torch.nn.Module]:

@@ -32,6 +32,7 @@ from hogwild.gpu_worker.engine import Trainer
 from hogwild.gpu_worker.governor import Governor, GovernorConfig
 from hogwild.gpu_worker.lifecycle import Lifecycle
 from hogwild.gpu_worker.model import build_model
+from hogwild.gpu_worker.partition import Placement
 from hogwild.gpu_worker.pulse import Pulse
 from hogwild.gpu_worker.replay import OwnText
 from hogwild.gpu_worker.yield_points import device_queue, install_yield_points
@@ -221,10 +222,12 @@ class Runtime:
         )
         self._saver.publish()
         pace = GovernorConfig(itl_budget_ms=settings.itl_budget_ms, serve_share=settings.kept_share)
+        placement = Placement.on(attachment.device, wanted=pace.enabled and settings.mps_parts == "auto")
         governor = Governor(
             pace,
             Pulse(settings.model_runtime_dir, self._vllm_metrics),
-            device=device_queue(attachment.device),
+            device=device_queue(attachment.device, placement),
+            place=placement,
         )
         remove = install_yield_points(model, governor) if pace.enabled else _nothing
         own_text = OwnText.for_model(
@@ -233,7 +236,7 @@ class Runtime:
         compiles = settings.compile_layers == "on" or (
             settings.compile_layers == "auto" and attachment.device.type == "cuda"
         )
-        trainer = Trainer(model, compile_layers=compiles, own_text=own_text)
+        trainer = Trainer(model, compile_layers=compiles, own_text=own_text, placed=placement.entered)
         self._live = Live(attachment, trainer, self._saver, governor, remove)
         logger.info(
             "attached to %s: %d tensors in %.3f s, weight version %d",

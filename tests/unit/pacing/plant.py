@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable
 
 from hogwild.gpu_worker.governor import Governor, GovernorConfig
+from hogwild.gpu_worker.partition import PARTS, part_for
 from hogwild.gpu_worker.pulse import Reading
 from hogwild.pulse_state import BUCKETS, bucket_of
 
@@ -25,10 +26,24 @@ class Traffic:
     decoding: Callable[[float], bool] = lambda t: True
 
 
+class Parts:
+    """A device in quarters: the real rule, no real streams."""
+
+    def __init__(self) -> None:
+        self.share = 1.0
+        self.chosen: list[float] = []
+
+    def choose(self, duty: float) -> bool:
+        before, self.share = self.share, part_for(duty, self.share, PARTS)
+        self.chosen.append(self.share)
+        return self.share != before
+
+
 class Plant:
     def __init__(self, config: GovernorConfig, traffic: Traffic, *, alone: Callable[[int], float] = lambda n: 0.007,
                  slowdown: float = 1.0, layer_s: float = 0.004, noise: float = 0.0, seed: int = 0,
-                 pulse_period_s: float = 0.0, visible: Callable[[float], bool] = lambda t: True) -> None:
+                 pulse_period_s: float = 0.0, visible: Callable[[float], bool] = lambda t: True,
+                 parts: Parts | None = None, step_layers: int = 72) -> None:
         self.now = 100.0
         self.start = self.now
         self.traffic, self.alone, self.slowdown, self.layer_s, self.noise = traffic, alone, slowdown, layer_s, noise
@@ -41,7 +56,9 @@ class Plant:
         self.longest_yield_s = 0.0
         self._progress, self._last_token, self._work = 0.0, self.now, 1.0
         self._reading: Reading | None = None
-        self.governor = Governor(config, self, clock=lambda: self.now, sleep=lambda s: self.advance(s, training=False))
+        self.parts, self.step_layers = parts, step_layers
+        self.governor = Governor(config, self, place=parts, clock=lambda: self.now,
+                                 sleep=lambda s: self.advance(s, training=False))
 
     @property
     def t(self) -> float:
@@ -66,7 +83,7 @@ class Plant:
         end = self.now + seconds
         while self.now < end - 1e-12:
             running, _ = self.traffic.load(self.t)
-            token_s = self.alone(max(1, running)) * self._work * (1 + self.slowdown * training)
+            token_s = self.alone(max(1, running)) * self._work * (1 + self._slowdown() * training)
             step = min(TICK_S, end - self.now, max(1e-9, (1.0 - self._progress) * token_s))
             self.now += step
             if running == 0:
@@ -87,12 +104,23 @@ class Plant:
                 self._progress, self._last_token, self.updated = 0.0, self.now, self.now
                 self._work = max(0.3, self.random.gauss(1.0, self.noise)) if self.noise else 1.0
         if training:
-            self.active_log.append((self.t, seconds))
+            self.active_log.append((self.t, seconds * self.share))
+
+    @property
+    def share(self) -> float:
+        return self.parts.share if self.parts else 1.0
+
+    def _slowdown(self) -> float:
+        """On a part of the device training is in serving's way far less than on all of it for as much work."""
+        return self.slowdown if self.share == 1.0 else 0.35 * self.share
 
     def run(self, seconds: float) -> "Plant":
-        end = self.now + seconds
+        end, layers = self.now + seconds, 0
         while self.now < end:
-            self.advance(self.layer_s, training=True)
+            if layers % self.step_layers == 0:
+                self.governor.begin_work()
+            layers += 1
+            self.advance(self.layer_s / self.share, training=True)
             before = self.now
             self.governor.yield_point()
             self.longest_yield_s = max(self.longest_yield_s, self.now - before)

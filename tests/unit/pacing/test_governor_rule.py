@@ -2,11 +2,12 @@
 
 import logging
 import random
+from itertools import pairwise
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from plant import Plant, Traffic
+from plant import Parts, Plant, Traffic
 
 from hogwild.errors import ConfigError
 from hogwild.gpu_worker.governor import Controller, Governor, GovernorConfig, class_of
@@ -58,6 +59,39 @@ def test_bursts_are_served_from_their_first_second():
     assert plant.training_share(3.0, 6.0) >= 0.95  # silence: everything for training
     first_tokens = [latency for t, _, latency in plant.emitted if 60 < t < 60.5]
     assert sum(first_tokens) / len(first_tokens) <= 8.75e-3
+
+
+def test_a_part_of_the_device_gets_more_done_at_the_same_budget():
+    # What an H100 does: all of it slows serving by 1.7, a quarter of it by 0.09.
+    config = GovernorConfig(serve_share=0.9)
+    whole = Plant(config, steady(16), slowdown=1.7, noise=0.05).run(40)
+    divided = Plant(config, steady(16), slowdown=1.7, noise=0.05, parts=Parts()).run(40)
+
+    assert divided.windows_held(7e-3 / 0.9, 5, 40) >= 0.97
+    assert divided.itl_s(5, 40) <= 7e-3 / 0.9
+    assert divided.training_share(5, 40) >= 1.8 * whole.training_share(5, 40)
+
+
+def test_parts_do_not_change_with_every_step():
+    plant = Plant(GovernorConfig(serve_share=0.8), steady(16), slowdown=1.7, noise=0.1, parts=Parts()).run(60)
+
+    late = plant.parts.chosen[len(plant.parts.chosen) // 3 :]
+    assert sum(a != b for a, b in pairwise(late)) <= len(late) / 10
+
+
+def test_silence_gives_the_whole_device_with_the_next_step():
+    plant = Plant(BUDGET, Traffic(lambda t: (64 if t < 10 else 0, 0)), slowdown=1.7, parts=Parts()).run(14)
+
+    assert plant.training_share(9, 10) < 0.6
+    assert plant.parts.share == 1.0
+    assert plant.training_share(12, 14) > 0.999
+
+
+def test_a_probe_does_not_choose_a_part():
+    plant = Plant(BUDGET, steady(16), slowdown=1.7, parts=Parts(), step_layers=3).run(20)
+
+    assert 0.0 not in plant.parts.chosen
+    assert plant.parts.share in (0.25, 0.5, 0.75)
 
 
 def test_silence_gives_full_speed_within_a_second():

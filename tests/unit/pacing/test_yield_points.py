@@ -8,6 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from hogwild.gpu_worker.governor import Governor, GovernorConfig, NoQueue
+from hogwild.gpu_worker.partition import Placement
 from hogwild.gpu_worker.pulse import Reading
 from hogwild.gpu_worker.yield_points import AHEAD, CudaQueue, device_queue, install_yield_points, layers_of
 
@@ -132,7 +133,7 @@ def test_a_yield_point_with_nothing_to_do_costs_under_20_microseconds():
 
 
 def test_the_cpu_has_no_queue():
-    assert isinstance(device_queue(torch.device("cpu")), NoQueue)
+    assert isinstance(device_queue(torch.device("cpu"), Placement(torch.device("cpu"))), NoQueue)
 
 
 def test_a_cuda_queue_is_kept_short_and_drained(monkeypatch):
@@ -150,8 +151,8 @@ def test_a_cuda_queue_is_kept_short_and_drained(monkeypatch):
         def synchronize(self):
             waited.append(self)
 
-    monkeypatch.setattr(torch, "cuda", SimpleNamespace(Event=Event, current_stream=lambda device: "stream"))
-    queue = CudaQueue(torch.device("cuda"))
+    monkeypatch.setattr(torch, "cuda", SimpleNamespace(Event=Event))
+    queue = CudaQueue(lambda: "stream")
 
     for _ in range(AHEAD):
         queue.bound()

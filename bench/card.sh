@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# What needs NVIDIA cards, all of it, on one or two of them: the GPU tests and the benchmarks at the size of an 8 B model.
+#
+#     bench/card.sh OUT TOKENIZER [SECONDS]
+#
+# OUT gets a log and the results of each part; TOKENIZER is a directory with a tokenizer for the random models; after
+# SECONDS everything that still runs is ended. With two cards the first measures serving beside training, the second does
+# the rest; with one, one after the other. About 35 minutes in all.
+set -uo pipefail
+out=$(realpath -m "${1:?usage: bench/card.sh OUT TOKENIZER [SECONDS]}"); tok=$(realpath "$2"); limit=${3:-7200}
+mkdir -p "$out"; cd "$(dirname "$0")/.."
+mapfile -t cards < <(nvidia-smi --query-gpu=index --format=csv,noheader)
+nvidia-smi --query-gpu=name,driver_version --format=csv,noheader > "$out/cards.txt"
+end=$((SECONDS + limit)); tests=(python3 -m pytest -q -p no:valkey -p no:cacheprovider -s)
+
+part() { # NAME SECONDS COMMAND…: a line in OUT/parts.txt says how it ended
+  local name=$1 most=$2 start=$SECONDS; shift 2
+  local left=$((end - SECONDS)); ((left < most)) && most=$left
+  if ((most < 20)); then echo "$name: not run, no time" >> "$out/parts.txt"; return; fi
+  timeout -k 15 "$most" "$@" > "$out/$name.log" 2>&1 < /dev/null
+  echo "$name: exit $? after $((SECONDS - start)) s" >> "$out/parts.txt"
+}
+
+serving() { # of one card
+  export CUDA_VISIBLE_DEVICES=$1
+  local coserve=(python3 bench/coserve.py --device cuda --shape qwen3-8b --model "$tok" --seconds 6 --out "$out/coserve.json")
+  part coserve 900 "${coserve[@]}" --parts share,pace,reload
+  part timeslice 400 "${coserve[@]}" --parts timeslice --append --streams 16
+}
+
+functions() {
+  export CUDA_VISIBLE_DEVICES=$1 HOGWILD_TOKENIZER=$tok HOGWILD_GPU_RESTARTS=5
+  part architectures 240 python3 tests/acceptance/architectures.py --device cuda --json "$out/architectures.json" \
+    --table "$out/architectures.md" &
+  CUDA_VISIBLE_DEVICES=$2 part units 240 "${tests[@]}" tests/gpu/test_engine_gpu.py tests/gpu/test_checkpoint_gpu.py \
+    tests/gpu/test_cuda_ipc.py &
+  wait
+  part partition-tests 120 "${tests[@]}" tests/gpu/test_partition_gpu.py
+  part mps 180 "${tests[@]}" tests/gpu/test_mps.py
+  part stack 500 "${tests[@]}" tests/gpu/test_stack_gpu.py
+}
+
+speed() {
+  export CUDA_VISIBLE_DEVICES=$1
+  part partition 150 python3 bench/partition.py --streams 16 --mps-percent 25 --seconds 2 --out "$out/partition.json"
+  part train 420 python3 bench/train.py --device cuda --shape qwen3-8b --tokens 4096 --steps 6 --memory-limit-gb 4 \
+    --json "$out/train.json" \
+    --variants mini+compile,none+keep+compile,mini+keep+compile,apollo+keep+compile,trainer,trainer-apollo,loop,mini
+  part checkpoint 400 python3 bench/checkpoint.py --device cuda --mb 16000 --lean --repeats 1 --shares 0.01 1.0 \
+    --only hogwild save_file save_safely --directory "$out/disk" --out "$out/checkpoint.json"
+  rm -rf "$out/disk"
+}
+
+cp docs/architectures.md "$out/"
+first=${cards[0]} last=${cards[-1]}
+if [ "$first" != "$last" ]; then
+  serving "$first" &
+  functions "$last" "$last,$first"; speed "$last"
+  wait
+else
+  functions "$first" "$first"; serving "$first"; speed "$first"
+fi
+echo done >> "$out/parts.txt"
