@@ -64,6 +64,7 @@ class JobControl:
         except JobParked:
             send_progress(self._task, step, self._n_steps, phase="paused")
             raise
+        self._live.governor.begin_work()
         weights = self._live.attachment.weights
         runtime.ledger.begin_step(self._lease, step, weight_version=weights.version)
         self.next_step = step + 1
@@ -104,6 +105,7 @@ class JobControl:
             loss=report.loss if math.isfinite(report.loss) else None,
         )
         runtime.step_done(report, version)
+        self._live.governor.yield_point()  # what came after the last layer was work as well
 
     def between_micro_steps(self) -> None:
         """The pacing governor's turn, and a look whether the job is to end.

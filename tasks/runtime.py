@@ -341,7 +341,7 @@ class Runtime:
         self.ledger.planned(lease, plan.n_steps, plan.pack_tokens)
         send_progress(task, lease.first_step, plan.n_steps)
         control = JobControl(self, live, task, lease, n_steps=plan.n_steps)
-        live.governor.begin_work()
+        live.governor.begin_work()  # before the text to replay is made
         try:
             live.trainer.run(plan, control, first_step=lease.first_step)
         except ExporterGone:
