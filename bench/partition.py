@@ -100,8 +100,7 @@ def train(args: argparse.Namespace) -> None:
         def before_step(self, step: int) -> None:
             share = float(Path(args.control).read_text())
             if share != placement.share:
-                placement.choose(1.0)  # from the whole card any part is taken at once
-                placement.choose(share)
+                placement.move(share)
 
         def after_step(self, report: Any) -> None:
             torch.cuda.synchronize()

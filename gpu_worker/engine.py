@@ -355,15 +355,16 @@ class Trainer:
         for n, pack in enumerate(packs):
             control.between_micro_steps()
             last = n == len(packs) - 1
-            losses = self._losses(plan, pack, total_weight, texts if last else [])
-            loss, moved = losses.tolist()  # waits for the forward pass
-            totals = (totals[0] + loss, totals[1] + moved)
-            if not math.isfinite(sum(totals)):
-                return totals
-            if last:
-                updates.begin(rate, plan.config.seed)
-            torch.autograd.backward(losses.sum())
-            del losses  # before the next forward pass: it holds the graph
+            with self._placed():  # each pack on a part of the device that is chosen for it
+                losses = self._losses(plan, pack, total_weight, texts if last else [])
+                loss, moved = losses.tolist()  # waits for the forward pass
+                totals = (totals[0] + loss, totals[1] + moved)
+                if not math.isfinite(sum(totals)):
+                    return totals
+                if last:
+                    updates.begin(rate, plan.config.seed)
+                torch.autograd.backward(losses.sum())
+                del losses  # before the next forward pass: it holds the graph
         return totals
 
     def _losses(self, plan: Plan, pack: Pack, total_weight: float, texts: list[Replayed]) -> Tensor:

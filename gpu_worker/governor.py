@@ -1,7 +1,7 @@
 """Serving first: decides how long training steps aside so that vLLM keeps the inter-token latency the user asked for.
 
 Training calls `Governor.yield_point()` between micro-steps and, through `hogwild.gpu_worker.yield_points`, before
-every layer. The governor sees to it that training uses a share `duty` of the device: between two steps it picks the
+every layer. The governor sees to it that training uses a share `duty` of the device: for each pack it picks the
 smallest part of the multiprocessors that holds `duty`, where they can be divided (`hogwild.gpu_worker.partition`), and
 in the yield points it sleeps for the rest. What `duty` should be is decided by `Controller`, which is pure: readings
 of vLLM's pulse and the time go in, a number comes out.
@@ -24,9 +24,12 @@ Everything learned is kept per load class: requests running, rounded down to a p
         duty* = u · (S − alone) / (y − alone)
     Down: at once to duty*, and at least by a tenth when y > B, after which duty does not rise for 1 s.
     Up: 40 % of the way, at most 1.5 times (or + 0.02) per window, and never while the number of waiting requests grows.
- 5. FLOOR. When vLLM alone does not hold B, yielding can't make it so: duty is the floor (5 %), so that jobs still end,
+ 5. PARTS. Beside traffic a pack runs on the smallest part of the device that holds the duty, the largest part at most;
+    the whole device is for silence. A part on which the pack would take more than 1.6 s is not taken, because it could
+    not be left before the pack's end when traffic stops.
+ 6. FLOOR. When vLLM alone does not hold B, yielding can't make it so: duty is the floor (5 %), so that jobs still end,
     and the status says that the budget can't be held at this load.
- 6. BLIND. No reading for 2 s: duty 50 %, said in the log and the status. Whether vLLM is gone is for the lifecycle to
+ 7. BLIND. No reading for 2 s: duty 50 %, said in the log and the status. Whether vLLM is gone is for the lifecycle to
     decide; the governor never waits for it.
 
 The mean is what throughput, and so serve_share, is made of, and it is linear in duty. The median is watched as well:
@@ -36,7 +39,7 @@ where training's slices are shorter than a token's time and touch more than half
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -45,6 +48,8 @@ from hogwild.gpu_worker.pulse import PulseSource, Reading
 from hogwild.pulse_state import quantile
 
 logger = logging.getLogger(__name__)
+
+PART_SETTLED = 0.7  # a smaller part is taken when this much of it is enough: to move costs some milliseconds
 
 Mode = Literal["off", "idle", "probing", "pacing", "floor", "blind"]
 
@@ -358,12 +363,13 @@ class DeviceQueue(Protocol):
 
 
 class Place(Protocol):
-    """The part of the device that training's steps run on."""
+    """The part of the device that training runs on."""
 
     share: float
+    parts: tuple[float, ...]  # that it can be besides 1.0, rising
 
-    def choose(self, duty: float) -> bool:
-        """Take the smallest part that holds this share of the device's work; returns whether that is another one."""
+    def move(self, share: float) -> None:
+        """Run what comes on this share of the device."""
         ...  # pragma: no cover
 
 
@@ -371,10 +377,17 @@ class Everywhere:
     """A device that is not divided."""
 
     share = 1.0
+    parts: tuple[float, ...] = ()
 
-    def choose(self, duty: float) -> bool:
+    def move(self, share: float) -> None:
         """There is one part only."""
-        return False
+
+
+def part_for(duty: float, current: float, parts: Sequence[float]) -> float:
+    """The smallest part that holds a duty, the largest if none does; from the next larger one if it is worth moving."""
+    wanted = next((part for part in parts if duty <= part), parts[-1])
+    next_larger = next((part for part in parts if part > wanted), wanted)
+    return current if current == next_larger and duty > PART_SETTLED * wanted else wanted
 
 
 class NoQueue:
@@ -395,6 +408,7 @@ class Governor:
     QUANTUM_S = 0.001  # shorter sleeps are saved up: the kernel's timer slack would double them
     LONGEST_YIELD_S = 1.0  # of one yield point: cancel, pause and sync requests are looked at after it
     STANDSTILL_S = 0.1  # without work: what a window measured since is not training's doing
+    LONGEST_ON_PART_S = 1.6  # of one pack without traffic: when that stops, less than a second is left on average
     LONGEST_ACTIVE_S = 5.0  # between two yield points; more was a pause of training's own, not work
 
     def __init__(self, config: GovernorConfig, pulse: PulseSource, *, device: DeviceQueue | None = None,
@@ -414,6 +428,8 @@ class Governor:
         self._resumed = clock()
         self._next_poll = 0.0
         self._owed_s = 0.0
+        self._pack_began_s = 0.0
+        self._pack_s = math.inf  # seconds of the whole device that a pack takes
 
     def begin_work(self) -> None:
         """Training goes on after something else (a new job, a pause, a sync): that time was not work.
@@ -425,11 +441,28 @@ class Governor:
             self._owed_s = 0.0
             self._resumed = now
             self.controller.forget_window()
-        if not self._enabled:
+
+    def worked(self) -> None:
+        """The time up to now was work: called at a step's end, before what is none."""
+        if self._enabled:
+            self._owed_s += self._account(self._clock()) * _rest_per_work(self._working_share())
+
+    def between_micro_steps(self) -> None:
+        """Before each pack: yield, then choose the part of the device that the pack runs on."""
+        self.yield_point()
+        if not self._enabled or not self._place.parts:
             return
-        if now >= self._next_poll:
-            self._poll(now)
-        if self.controller.duty > 0.0 and self._place.choose(self.controller.duty):  # not in a probe
+        pack_s, self._pack_began_s = self.active_s - self._pack_began_s, self.active_s
+        self._pack_s = min(pack_s or math.inf, 1.25 * self._pack_s)  # traffic makes packs seem longer than they are
+        duty = self.controller.duty
+        if duty <= 0.0:  # a probe: nothing runs
+            return
+        share = 1.0
+        if self.controller.mode != "idle":
+            parts = [part for part in self._place.parts if self._pack_s <= self.LONGEST_ON_PART_S * part]
+            share = part_for(duty, self._place.share, parts) if parts else 1.0
+        if share != self._place.share:
+            self._place.move(share)
             self._owed_s = 0.0
             self._resumed = self._clock()
             self.controller.forget_window()
@@ -452,8 +485,6 @@ class Governor:
         self._owed_s = min(self.LONGEST_YIELD_S, self._owed_s + active * _rest_per_work(self._working_share()))
         if self._owed_s >= self.QUANTUM_S or self.controller.duty == 0.0:
             self._rest(now)
-
-    between_micro_steps = yield_point
 
     def status(self) -> dict[str, Any]:
         """For `GET /train/status`: milliseconds and shares."""

@@ -4,7 +4,7 @@ Under MPS a kernel of vLLM's that finds every multiprocessor taken by training's
 times for each token. That is why training at full rate for a tenth of the time costs serving more than training on a
 quarter of the card all the time, which also gets more done. What a process may use under MPS is settled when it
 starts; a green context is a part of the process' own context, with the same memory, and a stream in it is as any other.
-So training moves from one part to another between two steps, as the governor says.
+So training moves from one part to another between two packs, as the governor says.
 
 CUDA driver API, "Green Contexts" (12.4 and later), through `cuda-bindings`.
 """
@@ -20,9 +20,8 @@ import torch
 logger = logging.getLogger(__name__)
 
 PARTS = (0.25, 0.5, 0.75)
-"""Shares of the multiprocessors, besides all. On a smaller part a long step could not speed up when traffic stops."""
+"""Shares of the multiprocessors, besides all."""
 GRAIN = 8  # multiprocessors; what CUDA splits off from compute capability 9.0 on, and a multiple of that before
-SETTLED = 0.85  # a smaller part is moved to when this much of it is enough: moving costs some milliseconds
 
 
 class NoParts(RuntimeError):
@@ -30,7 +29,7 @@ class NoParts(RuntimeError):
 
 
 class Placement:
-    """Where the next step runs: on a part of the card, or all of it. Chosen between two steps, by one thread.
+    """Where the next pack runs: on a part of the card, or all of it. Chosen between two packs, by one thread.
 
     Args:
         streams: a stream for each share that there is, the share of 1.0 not among them; none: always the whole card.
@@ -38,6 +37,7 @@ class Placement:
 
     def __init__(self, device: torch.device, streams: dict[float, torch.cuda.Stream] | None = None) -> None:
         self.share = 1.0
+        self.parts = tuple(sorted(streams or ()))
         self._device = device
         self._streams = streams or {}
 
@@ -53,16 +53,12 @@ class Placement:
             return cls(device)
         return cls(device, streams)
 
-    def choose(self, duty: float) -> bool:
-        """Take the smallest part that holds this share of the card's work; returns whether it is another one now."""
-        share = part_for(duty, self.share, tuple(sorted(self._streams)))
-        if share == self.share:
-            return False
+    def move(self, share: float) -> None:
+        """Take this part, one of `parts` or all (1.0)."""
         self.share = share
         # Cached memory belongs to streams: what the last one has left would be taken a second time for this one.
         torch.cuda.synchronize(self._device)
         torch.cuda.empty_cache()
-        return True
 
     def stream(self) -> torch.cuda.Stream:
         """The stream of the present part."""
@@ -81,14 +77,6 @@ class Placement:
         outside.wait_stream(stream)
 
 
-def part_for(duty: float, current: float, parts: tuple[float, ...]) -> float:
-    """The share of the card for a duty, given the present one: up at once, down when it is worth moving."""
-    ladder = (*parts, 1.0)
-    wanted = next((part for part in ladder if duty <= part), 1.0)
-    next_larger = next((part for part in ladder if part > wanted), 1.0)
-    return current if current == next_larger and duty > SETTLED * wanted else wanted
-
-
 @cache
 def _streams(index: int) -> dict[float, torch.cuda.Stream]:
     """A stream for each of PARTS. Made once: they last as long as the process, as CUDA's own context does.
@@ -101,7 +89,10 @@ def _streams(index: int) -> dict[float, torch.cuda.Stream]:
         raise NoParts("cuda-bindings is missing: pip install 'hogwild[cuda]'") from error
 
     def ask(function: Any, *arguments: Any) -> Any:
-        code, *answer = function(*arguments)
+        try:
+            code, *answer = function(*arguments)
+        except RuntimeError as error:  # a driver that is too old to have the function
+            raise NoParts(str(error)) from None
         if code != driver.CUresult.CUDA_SUCCESS:
             raise NoParts(f"{function.__name__}: {code.name}")
         return answer[0] if len(answer) == 1 else answer

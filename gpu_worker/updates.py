@@ -51,8 +51,8 @@ class Updates:
 
     def begin(self, rate: float, seed: int) -> None:
         self.touched = 0
-        on_card = any(p.is_cuda for p in self.trained.values())
-        self._stream = torch.cuda.current_stream() if on_card else None
+        device = next((p.device for p in self.trained.values() if p.is_cuda), None)
+        self._stream = None if device is None else torch.cuda.current_stream(device)
         self.optimizer.begin_step(rate, seed=seed)
         self._applying = True
 

@@ -2,9 +2,10 @@
 
 A step of a large model takes half a second, in which vLLM would make seventy tokens; a yield between steps comes too
 late for all of them. So the governor is also called before each decoder layer runs. With activation checkpointing the
-layer runs a second time inside backward, which gives the backward pass its yield points; without it, a hook on one
-parameter of each layer does. A yield inside backward, where updates are applied layer by layer, leaves the weights
-between two versions for its length (a second at most): the mixture that serving tolerates anyway, a little longer.
+layer runs a second time inside backward, which gives the backward pass its yield points; without it, a hook on the
+layer's parameters does, with the first gradient that comes. A yield inside backward, where updates are applied layer by
+layer, leaves the weights between two versions for its length (a second at most): the mixture that serving tolerates
+anyway, a little longer.
 
 CUDA executes late: Python has often queued a whole forward pass when the first layer of it runs, and sleeping then
 would stop nothing. `CudaQueue` keeps training at most two yield points ahead of the device at full speed, and waits
@@ -13,6 +14,7 @@ for the device before a yield. Waiting is done by blocking events, which leave t
 
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -81,13 +83,31 @@ def install_yield_points(model: torch.nn.Module, governor: Governor) -> Callable
     """
     handles = []
     for layer in layers_of(model):
+        backward = _OnceAPass(governor)
         handles.append(layer.register_forward_pre_hook(governor.yield_point))
-        trained = next((p for p in layer.parameters() if p.requires_grad), None)
-        if trained is not None:
-            handles.append(trained.register_post_accumulate_grad_hook(governor.yield_point))
+        handles.append(layer.register_forward_pre_hook(backward.arm))
+        # On all of them: which ones a job trains, and which gradient comes first, is not known here.
+        handles += [p.register_post_accumulate_grad_hook(backward.yield_point) for p in layer.parameters()
+                    if p.requires_grad]  # fmt: skip
 
     def remove() -> None:
         for handle in handles:
             handle.remove()
 
     return remove
+
+
+class _OnceAPass:
+    """The yield point of a layer's backward pass: with the first gradient after a forward pass of the layer."""
+
+    def __init__(self, governor: Governor) -> None:
+        self._governor = governor
+        self._armed = False
+
+    def arm(self, *_: Any) -> None:
+        self._armed = True
+
+    def yield_point(self, *_: Any) -> None:
+        if self._armed:
+            self._armed = False
+            self._governor.yield_point()

@@ -84,6 +84,7 @@ class JobControl:
             weights.set_version(version)
         self._in_step = False
         self.seconds += report.seconds
+        self._live.governor.worked()  # what came after the last layer as well
         runtime.ledger.applied(
             self._lease,
             report.step,
@@ -105,7 +106,6 @@ class JobControl:
             loss=report.loss if math.isfinite(report.loss) else None,
         )
         runtime.step_done(report, version)
-        self._live.governor.yield_point()  # what came after the last layer was work as well
 
     def between_micro_steps(self) -> None:
         """The pacing governor's turn, and a look whether the job is to end.

@@ -26,9 +26,8 @@ from hogwild.gpu_worker.partition import Placement
 card = torch.device("cuda", 0)
 placement = Placement.on(card)
 def at(share):
-    if share != placement.share:
-        assert placement.choose(share)
-    assert placement.share == share
+    assert share == 1.0 or share in placement.parts
+    placement.move(share)
 """
 RATES = """
 x = torch.randn(4096, 4096, device=card, dtype=torch.bfloat16)
@@ -65,7 +64,7 @@ class Moving(Unattended):
     # from part to part between the steps, or always on the whole card
     def before_step(self, step):
         if sys.argv[1] == "moving":
-            placement.choose((0.2, 0.6, 0.4, 1.0)[step % 4])
+            placement.move((0.25, 0.75, 0.5, 1.0)[step % 4])
 
 losses = []
 for compiled in (False, True):

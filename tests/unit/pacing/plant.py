@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable
 
 from hogwild.gpu_worker.governor import Governor, GovernorConfig
-from hogwild.gpu_worker.partition import PARTS, part_for
+from hogwild.gpu_worker.partition import PARTS
 from hogwild.gpu_worker.pulse import Reading
 from hogwild.pulse_state import BUCKETS, bucket_of
 
@@ -29,14 +29,15 @@ class Traffic:
 class Parts:
     """A device in quarters: the real rule, no real streams."""
 
+    parts = PARTS
+
     def __init__(self) -> None:
         self.share = 1.0
-        self.chosen: list[float] = []
+        self.moves: list[float] = []
 
-    def choose(self, duty: float) -> bool:
-        before, self.share = self.share, part_for(duty, self.share, PARTS)
-        self.chosen.append(self.share)
-        return self.share != before
+    def move(self, share: float) -> None:
+        self.share = share
+        self.moves.append(share)
 
 
 class Plant:
@@ -117,8 +118,9 @@ class Plant:
     def run(self, seconds: float) -> "Plant":
         end, layers = self.now + seconds, 0
         while self.now < end:
-            if layers % self.step_layers == 0:
+            if self.parts and layers % self.step_layers == 0:
                 self.governor.begin_work()
+                self.governor.between_micro_steps()
             layers += 1
             self.advance(self.layer_s / self.share, training=True)
             before = self.now

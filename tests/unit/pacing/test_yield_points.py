@@ -74,6 +74,17 @@ def test_every_layer_yields_forward_and_backward(checkpointed, per_layer):
     assert governor.calls == per_layer * 4
 
 
+def test_layers_of_which_a_part_is_trained_yield_backward_too():
+    model, governor = Model(), Counting()
+    install_yield_points(model, governor)
+    for block in model.layers:
+        block.linear.weight.requires_grad_(False)  # the first parameter: what a job does that trains only the biases
+
+    model(torch.randn(2, 16)).sum().backward()
+
+    assert governor.calls == 2 * 4
+
+
 def test_frozen_layers_yield_forward():
     model, governor = Model(), Counting()
     for p in model.layers.parameters():
