@@ -30,11 +30,12 @@ serving() { # of one card
 
 functions() {
   export CUDA_VISIBLE_DEVICES=$1 HOGWILD_TOKENIZER=$tok HOGWILD_GPU_RESTARTS=5
+  local waited=()
   part architectures 240 python3 tests/acceptance/architectures.py --device cuda --json "$out/architectures.json" \
-    --table "$out/architectures.md" &
-  CUDA_VISIBLE_DEVICES=$2 part units 240 "${tests[@]}" tests/gpu/test_engine_gpu.py tests/gpu/test_checkpoint_gpu.py \
-    tests/gpu/test_cuda_ipc.py &
-  wait
+    --table "$out/architectures.md" & waited+=($!)
+  part units 300 "${tests[@]}" tests/gpu/test_engine_gpu.py tests/gpu/test_checkpoint_gpu.py \
+    tests/gpu/test_cuda_ipc.py & waited+=($!)
+  wait "${waited[@]}"
   part partition-tests 120 "${tests[@]}" tests/gpu/test_partition_gpu.py
   part mps 180 "${tests[@]}" tests/gpu/test_mps.py
   part stack 500 "${tests[@]}" tests/gpu/test_stack_gpu.py
@@ -45,7 +46,7 @@ speed() {
   part partition 150 python3 bench/partition.py --streams 16 --mps-percent 25 --seconds 2 --out "$out/partition.json"
   part train 420 python3 bench/train.py --device cuda --shape qwen3-8b --tokens 4096 --steps 6 --memory-limit-gb 4 \
     --json "$out/train.json" \
-    --variants mini+compile,none+keep+compile,mini+keep+compile,apollo+keep+compile,trainer,trainer-apollo,loop,mini
+    --variants mini+compile,none+compile,none+keep+compile,mini+keep+compile,apollo+keep+compile,trainer-apollo,mini+keep,trainer,loop
   part checkpoint 400 python3 bench/checkpoint.py --device cuda --mb 16000 --lean --repeats 1 --shares 0.01 1.0 \
     --only hogwild save_file save_safely --directory "$out/disk" --out "$out/checkpoint.json"
   rm -rf "$out/disk"
@@ -54,10 +55,11 @@ speed() {
 cp docs/architectures.md "$out/"
 first=${cards[0]} last=${cards[-1]}
 if [ "$first" != "$last" ]; then
-  serving "$first" &
-  functions "$last" "$last,$first"; speed "$last"
-  wait
+  CUDA_VISIBLE_DEVICES=$last,$first part two-cards 60 "${tests[@]}" tests/gpu/test_cuda_ipc.py -k uuid
+  serving "$first" & others=$!
+  functions "$last"; speed "$last"
+  wait "$others"
 else
-  functions "$first" "$first"; serving "$first"; speed "$first"
+  functions "$first"; serving "$first"; speed "$first"
 fi
 echo done >> "$out/parts.txt"

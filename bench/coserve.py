@@ -8,7 +8,8 @@
 Starts the real stack (`hogwild up`'s own code), drives it with bench/load.py and `POST /train`, and measures:
 
   share       closed loops of --streams and Poisson arrivals: serving alone, training alone, both at full rate, both
-              with syncs; under MPS on a card. Also: how long a reset of the prefix cache takes under load
+              with syncs; under MPS on a card. In turns: vLLM's and training's processes stopped for half a second by
+              turns, a baseline. Also: what a reset of the prefix cache costs
   threads     (card only) training on each of --threads percent of the multiprocessors, alone and beside serving
   pace        the governor: each --serve-share at each number of streams and with Poisson arrivals; on a card, the
               first share also with training always on all multiprocessors; then an inter-token budget of 1.25 times
@@ -27,12 +28,13 @@ import os
 import platform
 import random
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -201,6 +203,34 @@ class Training:
         return total / covered if covered > 0 else 0.0
 
 
+class Turns:
+    """Training with vLLM paused, and the other way round, half a second each: what one does who can't overlap them."""
+
+    TURN_S = 0.5
+
+    def __init__(self, bed: Bed) -> None:
+        server = next(s.pid for s in bed.stack.supervisor.states() if s.name == "vllm")
+        assert bed._worker is not None
+        # The server itself goes on: what makes tokens is in its children.
+        self._sides = [psutil.Process(server).children(recursive=True),
+                       psutil.Process(bed._worker.pid).children(recursive=True)]  # fmt: skip
+
+    def take(self, args: argparse.Namespace) -> None:
+        """One side after the other for as long as a load lasts."""
+        end = time.monotonic() + args.warmup + args.seconds
+        try:
+            while time.monotonic() < end:
+                for going, stopped in (self._sides, reversed(self._sides)):
+                    for process in stopped:
+                        process.suspend()
+                    for process in going:
+                        process.resume()
+                    time.sleep(self.TURN_S)
+        finally:
+            for process in (*self._sides[0], *self._sides[1]):
+                process.resume()
+
+
 def wait_until(done: Callable[[], bool], seconds: float, what: str) -> None:
     deadline = time.monotonic() + seconds
     while not done():
@@ -284,20 +314,24 @@ def describe(entry: dict[str, Any]) -> str:
     if load := entry.get("load"):
         itl = load["itl_ms"] or {"p50": float("nan"), "p99": float("nan")}
         text += f" {load['output_tokens_per_s']:8.1f} tok/s  itl {itl['p50']:6.1f} / {itl['p99']:6.1f} ms"
+        if ttft := load["ttft_ms"]:
+            text += f"  ttft {ttft['p50']:.0f} / {ttft['p99']:.0f} ms"
     if (rate := entry.get("train_tokens_per_s")) is not None:
         text += f"  train {rate:8.1f} tok/s"
     for name, value in entry["shares"].items():
         text += f"  {name} {value:.2f}"
-    for name in ("windows_held", "full_speed_after_s", "seconds_to_new_weights", "prefix_cache_reset_ms"):
+    for name in ("windows_held", "full_speed_after_s", "seconds_to_new_weights", "prefix_cache_reset_ms",
+                 "resets_done", "first_token_cached_ms", "first_token_after_reset_ms"):  # fmt: skip
         if entry.get(name) is not None:
             text += f"  {name} {entry[name]}"
     return text
 
 
-def windows_held(windows: list[dict[str, float]], budget_ms: float) -> float:
-    """Share of the seconds whose mean and median gaps are both within a budget: a burst's median alone is 0."""
+def windows_held(windows: list[dict[str, float]], budget_ms: float, seconds: int) -> float:
+    """Share of the seconds whose mean and median gaps are both within a budget: a burst's median alone is 0, and a
+    second of a closed loop without any token is one that did not hold."""
     held = sum(max(w["p50_ms"], w["mean_ms"]) <= budget_ms for w in windows)
-    return round(held / max(1, len(windows)), 4)
+    return round(held / max(1, seconds), 4)
 
 
 # --- the parts --------------------------------------------------------------------------------------------------------
@@ -315,23 +349,43 @@ def part_share(bed: Bed, report: Report, args: argparse.Namespace, part: str = "
         if part != "share":
             return
         together(bed, report, part, "both", training, rate=rate)
+        middle = args.streams[len(args.streams) // 2]
+        turns = Turns(bed)
+        together(bed, report, part, "in turns", training, streams=middle, during=lambda: turns.take(args))
         syncs: list[dict[str, Any]] = []
-        together(bed, report, part, "both, with syncs", training, streams=args.streams[len(args.streams) // 2],
+        together(bed, report, part, "both, with syncs", training, streams=middle,
                  during=lambda: syncs.extend(sync_for(bed, args.seconds)))["syncs"] = syncs  # fmt: skip
     frontend = Frontend.load(bed.stack.settings.model_runtime_dir)
     if frontend is not None:
-        times = []
+        prefix_cache(bed, report, args, part, frontend)
 
-        def reset() -> None:
-            time.sleep(args.warmup)
-            while len(times) < 5:
-                began = time.perf_counter()
-                frontend.reset_prefix_cache()
-                times.append((time.perf_counter() - began) * 1e3)
-                time.sleep(0.3)
 
-        load = bed.load(streams=args.streams[-1], during=reset)
-        report.add(part, "prefix-cache resets", load, prefix_cache_reset_ms=round(sorted(times)[len(times) // 2], 2))
+def prefix_cache(bed: Bed, report: Report, args: argparse.Namespace, part: str, frontend: Frontend) -> None:
+    """What a reset costs: the call itself, under load (where vLLM may refuse it) and at rest, and the next request
+    with a long prompt that was cached."""
+    times, done = [], []
+
+    def reset() -> None:
+        time.sleep(args.warmup)
+        while len(times) < 5:
+            began = time.perf_counter()
+            done.append(frontend.reset_prefix_cache())
+            times.append((time.perf_counter() - began) * 1e3)
+            time.sleep(0.3)
+
+    load = bed.load(streams=args.streams[-1], during=reset)
+    prompt = list(range(100, 100 + 8 * args.prompt_tokens))
+    cached, again = [], []
+    for _ in range(5):
+        frontend.reset_prefix_cache()
+        for found in (again, cached):
+            began = time.perf_counter()
+            token(bed.stack.vllm_url, prompt)
+            found.append((time.perf_counter() - began) * 1e3)
+    report.add(part, "prefix-cache resets", load, prefix_cache_reset_ms=round(statistics.median(times), 2),
+               resets_asked=len(done), resets_done=sum(done), prompt_tokens=len(prompt),
+               first_token_cached_ms=round(statistics.median(cached), 2),
+               first_token_after_reset_ms=round(statistics.median(again), 2))  # fmt: skip
 
 
 def alone(bed: Bed, report: Report, args: argparse.Namespace, part: str) -> float:
@@ -424,22 +478,21 @@ def part_pace(bed: Bed, report: Report, args: argparse.Namespace) -> None:
     with bed.training() as training:
         entry = together(bed, report, part, "budget 1.25 × p50", training, streams=middle, seconds=3 * args.seconds,
                          warmup=learn)  # fmt: skip
-        windows = entry["load"]["windows"]
+        load = entry["load"]
         entry["itl_budget_ms"] = budget
-        entry["windows_held"] = windows_held(windows, budget)
-        silent = time.time()
+        entry["windows_held"] = windows_held(load["windows"], budget, int(load["seconds"]))
+        silent = load["start"] + load["seconds"]
         wait_until(lambda: bool(training.steps) and training.steps[-1][0] > silent + 5, 120, "training in silence")
-        entry["full_speed_after_s"] = full_speed_after(training, silent)
+        alone_s = args.train_tokens / report.alone["training"]["train_tokens_per_s"]
+        entry["full_speed_after_s"] = full_speed_after(training, silent, alone_s)
     report.write()
     console.print(describe(entry))
 
 
-def full_speed_after(training: Training, silent: float) -> float | None:
-    """Seconds from the end of traffic to the begin of the first step that took no longer than training alone takes."""
-    later = [(end - took, took) for end, _, took in training.steps if end > silent]
-    fastest = min(took for _, took in later)
-    begins = [begin for begin, took in later if took <= 1.2 * fastest]
-    return round(max(0.0, begins[0] - silent), 2) if begins else None
+def full_speed_after(training: Training, silent: float, alone_s: float) -> float | None:
+    """Seconds from the end of traffic to the begin of the first step that takes about as long as training alone."""
+    begins = [end - took for end, _, took in training.steps if end - took > silent and took <= 1.25 * alone_s]
+    return round(begins[0] - silent, 2) if begins else None
 
 
 def part_reload(bed: Bed, report: Report, args: argparse.Namespace, model: Path, folder: Path) -> None:
@@ -487,9 +540,9 @@ def part_reload(bed: Bed, report: Report, args: argparse.Namespace, model: Path,
                seconds_start=round(done - trained, 2), seconds_not_serving=round(done - asked, 2))  # fmt: skip
 
 
-def token(url: str) -> int | None:
+def token(url: str, prompt: Sequence[int] = (17, 4, 99)) -> int | None:
     """Ask for one token; returns the weight version it came from."""
-    body = {"model": "bench", "prompt": [17, 4, 99], "max_tokens": 1}
+    body = {"model": "bench", "prompt": list(prompt), "max_tokens": 1}
     response = httpx.post(f"{url}/v1/completions", json=body, timeout=120).raise_for_status()
     version = response.headers.get("x-hogwild-weight-version")
     return None if version is None else int(version)

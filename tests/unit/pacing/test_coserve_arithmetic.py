@@ -39,10 +39,18 @@ def test_rate_without_steps_is_zero():
 
 
 def test_full_speed_is_when_steps_are_as_fast_as_alone():
-    # Traffic ends at 10.0; a slow step is under way until 10.4, then steps take 0.5 s.
-    steps = [(9.0, 1, 3.0), (10.4, 1, 1.4), *((10.9 + 0.5 * i, 1, 0.5) for i in range(8))]
+    # Traffic ends at 10.0; a slow step is under way until 10.4, the next still takes long, then steps take 0.5 s.
+    steps = [(9.0, 1, 3.0), (10.4, 1, 1.4), (11.4, 1, 1.0), *((11.9 + 0.5 * i, 1, 0.5) for i in range(8))]
 
-    assert coserve.full_speed_after(training(steps), 10.0) == pytest.approx(0.4, abs=0.01)
+    assert coserve.full_speed_after(training(steps), 10.0, 0.5) == pytest.approx(1.4, abs=0.01)
+    assert coserve.full_speed_after(training(steps[:3]), 10.0, 0.5) is None  # never as fast as alone
+
+
+def test_seconds_without_a_token_do_not_hold_a_budget():
+    windows = [{"p50_ms": 8.0, "mean_ms": 9.0}, {"p50_ms": 0.0, "mean_ms": 12.0}]
+
+    assert coserve.windows_held(windows, 10.0, 2) == 0.5
+    assert coserve.windows_held(windows, 10.0, 4) == 0.25
 
 
 def entry(mode, tokens, train=None, part="share"):
