@@ -56,7 +56,9 @@ def status_out(service: Service) -> StatusOut:
     worker = service.registry.worker()
     running = service.ledger.list(limit=1, state="running").jobs
     model = service.registry.model_or_none()
-    version = (worker or {}).get("weight_version")
+    # The worker tells its version every few seconds, the ledger with every step; it only ever rises.
+    told = ((worker or {}).get("weight_version"), *(job.weight_version_last for job in running))
+    version = max((v for v in told if v is not None), default=None)
     return StatusOut(
         model=None if model is None else model.public(), worker=worker, weight_version=version, jobs=counts,
         queue_depth=counts["queued"], queue_limit=service.settings.queue_limit,

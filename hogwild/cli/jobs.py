@@ -182,7 +182,7 @@ def status(url: Url = None, as_json: AsJson = False) -> None:
     table.add_row("worker", str(state))
     pace = worker.get("pace") or {}
     if pace.get("mode") not in (None, "off", "idle"):
-        table.add_row("pace", f"{pace['mode']}, training {pace['duty']:.0%} of the time"
+        table.add_row("pace", f"{pace['mode']}, training at {pace['duty']:.0%} of the device"
                       + (f": {pace['note']}" if pace.get("note") else ""))
     table.add_row("weight version", str(now["weight_version"]))
     table.add_row("queue", f"{now['queue_depth']} of {now['queue_limit']}")

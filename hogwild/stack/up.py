@@ -103,10 +103,17 @@ class Stack:
                 private_dir(s.data_dir / folder)  # training text is in Redis' files
             if self._vllm:
                 self._check_model()
+            starts_on_card = self._vllm and services.has_gpu()
+            if s.mps == "on" and not starts_on_card and not os.environ.get("CUDA_MPS_PIPE_DIRECTORY"):
+                why = "vLLM starts on a CPU here" if self._vllm else "a vLLM that runs already can't be moved under it"
+                raise ConfigError(
+                    f"HOGWILD_MPS is on, but hogwild up can't start MPS: {why}. Start the daemon before vLLM and name "
+                    "its directory to both in CUDA_MPS_PIPE_DIRECTORY, or leave HOGWILD_MPS at auto."
+                )
             check_ports(services.build(s, vllm=self._vllm))  # before the model is cloned, which can take minutes
             if self._vllm:
                 self._prepare_checkpoint()
-            if self._vllm and services.has_gpu():
+            if starts_on_card:
                 self._mps = Mps.start(s)
             plan = services.build(s, vllm=self._vllm, mps=self._mps)
             redis_url = s.redis_url or embedded_redis.url(s.data_dir / "redis", s.redis_port)

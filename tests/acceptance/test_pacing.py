@@ -104,6 +104,39 @@ def test_training_steps_aside_for_traffic_and_is_back_within_a_second_of_silence
     assert train(4.0)[0] > 0.95
 
 
+def test_a_real_job_is_paced_by_the_real_worker_and_says_so(live: Any, pulse: StatePulse) -> None:
+    wait_for(lambda: not reading(pulse).busy, 60)
+    stop = threading.Event()
+    body = {"model": MODEL_NAME, "prompt": [1, 2, 3], "max_tokens": 100, "ignore_eos": True}
+
+    def traffic() -> None:
+        while not stop.is_set():
+            live.vllm.post("/v1/completions", json=body).raise_for_status()
+
+    threads = [threading.Thread(target=traffic) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    job = live.client.train(context_ids=[1, 2, 3], continuation_ids=[4, 5] * 30, steps=10_000, learning_rate=1e-9,
+                            replay=0.0)  # fmt: skip
+
+    def pace() -> dict[str, Any]:
+        return dict((live.status()["worker"] or {}).get("pace") or {})
+
+    try:
+        wait_for(lambda: pace().get("mode") in ("pacing", "floor") and pace()["duty"] < 1.0, 120)
+        yielded = pace()["yielded_seconds"]
+        wait_for(lambda: pace()["yielded_seconds"] > yielded, 60)
+        assert pace()["device_share"] == 1.0  # a CPU has no parts
+        assert live.status()["weight_version"] >= live.client.job(job.id).steps_applied  # of this job alone
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    wait_for(lambda: pace()["mode"] == "idle" and pace()["duty"] == 1.0, 60)
+    live.client.cancel(job.id)
+    live.client.wait(job.id, timeout=120)
+
+
 def test_a_client_that_hangs_up_does_not_hold_training_back(live: Any, pulse: StatePulse) -> None:
     wait_for(lambda: not reading(pulse).busy, 60)
     body = {"model": MODEL_NAME, "prompt": [1, 2, 3], "max_tokens": 800, "ignore_eos": True, "stream": True}

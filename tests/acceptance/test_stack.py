@@ -109,8 +109,13 @@ def test_training_is_offered_on_vllms_own_port_behind_its_key(live: Any) -> None
     assert live.client.wait(accepted.json()["id"], timeout=300).state == "succeeded"
 
 
-def test_the_weight_version_stands_on_every_response(live: Any) -> None:
-    response = live.vllm.post("/v1/completions", json={"model": MODEL_NAME, "prompt": "Hi", "max_tokens": 1})
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("route", ["completions", "chat/completions"])
+def test_the_weight_version_stands_on_every_response(live: Any, route: str, stream: bool) -> None:
+    asked = {"prompt": "Hi"} if route == "completions" else {"messages": [{"role": "user", "content": "Hi"}]}
+    body = {"model": MODEL_NAME, "max_tokens": 1, "stream": stream, **asked}
+    response = live.vllm.post(f"/v1/{route}", json=body)
+    response.raise_for_status()
     live.wait_version(int(response.headers["x-hogwild-weight-version"]))
 
 

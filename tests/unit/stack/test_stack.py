@@ -241,6 +241,16 @@ def test_a_model_is_named_by_its_directory_however_it_is_written(
     assert Settings(model=None).model_name == "default"
 
 
+@pytest.mark.parametrize(("vllm", "why"), [(True, "on a CPU"), (False, "runs already")])
+def test_mps_that_cannot_be_started_is_an_error_where_it_was_demanded(
+    tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch, vllm: bool, why: str
+) -> None:
+    monkeypatch.delenv("CUDA_MPS_PIPE_DIRECTORY", raising=False)
+    monkeypatch.setattr("hogwild.stack.services.has_gpu", lambda: False)
+    with pytest.raises(ConfigError, match=why):
+        Stack(settings(tmp_path, model=str(model_dir), mps="on", served_model_name="m"), vllm=vllm).start()
+
+
 def test_a_taken_port_is_found_before_the_model_is_cloned(tmp_path: Path, model_dir: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
