@@ -8,7 +8,10 @@ of vLLM's pulse and the time go in, a number comes out.
 
 THE RULE
 
-Everything learned is kept per load class: requests running, rounded down to a power of two, with hysteresis.
+Everything learned is kept per load class: requests running, rounded down to a power of two, with hysteresis. "Tokens"
+are those of engine steps that only decoded, where the pulse tells them apart: a step that reads prompts takes several
+times as long whatever training does, and which window has one is chance. Where every step reads prompts nothing is
+learned and the class's first duty, 20 %, stays.
 
  1. IDLE. No request runs or waits: duty 1, in the moment the pulse says so. Requests that are "running" while the
     engine makes no step for 1 to 3 s are idle too: vLLM goes on reporting a last request whose client hung up.
@@ -226,13 +229,13 @@ class Controller:
             if reading.at - started >= settle_s:
                 self._probe_mark = reading
             return
-        tokens = reading.tokens - self._probe_mark.tokens
+        tokens = reading.decoded - self._probe_mark.decoded
         seconds = reading.at - self._probe_mark.at
         long_enough = seconds >= config.probe_s and tokens >= config.window_steps * max(1, reading.running)
         if not long_enough and now - started < config.probe_max_s:
             return
         if tokens > 0:
-            mean = (reading.itl_sum_s - self._probe_mark.itl_sum_s) / tokens
+            mean = (reading.decoded_sum_s - self._probe_mark.decoded_sum_s) / tokens
             state.alone_s = mean if state.alone_s is None else (state.alone_s + mean) / 2
             state.probed_at = reading.at
         else:  # a long prompt is being read: nothing to measure yet
@@ -264,7 +267,7 @@ class Controller:
         if self._mark is None:
             self._mark = _Mark(reading, active_s, yielded_s)
             return
-        tokens = reading.tokens - self._mark.reading.tokens
+        tokens = reading.decoded - self._mark.reading.decoded
         seconds = reading.at - self._mark.reading.at
         enough = tokens >= config.window_steps * max(1, reading.running)
         if seconds < config.window_s or (not enough and seconds < config.window_max_s):
@@ -283,6 +286,8 @@ class Controller:
         if self._second is None:
             self._second = first
         if reading.at - self._second.at < 0.75 or self.budget_s is None or state.alone_s is None:
+            return
+        if reading.decoded == self._second.decoded:
             return
         rate, itl_s = self.config.broken_seconds, latency_between(self._second, reading)
         state.headroom += self.config.headroom_step * (-(1 - rate) if itl_s > self.budget_s else rate)
@@ -336,8 +341,11 @@ class Controller:
 
 
 def latency_between(first: Reading, last: Reading) -> float:
-    """Inter-token latency (s) of the tokens between two readings: the mean, or the median where that is larger."""
-    mean = (last.itl_sum_s - first.itl_sum_s) / (last.tokens - first.tokens)
+    """Inter-token latency (s) of the tokens between two readings: the mean, or the median where that is larger.
+
+    Of steps that only decoded: there has to be one.
+    """
+    mean = (last.decoded_sum_s - first.decoded_sum_s) / (last.decoded - first.decoded)
     if not (first.histogram and last.histogram):
         return mean
     return max(mean, quantile([new - old for new, old in zip(last.histogram, first.histogram, strict=True)], 0.5))

@@ -43,9 +43,21 @@ class Reading:
     itl_sum_s: float  # and their sum
     running: int
     waiting: int
-    histogram: tuple[int, ...] = ()  # of those latencies, in the buckets of hogwild.pulse_state; () when unknown
+    mixed_tokens: int = 0  # of `tokens`, those of steps that also read prompts, where that is known
+    mixed_sum_s: float = 0.0
+    histogram: tuple[int, ...] = ()  # of the others, in the buckets of hogwild.pulse_state; () when unknown
     updated: float | None = None
     source: str = "state"
+
+    @property
+    def decoded(self) -> int:
+        """Inter-token latencies of steps that only decoded."""
+        return self.tokens - self.mixed_tokens
+
+    @property
+    def decoded_sum_s(self) -> float:
+        """Their sum."""
+        return self.itl_sum_s - self.mixed_sum_s
 
     @property
     def busy(self) -> bool:
@@ -124,7 +136,9 @@ class StatePulse:
 
 def _reading(counters: PulseCounters, now: float) -> Reading:
     return Reading(at=now, tokens=counters.tokens, itl_sum_s=counters.itl_sum_s, running=counters.running,
-                   waiting=counters.waiting, histogram=counters.histogram, updated=counters.updated, source="state")
+                   waiting=counters.waiting, mixed_tokens=counters.mixed_tokens,
+                   mixed_sum_s=counters.mixed_sum_s, histogram=counters.histogram, updated=counters.updated,
+                   source="state")
 
 
 class MetricsPulse:

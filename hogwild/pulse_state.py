@@ -6,11 +6,15 @@ per engine step and read by the pacing governor whenever it likes, at no cost to
 
 `pulse.state`, in the runtime directory, mode 0600, native byte order, every field an aligned u64:
 
-    header   0  magic  "HOGPULSE"      8  format version (1)      16  slots      24  bytes per slot       … 64
+    header   0  magic  "HOGPULSE"      8  format version (2)      16  slots      24  bytes per slot       … 64
     slot     0  pid                    1  start time of that process, ms since the epoch
              2  engine index           3  time of the last update, CLOCK_MONOTONIC, ns (0: never)
              4  inter-token latencies counted    5  their sum, ns     6  requests running      7  requests waiting
-             8… histogram of those latencies: bucket i holds [FLOOR · 2^(i/16), FLOOR · 2^((i+1)/16)), ends open
+             8  of 4, those of engine steps that also read prompts    9  their sum, ns
+             10… histogram of the others: bucket i holds [FLOOR · 2^(i/16), FLOOR · 2^((i+1)/16)), ends open
+
+A step that reads prompts takes several times as long as one that only decodes, whatever training does. Some windows
+have such steps and some have none: kept apart, the others can be compared with each other.
 
 One slot per API-server process and engine, because vLLM can run several of both. A slot belongs to the process named
 in it until that process is gone. There is one writer per slot and all counters only grow, so no lock is taken: a reader
@@ -30,16 +34,16 @@ from hogwild.runtime_files import process_alive, process_start_time
 
 FILE_NAME = "pulse.state"
 MAGIC = int.from_bytes(b"HOGPULSE", "little")
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 HEADER_BYTES = 64
 SLOTS = 16  # API-server processes times engines on one host; more than that share nothing and fall back to /metrics
 SLOT_WORDS = 256
 SLOT_BYTES = SLOT_WORDS * 8
 FILE_BYTES = HEADER_BYTES + SLOTS * SLOT_BYTES
 
-_PID, _START, _ENGINE, _UPDATED, _TOKENS, _ITL_SUM, _RUNNING, _WAITING, _BUCKETS = range(9)
+_PID, _START, _ENGINE, _UPDATED, _TOKENS, _ITL_SUM, _RUNNING, _WAITING, _MIXED, _MIXED_SUM, _BUCKETS = range(11)
 BUCKETS = SLOT_WORDS - _BUCKETS
-FLOOR_S = 0.25e-3  # faster than any decode step; 248 buckets of 2^(1/16) reach 11 s
+FLOOR_S = 0.25e-3  # faster than any decode step; 246 buckets of 2^(1/16) reach 10 s
 BUCKETS_PER_OCTAVE = 16
 
 
@@ -74,8 +78,10 @@ class PulseCounters:
     itl_sum_s: float
     running: int
     waiting: int
+    mixed_tokens: int  # of `tokens`, those of steps that also read prompts
+    mixed_sum_s: float
     updated: float
-    histogram: tuple[int, ...]
+    histogram: tuple[int, ...]  # of the others
 
 
 class PulseWriter:
@@ -102,14 +108,20 @@ class PulseWriter:
             fcntl.flock(fd, fcntl.LOCK_UN)  # mmap keeps a duplicate of the descriptor: closing alone would not unlock
             os.close(fd)
 
-    def record(self, latencies_s: Iterable[float], running: int | None = None, waiting: int | None = None) -> None:
-        """Count one engine step: its inter-token latencies in seconds, and the queue if the step reported it."""
+    def record(self, latencies_s: Iterable[float], running: int | None = None, waiting: int | None = None, *,
+               prompts: bool = False) -> None:  # fmt: skip
+        """Count one engine step: its inter-token latencies in seconds, the queue if the step reported it, and whether
+        the step read prompts as well."""
         slot = self._slot
         count = total_ns = 0
         for latency in latencies_s:
             count += 1
             total_ns += max(0, int(latency * 1e9))
-            slot[_BUCKETS + bucket_of(latency)] += 1
+            if not prompts:
+                slot[_BUCKETS + bucket_of(latency)] += 1
+        if count and prompts:
+            slot[_MIXED_SUM] += total_ns
+            slot[_MIXED] += count
         if count:
             slot[_ITL_SUM] += total_ns
             slot[_TOKENS] += count
@@ -194,6 +206,7 @@ class PulseReader:
         total = slots[0] if len(slots) == 1 else [sum(column) for column in zip(*slots, strict=True)]
         return PulseCounters(
             tokens=total[_TOKENS], itl_sum_s=total[_ITL_SUM] / 1e9, running=total[_RUNNING], waiting=total[_WAITING],
+            mixed_tokens=total[_MIXED], mixed_sum_s=total[_MIXED_SUM] / 1e9,
             updated=max(slot[_UPDATED] for slot in slots) / 1e9, histogram=tuple(total[_BUCKETS:]))
 
     def close(self) -> None:

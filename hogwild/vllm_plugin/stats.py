@@ -44,11 +44,13 @@ class PulseStatLogger(StatLoggerBase):  # type: ignore[misc]  # vLLM is not ther
             return
         try:
             latencies = iteration_stats.inter_token_latencies_iter if iteration_stats is not None else ()
+            # A step that makes some request's first token has read its prompt, or the last chunk of it.
+            prompts = iteration_stats is not None and bool(iteration_stats.time_to_first_tokens_iter)
             if scheduler_stats is not None:
                 waiting = scheduler_stats.num_waiting_reqs + getattr(scheduler_stats, "num_skipped_waiting_reqs", 0)
-                self._writer.record(latencies, scheduler_stats.num_running_reqs, waiting)
+                self._writer.record(latencies, scheduler_stats.num_running_reqs, waiting, prompts=prompts)
             else:
-                self._writer.record(latencies)
+                self._writer.record(latencies, prompts=prompts)
         except Exception:
             self._writer = None
             logger.exception("hogwild: the pulse stopped; the pacing governor will read /metrics instead")

@@ -196,9 +196,10 @@ def test_a_worker_that_does_not_see_the_gpu_is_refused(exporter: Exporter, runti
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_the_gpu_is_found_by_uuid_whatever_its_number(checkpoint: Path, runtime_dir: Path) -> None:
     exporter = Exporter(checkpoint, runtime_dir, CUDA_VISIBLE_DEVICES="1")
+    mine = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",").index("1")
     try:
         with attach(runtime_dir) as attachment:
-            assert attachment.device == torch.device("cuda", 1)
+            assert attachment.device == torch.device("cuda", mine)
             attachment.verify()
         done = elsewhere(f"attach(Path({str(runtime_dir)!r}))", CUDA_VISIBLE_DEVICES="0")
         assert "CUDA_VISIBLE_DEVICES" in done.stderr

@@ -130,14 +130,23 @@ def test_client_killed_the_other_goes_on(mps, victim):
             client.end()
 
 
-def test_a_fault_of_one_client_ends_both_and_new_ones_can_start(mps):
-    """Documented by NVIDIA and in docs/serving-first.md: memory faults are not contained under MPS."""
+def test_a_fault_of_one_client_is_told_and_new_ones_can_start(mps):
+    """NVIDIA's documentation says that a memory fault ends every client of the card; on an H100 with driver 580 the other
+    went on. Both are in docs/serving-first.md, and one of them it has to be: an error that names CUDA, or work."""
     serving, training = Client(mps.environment()), Client(mps.worker_environment(), "fault")
     try:
         _, error = training.process.communicate(timeout=60)
         assert training.process.returncode != 0 and "CUDA" in error
-        _, error = serving.process.communicate(timeout=60)
-        assert serving.process.returncode != 0 and "CUDA" in error
+        time.sleep(5.0)
+        if serving.process.poll() is None:
+            serving.drain()
+            serving.lines.readline()  # the rest of a line that was cut by draining
+            assert serving.rate(3.0) > 0
+            print("the other client goes on")
+        else:
+            _, error = serving.process.communicate(timeout=60)
+            assert "CUDA" in error
+            print("the other client ended as well:", error.splitlines()[-1])
     finally:
         serving.end()
         training.end()

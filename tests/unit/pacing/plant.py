@@ -15,6 +15,7 @@ from hogwild.gpu_worker.partition import PARTS
 from hogwild.gpu_worker.pulse import Reading
 from hogwild.pulse_state import BUCKETS, bucket_of
 
+PROMPT_STEPS = 4  # a step that reads prompts takes so many more steps' time
 TICK_S = 0.005  # how finely changes of the traffic are followed
 
 
@@ -44,7 +45,8 @@ class Plant:
     def __init__(self, config: GovernorConfig, traffic: Traffic, *, alone: Callable[[int], float] = lambda n: 0.007,
                  slowdown: float = 1.0, layer_s: float = 0.004, noise: float = 0.0, seed: int = 0,
                  pulse_period_s: float = 0.0, visible: Callable[[float], bool] = lambda t: True,
-                 parts: Parts | None = None, step_layers: int = 72) -> None:
+                 parts: Parts | None = None, step_layers: int = 72, prompts: float = 0.0,
+                 tells_prompts: bool = True) -> None:  # fmt: skip
         self.now = 100.0
         self.start = self.now
         self.traffic, self.alone, self.slowdown, self.layer_s, self.noise = traffic, alone, slowdown, layer_s, noise
@@ -58,6 +60,8 @@ class Plant:
         self._progress, self._last_token, self._work = 0.0, self.now, 1.0
         self._reading: Reading | None = None
         self.parts, self.step_layers = parts, step_layers
+        self.prompts, self.tells_prompts = prompts, tells_prompts  # share of the steps that also read prompts
+        self.mixed, self.mixed_sum_s, self._reads = 0, 0.0, False
         self.governor = Governor(config, self, place=parts, clock=lambda: self.now,
                                  sleep=lambda s: self.advance(s, training=False))
 
@@ -73,6 +77,7 @@ class Plant:
             polled = self.pulse_period_s > 0
             self._reading = Reading(
                 at=self.now, tokens=self.tokens, itl_sum_s=self.itl_sum_s, running=running, waiting=waiting,
+                mixed_tokens=self.mixed, mixed_sum_s=self.mixed_sum_s,
                 histogram=() if polled else tuple(self.histogram), updated=None if polled else self.updated,
                 source="metrics" if polled else "state")
         return self._reading
@@ -99,11 +104,17 @@ class Plant:
             if self._progress >= 1.0 - 1e-6:
                 latency = self.now - self._last_token
                 self.tokens += running
-                self.histogram[bucket_of(latency)] += running
                 self.itl_sum_s += latency * running
+                if self._reads and self.tells_prompts:
+                    self.mixed += running
+                    self.mixed_sum_s += latency * running
+                else:
+                    self.histogram[bucket_of(latency)] += running
                 self.emitted.append((self.t, running, latency))
                 self._progress, self._last_token, self.updated = 0.0, self.now, self.now
                 self._work = max(0.3, self.random.gauss(1.0, self.noise)) if self.noise else 1.0
+                self._reads = self.prompts > 0 and self.random.random() < self.prompts
+                self._work += PROMPT_STEPS * self._reads
         if training:
             self.active_log.append((self.t, seconds * self.share))
 

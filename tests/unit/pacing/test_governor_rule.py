@@ -72,6 +72,28 @@ def test_a_part_of_the_device_gets_more_done_at_the_same_budget():
     assert divided.training_share(5, 40) >= 1.8 * whole.training_share(5, 40)
 
 
+@pytest.mark.parametrize("prompts", [0.03, 0.1, 0.3])
+def test_prompts_read_between_the_tokens_are_not_taken_for_trainings_doing(prompts):
+    """Requests that come and go: now and then a step takes five times as long, whether or not training runs."""
+    def run(**options):
+        return Plant(GovernorConfig(serve_share=0.9), steady(64), slowdown=1.7, noise=0.05, prompts=prompts, **options)
+
+    told, untold = run(parts=Parts()).run(40), run(parts=Parts(), tells_prompts=False).run(40)
+    alone = run()
+    alone.advance(40, training=False)
+
+    assert told.itl_s(5, 40) <= alone.itl_s(5, 40) / 0.9  # of all tokens
+    assert told.training_share(5, 40) >= 0.15
+    assert untold.training_share(5, 40) < 0.1  # what it was before: at the floor
+
+
+def test_a_load_in_which_every_step_reads_prompts_is_paced_too():
+    plant = Plant(GovernorConfig(serve_share=0.9), steady(64), slowdown=1.7, prompts=1.0).run(30)
+
+    assert plant.longest_yield_s < 2.5
+    assert 0.04 <= plant.training_share(5, 30) <= 0.5
+
+
 @pytest.mark.parametrize("share", [0.5, 0.6, 0.7, 0.8, 0.9, 0.95])
 def test_parts_do_not_change_with_every_step(share):
     plant = Plant(GovernorConfig(serve_share=share), steady(16), slowdown=1.7, noise=0.1, parts=Parts()).run(60)

@@ -45,6 +45,21 @@ def test_engine_steps_reach_the_file_as_vllm_reports_them(runtime):
     assert counters.itl_sum_s == pytest.approx(0.04)
 
 
+def test_steps_that_read_prompts_are_told_from_those_that_only_decode(runtime):
+    logger = PulseStatLogger(config())
+    decoding, mixed = IterationStats(), IterationStats()
+    decoding.inter_token_latencies_iter = [0.01, 0.01]
+    mixed.inter_token_latencies_iter, mixed.time_to_first_tokens_iter = [0.05], [0.2]
+
+    logger.record(SchedulerStats(num_running_reqs=3), decoding)
+    logger.record(SchedulerStats(num_running_reqs=3), mixed)
+
+    counters = PulseReader(runtime / "pulse.state").read()
+    assert counters is not None
+    assert (counters.tokens, counters.mixed_tokens, sum(counters.histogram)) == (3, 1, 2)
+    assert (counters.itl_sum_s, counters.mixed_sum_s) == (pytest.approx(0.07), pytest.approx(0.05))
+
+
 def test_vllm_accepts_the_class():
     assert issubclass(PulseStatLogger, StatLoggerBase)
 
