@@ -43,7 +43,6 @@ functions() {
 
 speed() {
   export CUDA_VISIBLE_DEVICES=$1
-  part partition 150 python3 bench/partition.py --streams 16 --mps-percent 25 --seconds 2 --out "$out/partition.json"
   part train 420 python3 bench/train.py --device cuda --shape qwen3-8b --tokens 4096 --steps 6 --memory-limit-gb 4 \
     --json "$out/train.json" \
     --variants mini+compile,none+compile,none+keep+compile,mini+keep+compile,apollo+keep+compile,trainer-apollo,mini+keep,trainer,loop

@@ -583,7 +583,8 @@ def hardware(device: str) -> dict[str, Any]:
     """What the numbers are of."""
     about = {"kind": device, "machine": platform.machine(), "cores": os.cpu_count()}
     if device == "cuda":
-        done = subprocess.run(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"],
+        done = subprocess.run(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader",
+                               f"--id={os.environ.get('CUDA_VISIBLE_DEVICES', '0')}"],
                               capture_output=True, text=True, check=True)  # fmt: skip
         about["gpu"] = done.stdout.strip()
     return about

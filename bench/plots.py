@@ -35,10 +35,12 @@ def plot_coserve(data: dict[str, Any], path: Path) -> None:
         streams = budget["load"]["streams"]
         paced = [m for m in data["measurements"] if m.get("load", {}).get("streams") == streams
                  and (m["part"] == "pace" or (m["part"], m["mode"]) == ("share", "serving alone"))]  # fmt: skip
+        styles = iter(("-", "--", ":", "-."))
         for m in paced:
             color = ALONE if m["mode"] == "serving alone" else TRAINING if m is budget else SERVING
             windows = m["load"]["windows"]
-            lines.plot([w["t"] for w in windows], [w["p50_ms"] for w in windows], color=color, label=m["mode"])
+            lines.plot([w["t"] for w in windows], [w["p50_ms"] for w in windows], color=color, label=m["mode"],
+                       linestyle=next(styles, "-") if color == SERVING else "-")  # fmt: skip
         lines.axhline(budget["itl_budget_ms"], color="black", linewidth=1, linestyle="--", label="budget")
         lines.set_title(f"{streams} streams", fontsize="medium")
         lines.set_ylim(bottom=0)

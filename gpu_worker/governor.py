@@ -52,7 +52,7 @@ from hogwild.pulse_state import quantile
 
 logger = logging.getLogger(__name__)
 
-PART_SETTLED = 0.7  # a smaller part is taken when this much of it is enough: to move costs some milliseconds
+PART_SETTLED = 0.7  # a smaller part is taken when this much of it is enough, a larger one when 1/√ of this is asked for
 
 Mode = Literal["off", "idle", "probing", "pacing", "floor", "blind"]
 
@@ -392,7 +392,9 @@ class Everywhere:
 
 
 def part_for(duty: float, current: float, parts: Sequence[float]) -> float:
-    """The smallest part that holds a duty, the largest if none does; from the next larger one if it is worth moving."""
+    """The smallest part that holds a duty, the largest if none does; the present one where another is hardly better."""
+    if current in parts and current < duty <= current / PART_SETTLED**0.5:
+        return current
     wanted = next((part for part in parts if duty <= part), parts[-1])
     next_larger = next((part for part in parts if part > wanted), wanted)
     return current if current == next_larger and duty > PART_SETTLED * wanted else wanted

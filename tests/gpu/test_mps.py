@@ -131,8 +131,8 @@ def test_client_killed_the_other_goes_on(mps, victim):
 
 
 def test_a_fault_of_one_client_is_told_and_new_ones_can_start(mps):
-    """NVIDIA's documentation says that a memory fault ends every client of the card; on an H100 with driver 580 the other
-    went on. Both are in docs/serving-first.md, and one of them it has to be: an error that names CUDA, or work."""
+    """NVIDIA's documentation says that a memory fault ends every client of the card; on an H100 with driver 580 the
+    other went on. docs/serving-first.md has both, and it has to be one of them: an error that names CUDA, or work."""
     serving, training = Client(mps.environment()), Client(mps.worker_environment(), "fault")
     try:
         _, error = training.process.communicate(timeout=60)
