@@ -26,7 +26,7 @@ from hogwild.checkpoint.constants import COMMIT_MAGIC, HASH_NAME, RECORD_VERSION
 from hogwild.checkpoint.durable import FileIo
 from hogwild.checkpoint.fingerprints import Indices, Table, table_digest
 from hogwild.checkpoint.layout import Layout
-from hogwild.errors import CheckpointCorrupt
+from hogwild.errors import CheckpointCorrupt, CheckpointError
 
 _HEADER = struct.Struct("<8sIIQII")
 FULL, CHANGED = 1, 2
@@ -100,20 +100,20 @@ def write_record(io: FileIo, path: Path, record: Record) -> int:
 
 
 def read_record(path: Path) -> Record:
-    """Read and check; raises CheckpointCorrupt."""
+    """Read and check; raises CheckpointCorrupt, or CheckpointError for a whole record of a format that is not read."""
     data = path.read_bytes()
     if len(data) < _HEADER.size + 16 or xxhash.xxh3_128_digest(memoryview(data)[:-16]) != data[-16:]:
         raise CheckpointCorrupt(f"{path} does not match its checksum.")
     magic, version, length, entries, kind, _ = _HEADER.unpack(data[: _HEADER.size])
     if magic != COMMIT_MAGIC or version not in RECORDS_READ:
-        raise CheckpointCorrupt(
+        raise CheckpointError(
             f"{path} is no commit record that this Hogwild reads: format version {version}, not {RECORDS_READ}."
         )
     position = _HEADER.size + length
     fields: dict[str, Any] = json.loads(data[_HEADER.size : position])
     fields["jobs"] = tuple(fields["jobs"])
     if fields["hash"] != HASH_NAME:
-        raise CheckpointCorrupt(f"{path} uses the fingerprint {fields['hash']!r}; this Hogwild knows {HASH_NAME}.")
+        raise CheckpointError(f"{path} uses the fingerprint {fields['hash']!r}; this Hogwild knows {HASH_NAME}.")
     blocks = None
     if kind == CHANGED:
         blocks = np.frombuffer(data, "<u4", entries, position).astype(np.int64)

@@ -40,10 +40,11 @@ from hogwild.checkpoint.pending import PendingSync
 from hogwild.checkpoint.readers import READER_PATIENCE, ReadersLock
 from hogwild.checkpoint.records import Commit, Kind, new_commit
 from hogwild.checkpoint.reports import RestoreReport, RollbackReport, SyncReport, VerifyReport
+from hogwild.checkpoint.salvage import begin_anew, damage_explained
 from hogwild.checkpoint.snapshot import Snapshot, stage_difference
 from hogwild.checkpoint.stage import Arena, Stage, available_memory
 from hogwild.checkpoint.transaction import Written, apply, apply_again, write_logs
-from hogwild.errors import CheckpointError, CheckpointForeign, Conflict, NotFound
+from hogwild.errors import CheckpointCorrupt, CheckpointError, CheckpointForeign, Conflict, NotFound
 
 if TYPE_CHECKING:
     from hogwild.checkpoint.views import Views
@@ -75,6 +76,7 @@ class CheckpointStore:
         self._pending: PendingSync | None = None
         self._stale = False  # something failed half-way: read everything from disk again before the next step
         self._foreign = ""  # why the files are not ours any more
+        self.lost: tuple[int, ...] = ()  # generations that `open` gave up because none could be proved
         self.layout: Layout
         self._table: Table
         self._history: History
@@ -89,6 +91,7 @@ class CheckpointStore:
         source: Path | str | None = None,
         keep_last: int = 8,
         read_only: bool = False,
+        start_anew: bool = False,
         host_budget: int | None = None,
         reader_patience: float = READER_PATIENCE,
         io: FileIo = OS_IO,
@@ -99,6 +102,8 @@ class CheckpointStore:
             source: model to clone when the directory is empty; the same directory, or None: work in place.
             keep_last: earlier generations that can be rolled back to; those before are forgotten.
             read_only: list, verify and export only, of everything that is kept; works beside a running worker.
+            start_anew: where the records are so damaged that no generation can be proved, make the files as they are a
+                new one (`lost` then names those before) instead of raising.
             host_budget: bytes of host memory for changed blocks, default half of what is free now; what is beyond goes
                 to a spill file during the pause.
             reader_patience: seconds a sync waits for `export` and other readers.
@@ -131,7 +136,13 @@ class CheckpointStore:
                     if place is not None:
                         clone(io, place, directory)
                     store._first_generation()
-                store._recover()
+                try:
+                    with damage_explained():
+                        store._recover()
+                except CheckpointCorrupt as error:
+                    if not start_anew:
+                        raise
+                    store._start_anew(error)
                 store._prune()
             try:
                 store.compact()
@@ -181,6 +192,15 @@ class CheckpointStore:
         self._io.unlink(self._store / CLONING_MARK)
         self._stale = False
 
+    def _start_anew(self, error: CheckpointCorrupt) -> None:
+        """The files as they are become a generation that rests on none before it."""
+        with self._readers.alone() as alone:
+            if not alone:
+                raise CheckpointError(f"{self.directory} is being read: try again when the reader is done.")
+            logger.warning("%s", error.message)
+            self.lost = begin_anew(self._io, self.directory, self._generations)
+        self._recover()
+
     def _apply_pending(self, head: Commit, patience: float = math.inf) -> None:
         """Bring a committed generation into the files, from its redo file and new files."""
         if not self._history.unapplied(head):
@@ -210,9 +230,10 @@ class CheckpointStore:
     def _load(self) -> None:
         if not History.exists(self._generations):
             raise NotFound(f"{self.directory} is no checkpoint of Hogwild's (it has no {STORE_DIR}/{GENERATIONS_DIR}).")
-        self._history = History.read(self._io, self._generations)
-        self.layout = Layout.read(self.directory)
-        self._table = self._history.table(self._history.head.generation)
+        with damage_explained():
+            self._history = History.read(self._io, self._generations)
+            self.layout = Layout.read(self.directory)
+            self._table = self._history.table(self._history.head.generation)
 
     def close(self) -> None:
         """Give the directory up; a sync that was begun is abandoned, undo data half made is left for the next open."""

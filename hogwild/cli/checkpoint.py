@@ -143,11 +143,19 @@ def export(
 
 @group.command()
 def adopt(directory: Directory = None) -> None:
-    """Accept weight files that something else has changed. Earlier generations can't be rolled back to afterwards."""
-    with opened(directory) as store:
-        before = store.head.generation
-        commit = store.adopt()
-    if commit.generation == before:
+    """Accept the weight files as they are: something else has changed them, or the records are damaged.
+
+    Earlier generations can't be rolled back to afterwards.
+    """
+    with opened(directory, start_anew=True) as store:
+        before, lost = store.head.generation, store.lost
+        commit = store.head if lost else store.adopt()
+    if lost:
+        numbers = ", ".join(map(str, lost))
+        console.print(
+            f"generation {commit.generation} has the files as they are. Lost, as their records were damaged: {numbers}."
+        )
+    elif commit.generation == before:
         console.print(f"the files are what generation {before} says: nothing to adopt.")
     else:
         console.print(f"generation {commit.generation} has the files as they are.")
@@ -166,7 +174,9 @@ def megabytes(count: int) -> str:
 
 
 @contextmanager
-def opened(directory: Path | None, *, read_only: bool = False) -> "Iterator[CheckpointStore]":
+def opened(
+    directory: Path | None, *, read_only: bool = False, start_anew: bool = False
+) -> "Iterator[CheckpointStore]":
     """The store in a directory, which must be one already: a command never makes a checkpoint."""
     place = directory or load_settings().model_checkpoint_dir
     try:
@@ -181,7 +191,7 @@ def opened(directory: Path | None, *, read_only: bool = False) -> "Iterator[Chec
         )
         raise NotFound(f"{place} is no checkpoint of Hogwild's.{where}")
     # What is to be forgotten the worker says, which knows `keep_last`; this shell need not.
-    with CheckpointStore.open(place, read_only=read_only, keep_last=sys.maxsize) as store:
+    with CheckpointStore.open(place, read_only=read_only, start_anew=start_anew, keep_last=sys.maxsize) as store:
         yield store
 
 

@@ -135,6 +135,18 @@ def test_verify(run, directory):
     assert "nothing to adopt" in run("checkpoint", "adopt", "-d", directory)
 
 
+def test_adopt_recovers_from_a_damaged_record(run, directory):
+    path = directory / ".hogwild/generations/00000002.commit"
+    path.write_bytes(path.read_bytes()[:-1])
+    for command in (("checkpoint", "repair"), ("rollback", 1, "--offline"), ("checkpoint", "verify")):
+        with pytest.raises(CheckpointCorrupt, match="`hogwild checkpoint adopt`"):
+            run(*command, "-d", directory)
+    text = run("checkpoint", "adopt", "-d", directory)
+    assert "generation 3 has the files as they are. Lost, as their records were damaged: 0, 1, 2." in text
+    assert norm(directory) == 2
+    assert "blocks are right" in run("checkpoint", "verify", "-d", directory)
+
+
 def test_export(run, directory, tmp_path):
     assert "generation 1 is in" in run("checkpoint", "export", tmp_path / "e", "-g", 1, "-d", directory)
     assert norm(tmp_path / "e") == 1

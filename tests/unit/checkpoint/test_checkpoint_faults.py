@@ -480,8 +480,75 @@ def test_damaged_commit_record(store, model, io):
     data = bytearray(path.read_bytes())
     data[60] ^= 1
     path.write_bytes(data)
-    with pytest.raises(CheckpointCorrupt, match="does not match its checksum"):
+    for read_only in (False, True):
+        with pytest.raises(CheckpointCorrupt, match=r"does not match its checksum.*`hogwild checkpoint adopt`"):
+            CheckpointStore.open(store.directory, read_only=read_only, io=io)
+
+
+@pytest.mark.parametrize("damaged", [0, 3, 4], ids=["the full table", "a record between", "the head"])
+def test_adopt_goes_on_with_whole_files_when_records_are_damaged(model, tmp_path, io, helpers, damaged):
+    with CheckpointStore.open(tmp_path / "c", source=model.directory, io=io) as store:
+        for version in range(1, 5):
+            model.views["norm.weight"][0] = version
+            store.sync(model.views, weight_version=10 * version)
+        base = store.head.base_model
+    generations = store.directory / ".hogwild/generations"
+    path = generations / f"{damaged:08d}.commit"
+    data = bytearray(path.read_bytes())
+    data[-20] ^= 1
+    path.write_bytes(data)
+    before = helpers.weights_on_disk(store.directory)
+    with CheckpointStore.open(store.directory, io=io, start_anew=True) as again:
+        # Then the files are a generation that needs no record before it, and what was lost is said
+        assert again.lost == (0, 1, 2, 3, 4)
+        head = again.head
+        assert (head.generation, head.kind, head.base_model) == (5, "adopt", base)
+        assert head.weight_version == (31 if damaged == 4 else 41)
+        helpers.assert_equal(helpers.weights_on_disk(store.directory), before)
+        assert again.verify(model.views).ok
+        assert [path.name for path in generations.glob("*")] == ["00000005.commit"]
+        model.views["norm.weight"][0] = 6
+        again.sync(model.views, weight_version=60)
+        again.rollback(5, model.views)
+        assert model.views["norm.weight"][0] == 4
+    with CheckpointStore.open(store.directory, io=io, start_anew=True) as whole:
+        assert not whole.lost
+        assert whole.head.generation == 7
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_generation_whose_record_is_damaged_is_first_put_into_the_files(model, tmp_path, io, helpers, dense):
+    """Given a reader that kept the last generation out of the files, and damage in its record."""
+    with CheckpointStore.open(tmp_path / "c", source=model.directory, io=io, reader_patience=0) as store:
+        lock = FileLock(store.directory / ".hogwild/readers.lock")
+        assert lock.acquire(shared=True)
+        for view in model.views.values() if dense else [model.views["norm.weight"]]:
+            view.add_(1)
+        assert not store.sync(model.views, weight_version=1).applied
+        lock.release()
+    path = store.directory / ".hogwild/generations/00000001.commit"
+    path.write_bytes(path.read_bytes()[:-1])
+    with CheckpointStore.open(store.directory, io=io, start_anew=True) as again:
+        assert again.head.generation == 2
+        assert again.verify(model.views).ok
+
+
+def test_a_redo_file_that_is_damaged_too_is_said_and_left_out(model, tmp_path, io, helpers, caplog):
+    with CheckpointStore.open(tmp_path / "c", source=model.directory, io=io, reader_patience=0) as store:
+        before = helpers.weights_on_disk(store.directory)
+        lock = FileLock(store.directory / ".hogwild/readers.lock")
+        assert lock.acquire(shared=True)
+        change(model.views, 1)
+        assert not store.sync(model.views, weight_version=1).applied
+        lock.release()
+    path = store.directory / ".hogwild/generations/00000001.redo"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointCorrupt, match="`hogwild checkpoint adopt`"):
         CheckpointStore.open(store.directory, io=io)
+    with CheckpointStore.open(store.directory, io=io, start_anew=True) as again:
+        assert "they may hold blocks of two generations" in caplog.text
+        assert again.verify().ok
+    helpers.assert_equal(helpers.weights_on_disk(store.directory), before)
 
 
 def test_a_damaged_record_that_the_newer_ones_do_not_need_ends_the_history(model, tmp_path, io, helpers, caplog):

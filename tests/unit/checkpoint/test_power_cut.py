@@ -517,6 +517,31 @@ def test_power_cut_anywhere_while_foreign_files_are_adopted(two_generations, mod
     assert seen == {1, 2}
 
 
+def test_power_cut_anywhere_while_a_checkpoint_with_a_damaged_record_is_begun_anew(
+    two_generations, model, io, cut_everywhere
+):
+    directory, contents = two_generations
+    record = directory / ".hogwild/generations/00000001.commit"
+    record.write_bytes(record.read_bytes()[:-1])
+    recorder = Recorder(directory)
+    recorder.log = Log.start(directory)
+    with CheckpointStore.open(directory, io=recorder, start_anew=True) as store:
+        assert store.lost == (0, 1)
+    seen: set[int] = set()
+
+    def check(folder: Path) -> None:
+        assert shards(folder) == contents[1]
+        with CheckpointStore.open(folder, io=io, start_anew=True) as store:
+            seen.add(len(store.lost))
+            assert store.head.generation == 2
+            assert store.verify().ok
+            store.sync(model.views, weight_version=99)
+            assert store.verify(model.views).ok
+
+    cut_everywhere(recorder.log, check)
+    assert seen == {0, 2}
+
+
 def test_the_simulated_power_cut_does_tear(two_generations, model, io, tmp_path):
     """A store that wrote in place without a redo file would be caught: torn blocks do occur in these disks."""
     directory, contents = two_generations
