@@ -468,7 +468,7 @@ class CheckpointStore:
         """Make a new generation with the contents of an earlier one, and bring it into the live weights.
 
         Nothing is lost by it: the generations in between stay, so a rollback can be rolled back. Training that is not
-        synced yet is overwritten in `views`: sync first to keep it.
+        synced yet is overwritten in `views`: sync first to keep it. `weight_version`: default, the last one's + 1.
 
         Raises NotFound (not kept), CheckpointForeign, CheckpointCorrupt (undo data damaged; nothing was changed).
         """
@@ -483,7 +483,7 @@ class CheckpointStore:
                 live.check_views(self.layout, views)
             stage = self._new_stage()
             try:
-                version = self.head.weight_version if weight_version is None else weight_version
+                version = self.head.weight_version + 1 if weight_version is None else weight_version
                 commit = replace(self._next("rollback", version), restores=generation, jobs=tuple(jobs))
                 with explained("the rollback", self.directory, kept=lambda: self._history.still()):
                     with self._snapshot(generation) as old:
@@ -507,7 +507,7 @@ class CheckpointStore:
             return RollbackReport(
                 generation=self.head.generation,
                 restored=generation,
-                weight_version=commit.weight_version,
+                weight_version=self.head.weight_version if weight_version is None else weight_version,
                 blocks_changed=blocks,
                 live_blocks_changed=restored.blocks_changed if restored else 0,
                 tensors=tuple(dict.fromkeys((*changed, *(restored.tensors if restored else ())))),
@@ -591,6 +591,7 @@ class CheckpointStore:
         """Accept the files as they are, as a new generation; when nothing differs, nothing is done.
 
         Earlier generations are forgotten: their undo data leads back from contents that are not there any more.
+        `weight_version`: default, the last one's + 1, because these are other weights.
         """
         with self._mutex, self._history_lock:
             if self._pending is not None:
@@ -606,7 +607,7 @@ class CheckpointStore:
                 if not head.other_headers(layout) and not len(differing(table, self._table)):
                     return head
                 generation = head.generation + 1
-                version = head.weight_version if weight_version is None else weight_version
+                version = head.weight_version + 1 if weight_version is None else weight_version
                 commit = new_commit(layout, table, generation, generation, "adopt", version)
                 self._stale = True
                 self._history.add(replace(commit, base_model=head.base_model), np.arange(len(table)), table)

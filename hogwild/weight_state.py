@@ -8,6 +8,8 @@ One 4 KB file, mapped by everybody who needs it, holding little-endian 64-bit wo
     word 3      writes begun since the export; 0 means the live weights are still what vLLM loaded
     word 4, 5   export id, as the 16 bytes it stands for
     word 6      1 while a generation is being written into the live weights: until it is 0 they are no generation's
+    word 7      which generation the live weights were last equal to: low half its number + 1 (0: none), high half a
+                hash of the checkpoint's directory
 
 Only the worker that holds `worker.lock` writes; each word is stored by one aligned 8-byte move, so a reader sees an old
 or a new value, never a mixture. A worker that dies within a step leaves begun = version + 1: the next one sees that the
@@ -15,6 +17,7 @@ weights were torn. Needs neither torch nor vLLM.
 """
 
 import contextlib
+import hashlib
 import mmap
 import os
 from pathlib import Path
@@ -25,7 +28,7 @@ from hogwild.errors import ManifestError
 FILE_NAME = "weights.state"
 SIZE = mmap.PAGESIZE
 _MAGIC = int.from_bytes(b"HOGWILD1", "little")
-_VERSION, _BEGUN, _WRITES, _ID, _RESTORING = 1, 2, 3, 4, 6
+_VERSION, _BEGUN, _WRITES, _ID, _RESTORING, _ORIGIN = 1, 2, 3, 4, 6, 7
 
 
 class WeightState:
@@ -123,6 +126,15 @@ class WeightState:
         self.set_version(version)
         self._words[_RESTORING] = 0
 
+    def note_generation(self, directory: Path, generation: int) -> None:
+        """The live weights come from this generation of the checkpoint in `directory`: saved as it, or read from it."""
+        self._words[_ORIGIN] = _directory_hash(directory) << 32 | generation + 1
+
+    def generation_in(self, directory: Path) -> int | None:
+        """The generation of the checkpoint in `directory` that the live weights come from; None: not known."""
+        found, number = divmod(self._words[_ORIGIN], 1 << 32)
+        return number - 1 if number and found == _directory_hash(directory) else None
+
     def begin(self) -> int:
         """A step starts to write; returns the version it will produce."""
         self.touch()
@@ -143,3 +155,7 @@ class WeightState:
         self._words.release()
         with contextlib.suppress(BufferError):  # somebody holds a view of ours: the mapping goes with it
             self._mapping.close()
+
+
+def _directory_hash(directory: Path) -> int:
+    return int.from_bytes(hashlib.blake2b(os.fsencode(directory.resolve()), digest_size=4).digest(), "little")

@@ -204,8 +204,8 @@ class Runtime:
                 operations=self.operations,
                 registry=self.registry,
             )
-        self._saver.bring_together(attachment)
-        self.ledger.settle(self.worker_id, attachment.weights.version)
+        trained = self._saver.bring_together(attachment)
+        self.ledger.settle(self.worker_id, trained)
         frontend = Frontend.load(settings.model_runtime_dir)
         self.registry.publish_model(
             ModelInfo(

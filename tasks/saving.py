@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from hogwild.checkpoint.records import Commit
 from hogwild.checkpoint.store import CheckpointStore
 from hogwild.config import Settings
 from hogwild.errors import AttachRefused, CheckpointError, HogwildError
@@ -34,6 +35,7 @@ BACKOFF_S = (5.0, 600.0)  # first and longest pause after a sync that failed
 # Optimizer state up to this size is saved within the pause of a sync beside training (a tenth of a second); more of it
 # waits for a sync that no job runs beside.
 SMALL_STATE = 256 << 20
+NOT_TRAINED = ("adopt", "rollback")  # kinds of generations that are made of something else than the live weights
 
 
 class Saver:
@@ -79,16 +81,17 @@ class Saver:
 
     # --- attaching ----------------------------------------------------------------------------------------------------
 
-    def bring_together(self, attachment: "Attachment") -> None:
+    def bring_together(self, attachment: "Attachment") -> int:
         """Make live weights and checkpoint agree on the version that is served.
 
-        Weights that were trained since vLLM exported them are newer than any generation: they stay. Fresh ones are what
-        vLLM loaded. If that is the checkpoint directory itself, or the model it was cloned from, the head generation is
-        put into them where they differ (vLLM read while a sync was being written, or was restarted on the original), so
-        that a restart forgets nothing that was saved. The same with weights of which a restore was cut short. Anything
-        else is another model: nothing is overwritten.
+        Weights that were trained since vLLM exported them are newer than any generation: they stay, unless a generation
+        was made since without the worker (`adopt`, `rollback --offline`): that one is what the user wants then. Fresh
+        ones are what vLLM loaded. If that is the checkpoint directory itself, or the model it was cloned from, the head
+        generation is put into them where they differ (vLLM read while a sync was being written, or was restarted on the
+        original), so that a restart forgets nothing that was saved. The same with weights of which a restore was cut
+        short. Anything else is another model: nothing is overwritten.
 
-        Raises AttachRefused.
+        Returns the weight version that says which steps the live weights had. Raises AttachRefused, CheckpointError.
         """
         self.store.prepare(attachment.views)
         weights, head = attachment.weights, self.store.head
@@ -98,7 +101,11 @@ class Saver:
                     "the last worker died while writing step %d: that step is partly in the weights", weights.begun
                 )
                 weights.set_version(weights.version)
-            return
+            trained = weights.version
+            if (made := self._made_offline(attachment)) is not None:
+                self._follow(attachment, made)
+            weights.note_generation(self.store.directory, self.store.head.generation)
+            return trained
         ours = weights.restoring or Path(attachment.manifest.model_path).resolve() == self.store.directory.resolve()
         if not ours and self.store.live_digest(attachment.views) not in (head.fingerprints, head.base_model):
             raise AttachRefused(
@@ -113,6 +120,40 @@ class Saver:
                 self.store.head.generation,
                 blocks,
             )
+        return weights.version
+
+    def _made_offline(self, attachment: "Attachment") -> Commit | None:
+        """The last generation that something else than training made since the one that the live weights come from.
+
+        A worker that makes one says so beside the weights before it does, and when they have it.
+        """
+        since = attachment.weights.generation_in(self.store.directory)
+        if since is None:
+            return None
+        made = [g for g in self.store.generations() if g.generation > since and g.kind in NOT_TRAINED]
+        return made[-1] if made else None
+
+    def _follow(self, attachment: "Attachment", made: Commit) -> None:
+        """Bring the live weights to a generation that was made without them; what only they hold is saved first.
+
+        Cut short anywhere, it is done again by the next attach, which finds what was saved: the weights come from the
+        generation that they came from until all is done.
+        """
+        store, weights = self.store, attachment.weights
+        if store.live_digest(attachment.views) not in {g.fingerprints for g in store.generations()}:
+            saved = store.sync(attachment.views, weight_version=weights.version)
+            logger.warning("generation %d holds what was live and in no generation", saved.generation)
+        if store.head.generation != made.generation:
+            store.rollback(made.generation, weight_version=max(weights.version, store.head.weight_version) + 1)
+        blocks = self._restore(attachment)
+        self._dirty.clear(store.head.generation, weights.version)
+        logger.warning(
+            "generation %d (%s) was made while no worker ran: %d blocks brought into the live weights",
+            made.generation,
+            made.kind,
+            blocks,
+        )
+        self._committer.submit(self._make_undo_data)
 
     def _restore(self, attachment: "Attachment") -> int:
         """The last generation into the live weights, with its version; the number of blocks that differed.
@@ -122,6 +163,7 @@ class Saver:
         """
         weights = attachment.weights
         report = self.store.restore(attachment.views, writing=weights.begin_restore)
+        weights.note_generation(self.store.directory, report.generation)
         weights.restored(self.store.head.weight_version)
         return report.blocks_changed
 
@@ -177,6 +219,7 @@ class Saver:
         def commit() -> None:
             try:
                 report = pending.commit()
+                attachment.weights.note_generation(self.store.directory, report.generation)
                 for path in outdated:
                     path.unlink(missing_ok=True)
             except BaseException as error:
@@ -276,6 +319,7 @@ class Saver:
                 self._dirty.request_sync()
             raise
         changed()
+        weights.note_generation(self.store.directory, report.generation)
         weights.restored(version)
         self._dirty.clear(self.store.head.generation, version)
         self.publish()
@@ -330,9 +374,10 @@ class Saver:
 
     def load_optimizer(self, trainer: Trainer, config: TrainConfig, weight_version: int) -> None:
         """Before the first job after attaching. A few steps too old is better than none: moments move slowly. A state
-        from a later version than the weights' belongs to other weights."""
+        from a later version than the weights' belongs to other weights, and so does one from before a rollback."""
+        turns = [g.weight_version for g in self.store.generations() if g.kind in NOT_TRAINED]
         for version, path in self._optimizer_files():
-            if version <= weight_version:
+            if max(turns, default=0) <= version <= weight_version:
                 try:
                     trainer.load_optimizer(path, config)
                 except HogwildError as error:

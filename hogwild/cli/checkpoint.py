@@ -2,6 +2,7 @@
 
 `save` and `rollback` ask the running worker, through the API. The others read the checkpoint directory itself and work
 beside a running worker or without one; `adopt`, `repair` and `rollback --offline` write and need the worker stopped.
+The weights of a vLLM that goes on serving meanwhile follow an adoption or a rollback when the worker starts again.
 """
 
 import json
@@ -65,7 +66,7 @@ def save(as_json: AsJson = False) -> None:
 def rollback(
     generation: Annotated[int, typer.Argument(min=0, help="One of `hogwild checkpoint list`.")],
     offline: Annotated[
-        bool, typer.Option("--offline", help="On disk only, without worker and API; both have to be stopped.")
+        bool, typer.Option("--offline", help="On disk, with the worker stopped; a running vLLM follows when it starts.")
     ] = False,
     directory: Directory = None,
 ) -> None:
@@ -145,7 +146,8 @@ def export(
 def adopt(directory: Directory = None) -> None:
     """Accept the weight files as they are: something else has changed them, or the records are damaged.
 
-    Earlier generations can't be rolled back to afterwards.
+    Earlier generations can't be rolled back to afterwards. The worker has to be stopped. A vLLM that goes on serving
+    gets these weights when the worker starts again, which first saves what only the live weights held.
     """
     with opened(directory, start_anew=True) as store:
         before, lost = store.head.generation, store.lost

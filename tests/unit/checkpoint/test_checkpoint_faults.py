@@ -279,7 +279,7 @@ def test_files_changed_by_somebody_else_are_refused_and_can_be_adopted(store, mo
         store.restore(model.views)
     # When the files are adopted
     commit = store.adopt()
-    assert (commit.kind, commit.generation) == ("adopt", 2)
+    assert (commit.kind, commit.generation, commit.weight_version) == ("adopt", 2, 2)  # other weights than version 1
     assert [entry.generation for entry in store.generations()] == [2]
     assert store.verify().ok
     store.sync(model.views, weight_version=2)

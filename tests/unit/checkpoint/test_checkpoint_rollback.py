@@ -70,8 +70,11 @@ def test_rollback_takes_unsynced_training_back(store, model, history, helpers):
 
 def test_rollback_on_disk_alone(store, model, history, helpers):
     live = model.copy()
+    version = store.head.weight_version
     report = store.rollback(2)
     helpers.assert_equal(model.views, live)
+    assert report.weight_version == store.head.weight_version == version + 1
+    assert store.rollback(report.generation).weight_version == version + 1  # nothing to do
     assert report.live_blocks_changed == 0
     # ... and the live weights follow when they are restored
     assert store.restore(model.views).blocks_changed == report.blocks_changed

@@ -3,10 +3,12 @@
 import copy
 import errno
 import os
+import sys
 from types import SimpleNamespace
 
 import pytest
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from hogwild.checkpoint import views
 from hogwild.checkpoint.durable import FileLock
@@ -56,13 +58,25 @@ def attachment(model, tmp_path):
 
 
 @pytest.fixture
-def saver(store, tmp_path, monkeypatch):
+def start_worker(tmp_path, monkeypatch):
+    """Makes savers of a checkpoint: workers, one after the other."""
     monkeypatch.setattr("hogwild.tasks.saving.record_sync", lambda *_: None)
     monkeypatch.setattr("hogwild.tasks.saving.record_undo", lambda *_: None)
     settings = SimpleNamespace(data_dir=tmp_path / "data", model_name="m", model_slug="m")
-    opened = Saver(settings, store=store, dirty=Nobody(), operations=Nobody(), registry=Nobody())
-    yield opened
-    opened.close()
+    started = []
+
+    def start(store):
+        started.append(Saver(settings, store=store, dirty=Nobody(), operations=Nobody(), registry=Nobody()))
+        return started[-1]
+
+    yield start
+    for saver in started:
+        saver.close()
+
+
+@pytest.fixture
+def saver(store, start_worker):
+    return start_worker(store)
 
 
 def step(attachment, amount=1):
@@ -219,3 +233,123 @@ def test_a_worker_killed_in_a_rollback_leaves_it_to_the_next(saver, attachment, 
     saver.bring_together(attachment)
     helpers.assert_equal(model.views, before)
     assert killed.version == 2
+
+
+# --- generations that were made while no worker ran -------------------------------------------------------------------
+
+
+def edit_files(directory):
+    """Something else changes a weight file."""
+    path = directory / "model-00001-of-00002.safetensors"
+    tensors = load_file(path)
+    tensors["embed.weight"] += 3
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def offline(directory, io, doing):
+    with CheckpointStore.open(directory, keep_last=sys.maxsize, io=io) as store:
+        if doing == "adopt":
+            edit_files(directory)
+            store.adopt()
+        else:
+            store.rollback(1)
+        return store.head
+
+
+@pytest.fixture
+def trained(saver, attachment, trainer):
+    """Two generations of training in a vLLM that lives on, whose worker is gone."""
+    saver.bring_together(attachment)
+    for _ in range(2):
+        step(attachment)
+        saver.sync(attachment, trainer, "due")
+    assert attachment.weights.generation_in(saver.store.directory) == 2
+    saver.close()
+    return saver.store.directory
+
+
+@pytest.mark.parametrize("unsaved", [False, True])
+@pytest.mark.parametrize("doing", ["adopt", "rollback"])
+def test_live_weights_follow_what_was_adopted_or_rolled_back_while_no_worker_ran(
+    trained, start_worker, attachment, trainer, model, io, helpers, doing, unsaved
+):
+    if unsaved:
+        step(attachment)  # of a worker that was killed before its last sync
+    live, version = model.copy(), attachment.weights.version
+    made = offline(trained, io, doing)
+    assert (made.generation, made.weight_version) == (3, 3)  # other weights than version 2
+    wanted = helpers.weights_on_disk(trained)
+    # When a worker attaches
+    again = start_worker(CheckpointStore.open(trained, io=io))
+    assert again.bring_together(attachment) == version
+    # Then the live weights are what was adopted or rolled back to, and so are the files after the next sync
+    del wanted["rotary.inv_freq"]
+    helpers.assert_equal(model.views, wanted)
+    assert attachment.weights.version > version
+    assert attachment.weights.version == again.store.head.weight_version
+    again.sync(attachment, trainer, "due")
+    assert again.store.verify(attachment.views).ok
+    # ... and what only the live weights held is a generation
+    kept = {g.generation: g for g in again.store.generations()}
+    if doing == "rollback" and not unsaved:
+        assert again.store.head.generation == 3
+        return
+    assert (kept[4].kind, kept[4].weight_version, again.store.head.restores) == ("sync", version, 3)
+    again.rollback(attachment, trainer, 4, after=lambda: None)
+    helpers.assert_equal(model.views, live)
+    # ... which no later worker takes back
+    again.close()
+    last = start_worker(CheckpointStore.open(trained, io=io))
+    last.bring_together(attachment)
+    helpers.assert_equal(model.views, live)
+
+
+@pytest.mark.parametrize("place", ["rollback", "restore"])
+def test_following_what_was_made_offline_is_done_again_when_it_is_cut_short(
+    trained, start_worker, attachment, trainer, model, io, helpers, monkeypatch, place
+):
+    step(attachment)
+    offline(trained, io, "adopt")
+    wanted = helpers.weights_on_disk(trained)
+    del wanted["rotary.inv_freq"]
+    store = CheckpointStore.open(trained, io=io)
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store, place, killed)
+        with pytest.raises(KeyboardInterrupt):
+            start_worker(store).bring_together(attachment)
+    store.close()
+    again = start_worker(CheckpointStore.open(trained, io=io))
+    again.bring_together(attachment)
+    helpers.assert_equal(model.views, wanted)
+    assert [(g.generation, g.kind) for g in again.store.generations()] == [(3, "adopt"), (4, "sync"), (5, "rollback")]
+
+
+def test_weights_that_were_trained_beside_another_checkpoint_are_not_taken_back(
+    trained, start_worker, attachment, model, tmp_path, io, helpers
+):
+    """Given another checkpoint directory for the same live weights, with a rollback in its history."""
+    with CheckpointStore.open(tmp_path / "other", source=model.directory, io=io) as other:
+        other.sync(model.views, weight_version=1)
+        other.rollback(0)
+    live = model.copy()
+    again = start_worker(CheckpointStore.open(tmp_path / "other", io=io))
+    again.bring_together(attachment)
+    helpers.assert_equal(model.views, live)
+
+
+def test_moments_from_before_a_rollback_are_not_loaded(trained, start_worker, attachment, io):
+    offline(trained, io, "rollback")
+    again = start_worker(CheckpointStore.open(trained, io=io))
+    again.bring_together(attachment)
+    (trained.parent / "data/optimizer/m@2.safetensors").stat()
+    loaded = []
+    loader = SimpleNamespace(load_optimizer=lambda path, config: loaded.append(path.name))
+    again.load_optimizer(loader, None, attachment.weights.version)
+    assert not loaded
+    (trained.parent / "data/optimizer/m@3.safetensors").write_bytes(b"moments")
+    again.load_optimizer(loader, None, attachment.weights.version)
+    assert loaded == ["m@3.safetensors"]

@@ -1,5 +1,6 @@
 """The weight state as several processes see it."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -83,3 +84,15 @@ def test_of_another_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_close_can_be_followed_by_a_new_open(tmp_path: Path) -> None:
     WeightState.create(tmp_path / "weights.state", ID).close()
     assert WeightState.open(tmp_path / "weights.state").version == 0
+
+
+def test_which_generation_the_weights_come_from(tmp_path: Path) -> None:
+    state = WeightState.create(tmp_path / "weights.state", ID)
+    assert state.generation_in(tmp_path) is None
+    for generation in (0, 99_999_999):
+        state.note_generation(tmp_path, generation)
+        with contextlib.closing(WeightState.open(tmp_path / "weights.state")) as other:
+            assert other.generation_in(tmp_path / ".") == generation
+            assert other.generation_in(tmp_path / "another") is None
+    assert (state.version, state.untouched, state.restoring) == (0, True, False)
+    state.close()
