@@ -10,7 +10,7 @@ from pathlib import Path
 from hogwild.checkpoint.durable import FileLock
 
 READER_PATIENCE = 60.0
-"""Seconds that a sync waits for readers of the files before it leaves the last step to the next sync or open."""
+"""Seconds that a sync waits for readers of the files before it leaves the last step to `CheckpointStore.finish`."""
 POLL_S = 0.05
 
 

@@ -20,7 +20,7 @@ class SyncReport:
     seconds: float  # all of it, the pause included
     pause_seconds: float  # fingerprints and the copy of changed blocks: training waits for this alone
     durable_seconds: float  # until a power cut could not lose it any more
-    applied: bool  # False: a reader held the files; they are brought up to date by the next sync or open
+    applied: bool  # False: a reader held the files; they are brought up to date by `finish`, the next sync or open
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -312,6 +312,27 @@ class CheckpointStore:
         """`begin_sync` and `commit` in one."""
         return self.begin_sync(views, weight_version=weight_version, jobs=jobs).commit()
 
+    @property
+    def unfinished(self) -> bool:
+        """Whether the last generation is durable but not in the files: a reader, or an error, was in the way."""
+        return self._history.unapplied(self.head)
+
+    def finish(self) -> bool:
+        """Bring the last generation into the files if it is not there; False: a reader of them is still in the way.
+
+        May run beside training. Raises CheckpointError (disk full; nothing is lost), CheckpointForeign.
+        """
+        with self._mutex, self._history_lock:
+            self._check_writer()
+            if not self.unfinished:
+                return True
+            with self._readers.alone(0) as alone:
+                if not alone:
+                    return False
+                self._finish_last()
+                self._history.prune(self.keep_last)
+            return True
+
     def compact(self) -> int:
         """Make undo data of the old files that the last sync left, and remove those; bytes written, 0: nothing to do.
 

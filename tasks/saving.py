@@ -170,9 +170,17 @@ class Saver:
     # --- syncs --------------------------------------------------------------------------------------------------------
 
     def sync_if_due(self, attachment: "Attachment", trainer: Trainer, *, wait: bool) -> None:
-        """A sync when the debounce says so; one that fails is logged and tried again after a pause."""
+        """A sync when the debounce says so; one that fails is logged and tried again after a pause.
+
+        Whether one is due or not, a generation that a reader kept out of the files gets there when the reader is done.
+        """
         if time.monotonic() < self._not_before or (self._commit is not None and not self._commit.done()):
             return
+        if self.store.unfinished:
+            self._commit = self._committer.submit(self._finish)
+            if not wait:
+                return
+            self._join()
         if not self._dirty.due(self._settings.sync_quiet_s, self._settings.sync_max_age_s):
             return
         try:
@@ -204,6 +212,7 @@ class Saver:
         version = attachment.weights.version
         if self.store.head.weight_version == version and operation is None:
             self._dirty.clear(self.store.head.generation, version)
+            self._finish()
             return
         jobs, self._jobs = self._jobs, []
         pending = None
@@ -255,6 +264,24 @@ class Saver:
             commit()
         else:
             self._commit = self._committer.submit(commit)
+
+    def _finish(self) -> None:
+        """Bring the last generation into the files, if a reader kept it out and is done now. What fails is noted."""
+        if not self.store.unfinished:
+            return
+        try:
+            finished = self.store.finish()
+        except (HogwildError, OSError) as error:
+            logger.exception("generation %d is safe, but not in the files yet", self.store.head.generation)
+            self._failed(error, [], None)
+            return
+        if finished:
+            logger.info("generation %d is in the files now", self.store.head.generation)
+            self._failures, self._not_before, self.error = 0, 0.0, None
+            if self.last is not None:
+                self.last = {**self.last, "applied": True}
+            self._make_undo_data()
+            self.publish()
 
     def _make_undo_data(self) -> None:
         """What a sync leaves for later, beside the next steps; the next commit does it if this fails."""

@@ -10,6 +10,7 @@ import pytest
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from hogwild.checkpoint import store as store_module
 from hogwild.checkpoint import views
 from hogwild.checkpoint.durable import FileLock
 from hogwild.checkpoint.store import CheckpointStore
@@ -62,7 +63,8 @@ def start_worker(tmp_path, monkeypatch):
     """Makes savers of a checkpoint: workers, one after the other."""
     monkeypatch.setattr("hogwild.tasks.saving.record_sync", lambda *_: None)
     monkeypatch.setattr("hogwild.tasks.saving.record_undo", lambda *_: None)
-    settings = SimpleNamespace(data_dir=tmp_path / "data", model_name="m", model_slug="m")
+    debounce = {"sync_quiet_s": 0, "sync_max_age_s": 0}
+    settings = SimpleNamespace(data_dir=tmp_path / "data", model_name="m", model_slug="m", **debounce)
     started = []
 
     def start(store):
@@ -171,6 +173,58 @@ def test_a_restore_that_was_cut_short_is_done_again(
     saver.bring_together(attachment)
     helpers.assert_equal(model.views, learned)
     assert (attachment.weights.version, attachment.weights.restoring) == (1, False)
+
+
+@pytest.mark.parametrize("by", ["a tick", "a running job", "a sync with nothing new"])
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_generation_gets_into_the_files_when_the_reader_is_done(saver, attachment, trainer, io, by, dense):
+    """Given an export beside the last sync, and no training after it."""
+    step(attachment)
+    if dense:
+        for view in attachment.views.values():
+            view.add_(1)
+    saver.store._readers._patience = 0
+    directory = saver.store.directory
+    reader = CheckpointStore.open(directory, read_only=True, io=io, reader_patience=0)
+
+    def look():
+        if by == "a sync with nothing new":
+            saver.sync(attachment, trainer, "due")
+        else:
+            saver.sync_if_due(attachment, trainer, wait=by == "a tick")
+            saver._join()
+
+    with reader.reading():
+        saver.sync(attachment, trainer, "due")
+        look()
+        assert saver.store.unfinished and saver.error is None
+    with pytest.raises(CheckpointError, match="not completely in its files"):
+        reader.verify()
+    # When the worker looks again, then others can read the generation
+    look()
+    assert reader.verify().ok and reader.head.generation == 1
+    assert saver.store.verify(attachment.views).ok
+    assert saver.last["applied"]
+
+
+def test_a_generation_that_did_not_get_into_the_files_for_an_error_gets_there(
+    saver, attachment, trainer, monkeypatch
+):
+    step(attachment)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store_module, "apply", full)
+        patched.setattr(store_module, "apply_again", full)
+        with pytest.raises(CheckpointError, match="disk is full"):
+            saver.sync(attachment, trainer, "due")
+        saver.sync(attachment, trainer, "due")
+        assert (saver.error["failures"], saver.store.unfinished) == (2, True)
+    saver.sync(attachment, trainer, "due")
+    assert saver.error is None
+    assert saver.store.verify(attachment.views).ok
 
 
 def test_a_rollback_beside_a_reader_changes_nothing(saver, attachment, trainer, model, helpers):
