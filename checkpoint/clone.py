@@ -92,11 +92,14 @@ def _copy(io: FileIo, source: Path, target: Path, temp: Path, need: int) -> None
     io.rename(temp, target)
 
 
-def refuse_links(directory: Path, layout: Layout) -> None:
-    """Raise CheckpointLayout when a weight file is a symbolic or hard link: writing would change other models too."""
+def refuse_links(directory: Path, layout: Layout, *, hard: bool = True) -> None:
+    """Raise CheckpointLayout when a weight file is a symbolic or hard link: it belongs to other models too.
+
+    `hard`: False in a checkpoint that exists. A file of it that has a second name (a backup) is never written through.
+    """
     for file in layout.files:
         info = (directory / file.name).lstat()
-        if stat.S_ISLNK(info.st_mode) or info.st_nlink > 1:
+        if stat.S_ISLNK(info.st_mode) or (hard and info.st_nlink > 1):
             raise CheckpointLayout(
                 f"{directory / file.name} is a link (a hub cache keeps its files so): syncing would change what it "
                 "points to. Point HOGWILD_CHECKPOINT_DIR at a directory of its own; it starts as a copy of the model."

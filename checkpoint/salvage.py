@@ -49,7 +49,7 @@ def begin_anew(io: FileIo, directory: Path, generations: Path) -> tuple[int, ...
     format, which is no damage.
     """
     layout = Layout.read(directory)
-    refuse_links(directory, layout)
+    refuse_links(directory, layout, hard=False)
     lost = sorted(int(path.name[:8]) for path in generations.glob("????????.commit"))
     readable = [commit for number in lost if (commit := _commit(generations, number)) is not None]
     _finish(io, directory, generations, layout, lost[-1])

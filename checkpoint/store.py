@@ -186,7 +186,7 @@ class CheckpointStore:
             self._foreign = f"the tensors in {self.directory} are not those of generation {head.generation}"
         else:
             self._apply_pending(head, patience)
-        refuse_links(self.directory, self.layout)
+        refuse_links(self.directory, self.layout, hard=False)
         self._table = self._history.table(head.generation)
         self._disk = FileSystem(self._io, self._store, self.directory / self.layout.files[0].name)
         self._io.unlink(self._store / CLONING_MARK)
@@ -621,7 +621,7 @@ class CheckpointStore:
                 raise CheckpointError(f"{self.directory} was opened for reading only.")
             with explained("adopting the files", self.directory, kept=lambda: "No generation was lost."):
                 layout = Layout.read(self.directory)
-                refuse_links(self.directory, layout)
+                refuse_links(self.directory, layout, hard=False)
                 stamps = stamps_of(self.directory, layout)
                 table = file_table(self._io, self.directory, layout)
                 head = self.head

@@ -10,8 +10,8 @@
 
 A 4 KB block that was half written when the power went can't be repaired from a difference, because neither its old
 nor its new contents are known. Hence nothing is overwritten before the new contents are safe elsewhere: in the redo
-file, or, where at least half of a file changes or the file system can reflink, in a new file that is renamed over the
-old one.
+file, or, where at least half of a file changes, the file system can reflink, or the file has another name (a backup by
+`cp -al`, which is to keep what it has), in a new file that is renamed over the old one.
 """
 
 import errno
@@ -153,7 +153,7 @@ def write_logs(
             frames = by_file[file.name]
             if not frames:
                 continue
-            anew = disk.reflinks or file.name in dense
+            anew = disk.reflinks or file.name in dense or (directory / file.name).stat().st_nlink > 1
             # Opened as it is going to be written, though nobody writes yet: a generation that exists has to get there.
             old = io.open(directory / file.name, write=not anew)
             opened.append(old)
@@ -313,7 +313,7 @@ def apply(
     try:
         for spec, blocks, data in frames:
             if spec.file not in handles:
-                handles[spec.file] = io.open(directory / spec.file, write=True)
+                handles[spec.file] = _own(io, directory / spec.file, generations / f"{spec.file}.tmp")
             write_blocks(handles[spec.file], spec, blocks, data)
             written += len(data)
         if handles:
@@ -333,6 +333,22 @@ def apply(
     if pending:
         io.fsync_dir(directory)
     return written
+
+
+def _own(io: FileIo, path: Path, temp: Path) -> Handle:
+    """A file, open for writing; one that got another name since the logs were written is first made anew."""
+    handle = io.open(path, write=True)
+    if os.fstat(handle.fd).st_nlink == 1:
+        return handle
+    with handle:
+        new = NewFile(io, handle, temp)
+        with new.handle:
+            new.share()
+            new.finish()
+            new.handle.fsync()
+    io.rename(temp, path)
+    io.fsync_dir(path.parent)
+    return io.open(path, write=True)
 
 
 def apply_again(io: FileIo, directory: Path, history: History, layout: Layout, commit: Commit) -> None:

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import resource
+import shutil
 import struct
 import subprocess
 import sys
@@ -459,6 +460,57 @@ def test_links_are_not_written_through(model, tmp_path, io, helpers):
         store.sync(model.views, weight_version=1)
         assert store.verify(model.views).ok
     assert helpers.weights_on_disk(model.directory)["norm.weight"].any()
+
+
+def linked_copy(directory, target):
+    """What `cp -al` makes."""
+    shutil.copytree(directory, target, copy_function=os.link)
+
+
+def files_of(directory):
+    return {path.relative_to(directory): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def test_a_backup_by_hard_links_keeps_what_it_has(model, tmp_path, io, helpers):
+    """Given hard links to all files, made beside the open checkpoint."""
+    with CheckpointStore.open(tmp_path / "c", source=model.directory, io=io) as store:
+        linked_copy(store.directory, tmp_path / "backup")
+        before = files_of(tmp_path / "backup")
+        # When a sync changes one block, of one file
+        model.views["norm.weight"][0] = 1
+        report = store.sync(model.views, weight_version=1)
+        assert report.blocks_changed == 1
+        # Then the backup is what it was, and a checkpoint of its own when no lock is shared any more
+        assert files_of(tmp_path / "backup") == before
+        assert store.verify(model.views).ok
+        # ... and of what was written anew, the next sync writes a block again
+        model.views["norm.weight"][0] = 2
+        assert store.sync(model.views, weight_version=2).bytes_written < 30_000
+        store.rollback(0)
+    # ... and the file that still has two names is no reason not to open either
+    for directory, generation in ((store.directory, 3), (tmp_path / "backup", 0)):
+        with CheckpointStore.open(directory, io=io) as again:
+            assert again.head.generation == generation
+            assert again.verify().ok
+    assert helpers.weights_on_disk(tmp_path / "backup")["norm.weight"][0] not in (1, 2)
+
+
+def test_a_backup_by_hard_links_of_an_unfinished_sync_keeps_what_it_has(model, tmp_path, io, helpers):
+    """Given a generation that a reader kept out of the files, and links to those files made then."""
+    with CheckpointStore.open(tmp_path / "c", source=model.directory, io=io, reader_patience=0) as store:
+        lock = FileLock(store.directory / ".hogwild/readers.lock")
+        assert lock.acquire(shared=True)
+        model.views["norm.weight"][0] = 1
+        assert not store.sync(model.views, weight_version=1).applied
+        lock.release()
+    (tmp_path / "backup").mkdir()
+    for path in store.directory.glob("*.safetensors"):
+        os.link(path, tmp_path / "backup" / path.name)
+    before = files_of(tmp_path / "backup")
+    with CheckpointStore.open(store.directory, io=io) as again:
+        assert again.verify(model.views).ok
+        assert files_of(tmp_path / "backup") == before
+        assert not list((store.directory / ".hogwild/generations").glob("*.tmp"))
 
 
 def test_source_on_a_file_system_without_reflink_or_copy_file_range(model, tmp_path, helpers, monkeypatch):
