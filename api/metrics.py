@@ -58,7 +58,7 @@ def _collect(service: Service) -> list[Metric]:
     finished = CounterMetricFamily("hogwild_jobs_finished", "Jobs that ended, by how.", labels=["state"])
     for state in ("succeeded", "failed", "cancelled"):
         finished.add_metric([state], counts.get(f"jobs_{state}", 0))
-    operations = CounterMetricFamily("hogwild_operations", "Syncs and rollbacks on demand, by how they ended.",
+    operations = CounterMetricFamily("hogwild_operations", "Syncs, rollbacks and so on, on demand, by end.",
                                      labels=["state"])
     for state in ("succeeded", "failed"):
         operations.add_metric([state], counts.get(f"operations_{state}", 0))

@@ -1,4 +1,4 @@
-"""`/checkpoint`: save now, list generations, roll back."""
+"""`/checkpoint`: save now, list generations, verify, roll back."""
 
 import asyncio
 import re
@@ -59,9 +59,25 @@ def checkpoint_router(service: Service, router: APIRouter) -> None:
         response.headers["Location"] = f"/checkpoint/operations/{op_id}"
         return operation_out(await waited(op_id, wait))
 
+    @router.post("/checkpoint/verify", operation_id="verifyCheckpoint", summary="Verify", status_code=202,
+                 tags=["checkpoint"], response_model=OperationOut, responses={**_ACCEPTED, **responses()})
+    async def verify(response: Response, wait: Wait = 0) -> OperationOut:
+        """Compare files and live weights with the fingerprints of the last generation, at the next step boundary.
+
+        The result's `ok` says whether all agrees; `disk` and `live` count the blocks that differ, by tensor. `unsaved`:
+        the live weights have steps that are not saved yet, and are meant to differ.
+        """
+        op_id = await run_in_threadpool(ask_for_verify)
+        response.headers["Location"] = f"/checkpoint/operations/{op_id}"
+        return operation_out(await waited(op_id, wait))
+
     def ask_for_sync() -> str:
         service.model()
         return service.operations.submit("sync")
+
+    def ask_for_verify() -> str:
+        service.model()
+        return service.operations.submit("verify")
 
     def ask_for_rollback(body: RollbackRequest) -> str:
         service.model()
@@ -75,11 +91,11 @@ def checkpoint_router(service: Service, router: APIRouter) -> None:
                                               "message": f"is not one of {known}"}])
         return service.operations.submit("rollback", generation=body.generation)
 
-    @router.get("/checkpoint/operations/{op_id}", operation_id="getOperation", summary="Poll a save or a rollback",
+    @router.get("/checkpoint/operations/{op_id}", operation_id="getOperation", summary="Poll an operation",
                 tags=["checkpoint"], response_model=OperationOut, responses=responses(404))
     async def operation(op_id: Annotated[str, Path(examples=["op-0123456789abcdef01234567"])], response: Response,
                         wait: Wait = 0) -> OperationOut:
-        """A sync or a rollback that was asked for."""
+        """A sync, a rollback or a verification that was asked for."""
         if not _OP_ID.fullmatch(op_id):
             raise NotFound(f"There is no operation {op_id[:40]!r}.")
         op = await waited(op_id, wait)

@@ -156,11 +156,11 @@ class JobPage(BaseModel):
 
 
 class OperationOut(BaseModel):
-    """A sync or rollback that was asked for. Times are ISO 8601, UTC."""
+    """A sync, rollback or verification that was asked for. Times are ISO 8601, UTC."""
 
     id: str
     object: Literal["operation"] = "operation"
-    kind: Literal["sync", "rollback"]
+    kind: Literal["sync", "rollback", "verify"]
     state: Literal["pending", "running", "succeeded", "failed"]
     params: dict[str, Any]
     created_at: str

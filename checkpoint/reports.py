@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from hogwild.errors import CheckpointCorrupt
+from hogwild.errors import CheckpointCorrupt, CheckpointError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +53,7 @@ class VerifyReport:
     """Blocks that are not what the last generation says: tensor name → number of blocks.
 
     Where `headers` names files whose tensors or metadata are others, no block was looked at: numbers mean nothing then.
+    Live weights that were trained since are meant to differ.
     """
 
     generation: int
@@ -62,24 +63,40 @@ class VerifyReport:
     live: dict[str, int] = field(default_factory=dict)
     headers: tuple[str, ...] = ()
     seconds: float = 0.0
+    weight_version: int = 0  # of the generation
+    live_version: int | None = None  # of the live weights, where that was said
+
+    @property
+    def unsaved(self) -> bool:
+        """Whether the live weights have steps that the generation has not."""
+        return self.live_version is not None and self.live_version != self.weight_version
 
     @property
     def ok(self) -> bool:
-        """Whether everything agreed."""
-        return not self.disk and not self.live and not self.headers
+        """Whether everything agreed that has to."""
+        return not self.disk and not self.headers and (not self.live or self.unsaved)
 
     def raise_for_mismatch(self) -> None:
-        """Raise CheckpointCorrupt, naming tensors, unless everything agreed."""
+        """Raise CheckpointCorrupt, naming tensors, unless everything agreed that has to.
+
+        CheckpointError where only live weights differ that are to be the generation.
+        """
         if self.headers:
             raise CheckpointCorrupt(
                 f"the tensors or the metadata in {', '.join(self.headers)} are not those of generation "
                 f"{self.generation}.",
                 files=list(self.headers),
             )
-        for where, found in (("on disk", self.disk), ("in the live weights", self.live)):
-            if found:
-                names = ", ".join(list(found)[:5]) + ("" if len(found) <= 5 else f" and {len(found) - 5} more")
-                raise CheckpointCorrupt(
-                    f"{sum(found.values())} blocks {where} differ from generation {self.generation}: {names}.",
-                    tensors=found,
-                )
+        if self.disk:
+            raise CheckpointCorrupt(f"{self._differing('on disk', self.disk)}.", tensors=self.disk)
+        if self.live and not self.unsaved:
+            raise CheckpointError(
+                f"{self._differing('in the live weights', self.live)}. No step was counted since: part of an "
+                "interrupted one is in them, or something else wrote to them. `hogwild checkpoint save` makes them a "
+                f"generation, `hogwild rollback {self.generation}` brings back the saved one.",
+                tensors=self.live,
+            )
+
+    def _differing(self, where: str, found: dict[str, int]) -> str:
+        names = ", ".join(list(found)[:5]) + ("" if len(found) <= 5 else f" and {len(found) - 5} more")
+        return f"{sum(found.values())} blocks {where} differ from generation {self.generation}: {names}"

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -543,7 +543,8 @@ class CheckpointStore:
         """Compare disk, and live weights if given, with the fingerprints of the last generation."""
         started = time.perf_counter()
         with self._mutex, self._still_files() as head:
-            report = VerifyReport(generation=head.generation, headers=head.other_headers(Layout.read(self.directory)))
+            headers = head.other_headers(Layout.read(self.directory))
+            report = VerifyReport(generation=head.generation, headers=headers, weight_version=head.weight_version)
             if not report.headers:
                 stamps = stamps_of(self.directory, self.layout)
                 disk = compare_files(self._io, self.directory, self.layout, self._table)
@@ -551,11 +552,27 @@ class CheckpointStore:
                     self._known.keep_all(self.layout, stamps)
                 report = replace(report, blocks_checked=self.layout.blocks, disk=disk)
             if views is not None and not report.headers:
-                from hogwild.checkpoint.compare import compare_live
-
-                checked, wrong = compare_live(self.layout, views, self._table)
-                report = replace(report, live_blocks_checked=checked, live=wrong)
+                report = replace(report, **self._live_report(views))
             return replace(report, seconds=time.perf_counter() - started)
+
+    def verify_live(self, views: "Views", *, weight_version: int) -> VerifyReport:
+        """`verify` of the live weights alone, which have that version: nobody may write to them until this returns."""
+        started = time.perf_counter()
+        with self._mutex:
+            self._ready()
+            return VerifyReport(
+                generation=self.head.generation,
+                weight_version=self.head.weight_version,
+                live_version=weight_version,
+                **self._live_report(views),
+                seconds=time.perf_counter() - started,
+            )
+
+    def _live_report(self, views: "Views") -> dict[str, Any]:
+        from hogwild.checkpoint.compare import compare_live
+
+        checked, wrong = compare_live(self.layout, views, self._table)
+        return {"live_blocks_checked": checked, "live": wrong}
 
     def _check_headers(self) -> None:
         """Raise CheckpointForeign unless tensors and block numbers mean in the files what the last generation says."""

@@ -374,6 +374,13 @@ class Client(_Base):
         """Save the live weights now. Returns the report; with `wait=False` the operation. Raises CheckpointError."""
         return self._operation("/checkpoint", None, wait)
 
+    def verify(self, *, wait: bool = True) -> dict[str, Any]:
+        """Compare files and live weights with the last generation's fingerprints; the report's `ok` says how it went.
+
+        `unsaved`: the live weights have steps that are not saved yet, and are meant to differ. Raises CheckpointError.
+        """
+        return self._operation("/checkpoint/verify", None, wait)
+
     def rollback(self, generation: int, *, wait: bool = True) -> dict[str, Any]:
         """Return to a generation, on disk and in the live weights. Raises InvalidRequest, CheckpointError."""
         return self._operation("/checkpoint/rollback", {"generation": generation}, wait)
@@ -517,6 +524,10 @@ class AsyncClient(_Base):
     async def checkpoint(self, *, wait: bool = True) -> dict[str, Any]:
         """See `Client.checkpoint`."""
         return await self._operation("/checkpoint", None, wait)
+
+    async def verify(self, *, wait: bool = True) -> dict[str, Any]:
+        """See `Client.verify`."""
+        return await self._operation("/checkpoint/verify", None, wait)
 
     async def rollback(self, generation: int, *, wait: bool = True) -> dict[str, Any]:
         """See `Client.rollback`."""

@@ -18,6 +18,7 @@ from hogwild.tasks.connections import redis_url
 TRAIN = "hogwild.train"
 SYNC = "hogwild.sync"
 ROLLBACK = "hogwild.rollback"
+VERIFY = "hogwild.verify"
 TICK = "hogwild.tick"
 
 # Message priorities in Redis are ten lists per queue, taken from in order; kombu counts 0 as the most urgent.

@@ -17,7 +17,7 @@ database, because one script must be able to write a job and its message togethe
 | `idem:<sha256>`    | hash   | Idempotency-Key → body hash, job id; expires                               |
 | `counters`         | hash   | totals for /metrics                                                        |
 | `dirty`            | hash   | unsaved training: since when, up to which weight version                   |
-| `op:<id>`, `ops`   | hash, zset | requests for a sync or a rollback                                      |
+| `op:<id>`, `ops`   | hash, zset | requests for a sync, a rollback or a verification                      |
 | `model`            | string | JSON: what the served model is (vocabulary, lengths)                       |
 | `worker`           | string | JSON: state of the worker; `alive:<worker id>` expires when it falls silent |
 """

@@ -1,4 +1,4 @@
-"""Requests for a sync or a rollback: small records that exactly one executor takes.
+"""Requests for a sync, a rollback or a verification: small records that exactly one executor takes.
 
 A request reaches the worker on two ways: as a message of its queue, and by the training loop that asks `pending()`
 between steps (the worker runs one task at a time, so the message would wait behind the job). `start` decides who does
@@ -6,23 +6,24 @@ it, atomically; the other finds nothing left to do.
 
     pending ──start──► running ──finish──► succeeded | failed
        ▲                  │
-       └── worker died ───┘   (syncs and rollbacks may be done again; after ATTEMPTS times it has failed)
+       └── worker died ───┘   (all of them may be done again; after ATTEMPTS times it has failed)
 """
 
 import json
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from hogwild.errors import NotFound
-from hogwild.tasks.app import ROLLBACK, SYNC
+from hogwild.tasks.app import ROLLBACK, SYNC, VERIFY
 from hogwild.tasks.connections import Client
 from hogwild.tasks.jobs import error_json, load_json
 from hogwild.tasks.keys import Keys
 from hogwild.tasks.messages import MOST_URGENT, Messages
 
-Kind = Literal["sync", "rollback"]
+Kind = Literal["sync", "rollback", "verify"]
+_TASKS = {"sync": SYNC, "rollback": ROLLBACK, "verify": VERIFY}
 ATTEMPTS = 3
 RETENTION_S = 86_400  # finished operations can be polled for a day
 
@@ -85,7 +86,7 @@ return 1
 
 @dataclass(frozen=True, kw_only=True)
 class Operation:
-    """A request for a sync or a rollback. Times in seconds since the epoch, by Redis' clock."""
+    """A request for a sync, a rollback or a verification. Times in seconds since the epoch, by Redis' clock."""
 
     id: str
     kind: Kind
@@ -170,14 +171,14 @@ class Operations:
         return published
 
     def _message(self, op_id: str, kind: Kind, params: Mapping[str, Any]) -> Any:
-        task, args = (SYNC, (op_id,)) if kind == "sync" else (ROLLBACK, (op_id, params.get("generation")))
-        return self.messages.build(task, args, subject=op_id, priority=MOST_URGENT)
+        args = (op_id, params.get("generation")) if kind == "rollback" else (op_id,)
+        return self.messages.build(_TASKS[kind], args, subject=op_id, priority=MOST_URGENT)
 
 
 def _from_hash(row: Mapping[bytes, bytes]) -> Operation:
     h = {key.decode(): value.decode() for key, value in row.items()}
     return Operation(
-        id=h["id"], kind="rollback" if h["kind"] == "rollback" else "sync", params=json.loads(h["params"]),
+        id=h["id"], kind=cast("Kind", h["kind"]), params=json.loads(h["params"]),
         state=h["state"], created_at=float(h["created_at"]),
         started_at=float(h["started_at"]) if h.get("started_at") else None,
         finished_at=float(h["finished_at"]) if h.get("finished_at") else None, attempts=int(h["attempts"]),

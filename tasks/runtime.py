@@ -425,7 +425,7 @@ class Runtime:
             self.operations.reconcile(self.worker_id)
 
     def run_operation(self, operation_id: str, *, in_job: bool = False) -> None:
-        """A sync or a rollback that somebody asked for; exactly one caller of many does it.
+        """A sync, rollback or verification that somebody asked for; exactly one caller of many does it.
 
         `in_job`: between two steps of a job, which holds the lock and the task.
         """
@@ -440,9 +440,12 @@ class Runtime:
             operation = self.operations.start(operation_id, self.worker_id)
             if operation is None:
                 return
-            self._status["state"] = "syncing"
+            if operation.kind != "verify":
+                self._status["state"] = "syncing"
             try:
-                if operation.kind == "sync":
+                if operation.kind == "verify":
+                    live.saver.verify(live.attachment, operation, wait=not in_job)
+                elif operation.kind == "sync":
                     live.saver.sync(live.attachment, live.trainer, "asked for", wait=not in_job, operation=operation)
                 else:
                     self._rollback(live, operation)

@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -311,6 +311,44 @@ class Saver:
         if self._commit is not None:
             self._commit.exception()
             self._commit = None
+
+    # --- verifying ----------------------------------------------------------------------------------------------------
+
+    def verify(self, attachment: "Attachment", operation: Operation, *, wait: bool = True) -> None:
+        """Hold the live weights and the files against the fingerprints of the last generation; ends the operation.
+
+        Training pauses for the live weights; without `wait` the files are read beside it, and no sync comes between.
+        Raises CheckpointError, OSError.
+        """
+        self._join()
+        weights = attachment.weights
+        try:
+            if weights.restoring:
+                raise CheckpointError(
+                    "a generation is only partly in the live weights: `hogwild checkpoint save` brings in the rest."
+                )
+            live = self.store.verify_live(attachment.views, weight_version=weights.version)
+        except BaseException as error:
+            self._operations.finish(operation, error=error)
+            raise
+
+        def read_files() -> None:
+            try:
+                disk = self.store.verify()
+            except BaseException as error:
+                self._operations.finish(operation, error=error)
+                raise
+            seconds = live.seconds + disk.seconds
+            report = replace(
+                live, disk=disk.disk, headers=disk.headers, blocks_checked=disk.blocks_checked, seconds=seconds
+            )
+            result = {**asdict(report), "pause_seconds": live.seconds, "unsaved": report.unsaved, "ok": report.ok}
+            self._operations.finish(operation, result)
+
+        if wait:
+            read_files()
+        else:
+            self._commit = self._committer.submit(read_files)
 
     # --- rollback -----------------------------------------------------------------------------------------------------
 

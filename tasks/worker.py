@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from celery import signals
 
 from hogwild.config import Settings, load_settings
-from hogwild.tasks.app import ROLLBACK, SYNC, TICK, TRAIN, app
+from hogwild.tasks.app import ROLLBACK, SYNC, TICK, TRAIN, VERIFY, app
 
 if TYPE_CHECKING:
     from hogwild.tasks.runtime import Runtime
@@ -97,6 +97,12 @@ def sync(operation_id: str) -> None:
 @app.task(name=ROLLBACK)  # type: ignore[untyped-decorator]
 def rollback(operation_id: str, generation: int | None = None) -> None:
     """Bring a former generation back, on disk and in the live weights."""
+    runtime().run_operation(operation_id)
+
+
+@app.task(name=VERIFY)  # type: ignore[untyped-decorator]
+def verify(operation_id: str) -> None:
+    """Compare files, fingerprints and live weights."""
     runtime().run_operation(operation_id)
 
 

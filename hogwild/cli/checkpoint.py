@@ -1,15 +1,16 @@
 """`hogwild checkpoint …` and `hogwild rollback`.
 
-`save` and `rollback` ask the running worker, through the API. The others read the checkpoint directory itself and work
-beside a running worker or without one; `adopt`, `repair` and `rollback --offline` write and need the worker stopped.
-The weights of a vLLM that goes on serving meanwhile follow an adoption or a rollback when the worker starts again.
+`save`, `rollback` and, where there is one, `verify` ask the running worker, through the API. The others read the
+checkpoint directory itself and work beside a running worker or without one; `adopt`, `repair` and `rollback --offline`
+write and need the worker stopped. The weights of a vLLM that goes on serving meanwhile follow an adoption or a rollback
+when the worker starts again.
 """
 
 import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -110,17 +111,46 @@ def list_generations(directory: Directory = None, as_json: AsJson = False) -> No
 
 @group.command()
 def verify(directory: Directory = None, as_json: AsJson = False) -> None:
-    """Prove that every block on disk is what the last generation says. Exit code 1 when not."""
-    with opened(directory, read_only=True) as store:
-        report = store.verify()
+    """Prove that every block on disk is what the last generation says, and live weights too if a worker has them.
+
+    Exit code 1 when not. Steps that are not saved yet are no error. With --directory only the disk is looked at.
+    """
+    from hogwild.checkpoint.reports import VerifyReport
+
+    reason = "a directory was named" if directory else no_worker()
+    if reason:
+        with opened(directory, read_only=True) as store:
+            report = store.verify()
+    else:
+        result = operation("/checkpoint/verify", None)
+        report = VerifyReport(**{field.name: result[field.name] for field in fields(VerifyReport)})
     if as_json:
-        print(json.dumps({**asdict(report), "ok": report.ok}))
-    elif report.ok:
-        console.print(f"generation {report.generation}: {report.blocks_checked:,} blocks are right.")
-    if not report.ok:
-        if as_json:
+        compared = ["disk"] if reason else ["disk", "live"]
+        print(json.dumps({**asdict(report), "compared": compared, "unsaved": report.unsaved, "ok": report.ok}))
+        if not report.ok:
             raise typer.Exit(1)
-        report.raise_for_mismatch()
+        return
+    report.raise_for_mismatch()
+    disk = f"generation {report.generation}: {report.blocks_checked:,} blocks are right on disk"
+    if reason:
+        console.print(f"{disk}. Live weights were not compared: {reason}.")
+    elif report.unsaved:
+        console.print(
+            f"{disk}. The live weights have steps that are not saved (weight version {report.live_version}, saved "
+            f"{report.weight_version}): {sum(report.live.values()):,} of their {report.live_blocks_checked:,} blocks "
+            "differ, as they should."
+        )
+    else:
+        console.print(f"{disk}, and {report.live_blocks_checked:,} in the live weights.")
+
+
+def no_worker() -> str:
+    """Why no worker can be asked about the live weights; empty: one can."""
+    try:
+        worker = request("GET", "/train/status", None).get("worker") or {}
+    except HogwildError as error:
+        return error.message.rstrip(".")
+    return "" if worker.get("alive") and worker.get("attached") else "no worker is attached"
 
 
 @group.command()

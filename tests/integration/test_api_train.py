@@ -251,6 +251,9 @@ def test_checkpoint_operations(client, redis_client):
     assert client.post("/checkpoint/rollback", json={"generation": 2}).json()["params"] == {"generation": 2}
     assert_problem(client.post("/checkpoint/rollback", json={"generation": 9}), 422)
     assert_problem(client.post("/checkpoint/rollback", json={"generation": "2"}), 422)
+    response = client.post("/checkpoint/verify")
+    assert (response.status_code, response.json()["kind"]) == (202, "verify")
+    assert client.get(response.headers["location"]).json()["kind"] == "verify"
     assert client.get("/checkpoint").json()["head"] == 3
     assert_problem(client.get("/checkpoint/operations/op-1"), 404)
 

@@ -191,6 +191,9 @@ def test_save_and_rollback_wait_for_the_worker(client, ledger, redis_client):
     worker = in_background(serve_operations, operations, {"generation": 7, "bytes_written": 4096})
     assert client.checkpoint() == {"generation": 7, "bytes_written": 4096}
     worker.join()
+    worker = in_background(serve_operations, operations, {"ok": True})
+    assert client.verify() == {"ok": True}
+    worker.join()
     worker = in_background(serve_operations, operations, None, NotFound("no generation 3"))
     with pytest.raises(CheckpointError, match="no generation 3"):
         client.rollback(3)
@@ -216,7 +219,7 @@ async def test_asynchronous_client_does_the_same(url, ledger, run_job, redis_cli
         with pytest.raises(TimeoutError):
             await client.wait((await client.train(**IDS)).id, timeout=0.1, poll=0.05)
         operations = Operations(redis_client, ledger.messages, "tiny")
-        for call in (client.checkpoint(), client.rollback(1)):
+        for call in (client.checkpoint(), client.verify(), client.rollback(1)):
             worker = in_background(serve_operations, operations, {"generation": 1})
             assert (await call)["generation"] == 1
             worker.join()

@@ -155,6 +155,10 @@ def test_a_job_trains_is_saved_is_rolled_back_and_rolled_forward_again(site: Sit
     assert same(site.disk(), before)  # nothing was saved yet
     assert site.dirty.state().steps == 3
 
+    found = site.operate("verify")
+    assert found.state == "succeeded", found.error
+    assert found.result["ok"] and found.result["unsaved"] and found.result["live"]
+
     saved = site.operate("sync")
     trained = site.disk()
     assert saved.state == "succeeded"
@@ -162,6 +166,9 @@ def test_a_job_trains_is_saved_is_rolled_back_and_rolled_forward_again(site: Sit
     assert saved.result["jobs"] == [job.id]
     assert not same(trained, before)
     assert not site.dirty.state().dirty
+    found = site.operate("verify").result
+    assert found["ok"] and not found["unsaved"] and not found["live"]
+    assert found["live_blocks_checked"] > 0
 
     assert counters(site.dirty.client, "tiny")["sync_bytes"] == saved.result["bytes_written"] > 0
 
@@ -203,6 +210,9 @@ def test_a_sync_asked_for_while_a_job_runs_does_not_wait_for_its_end(site: Site)
     saved = site.operate("sync")
     assert saved.state == "succeeded"
     assert saved.result["weight_version"] >= site.ledger.get(job).weight_version_first
+    found = site.operate("verify")
+    assert found.state == "succeeded", found.error
+    assert found.result["ok"] and found.result["blocks_checked"] > 0
     assert not site.ledger.get(job).final
     site.ledger.request(job, "cancel")
     site.finished(job)

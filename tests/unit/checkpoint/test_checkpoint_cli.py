@@ -5,6 +5,7 @@ import json
 import os
 import tarfile
 import threading
+from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
@@ -12,6 +13,7 @@ import typer
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from hogwild.checkpoint.reports import VerifyReport
 from hogwild.checkpoint.store import CheckpointStore
 from hogwild.cli import checkpoint as commands
 from hogwild.errors import CheckpointCorrupt, CheckpointError, HogwildError, NotFound, ServiceUnavailable
@@ -123,7 +125,8 @@ def test_list_imports_no_torch():
 
 
 def test_verify(run, directory):
-    assert "blocks are right" in run("checkpoint", "verify", "-d", directory)
+    text = run("checkpoint", "verify", "-d", directory)
+    assert "blocks are right on disk. Live weights were not compared: a directory was named." in text
     path = directory / "model-00001-of-00002.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\x55")
     with pytest.raises(CheckpointCorrupt, match="differ from generation 2"):
@@ -243,6 +246,63 @@ def test_rollback_through_the_api(run, api):
     assert "generation 6 has the contents of generation 3" in text
     assert "To undo this: hogwild rollback 5" in text
     assert asked[0][:3] == ("POST", "/checkpoint/rollback?wait=30", b'{"generation":3}')
+
+
+ATTACHED = {"worker": {"alive": True, "attached": True}}
+
+
+def verified(**changes):
+    """What the API answers to a verification."""
+    return {
+        **asdict(VerifyReport(generation=4, blocks_checked=50, live_blocks_checked=40)),
+        "weight_version": 8, "live_version": 8, "unsaved": False, "ok": True, "pause_seconds": 0.1, **changes,
+    }  # fmt: skip
+
+
+def test_verify_asks_the_worker_about_live_weights(run, api):
+    answers, asked = api
+
+    def answer(**changes):
+        answers.extend([(200, ATTACHED), (202, {"id": "op-3", "state": "succeeded", "result": verified(**changes)})])
+
+    answer()
+    assert "generation 4: 50 blocks are right on disk, and 40 in the live weights." in run("checkpoint", "verify")
+    assert [(method, path.partition("?")[0]) for method, path, *_ in asked] == [
+        ("GET", "/train/status"),
+        ("POST", "/checkpoint/verify"),
+    ]
+    answer(live={"w": 3}, live_version=10)
+    text = run("checkpoint", "verify")
+    assert "steps that are not saved (weight version 10, saved 8): 3 of their 40 blocks differ, as they should" in text
+    answer(live={"w": 3}, live_version=10)
+    found = json.loads(run("checkpoint", "verify", "--json"))
+    assert (found["compared"], found["unsaved"], found["ok"]) == (["disk", "live"], True, True)
+    answer(live={"w": 3})
+    with pytest.raises(CheckpointError, match="No step was counted"):
+        run("checkpoint", "verify")
+    answer(disk={"w": 3})
+    assert run("checkpoint", "verify", "--json").startswith("exit 1")
+
+
+@pytest.mark.parametrize(
+    ("status", "reason"),
+    [
+        ((200, {"worker": None}), "no worker is attached"),
+        ((200, {"worker": {"alive": False, "attached": True}}), "no worker is attached"),
+        ((200, {"worker": {"alive": True, "attached": False}}), "no worker is attached"),
+        ((503, {"detail": "Redis is away."}), "Redis is away"),
+        (None, "no API answers"),
+    ],
+)
+def test_verify_without_a_worker_compares_the_disk_and_says_so(run, api, directory, monkeypatch, status, reason):
+    monkeypatch.setenv("HOGWILD_CHECKPOINT_DIR", str(directory))
+    if status is None:
+        monkeypatch.setenv("HOGWILD_API_PORT", "1")
+    else:
+        api[0].append(status)
+    text = run("checkpoint", "verify")
+    assert "blocks are right on disk. Live weights were not compared: " in text
+    assert reason in text
 
 
 def test_errors_of_the_api_are_shown(run, api):

@@ -4,6 +4,7 @@ import copy
 import errno
 import os
 import sys
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from hogwild.checkpoint import store as store_module
 from hogwild.checkpoint import views
 from hogwild.checkpoint.durable import FileLock
+from hogwild.checkpoint.reports import VerifyReport
 from hogwild.checkpoint.store import CheckpointStore
 from hogwild.errors import CheckpointError
 from hogwild.tasks.saving import Saver
@@ -287,6 +289,74 @@ def test_a_worker_killed_in_a_rollback_leaves_it_to_the_next(saver, attachment, 
     saver.bring_together(attachment)
     helpers.assert_equal(model.views, before)
     assert killed.version == 2
+
+
+# --- verifying --------------------------------------------------------------------------------------------------------
+
+
+class Finished:
+    """An operation's end."""
+
+    def __init__(self, saver) -> None:
+        self.result = self.error = None
+        saver._operations = self
+
+    def finish(self, operation, result=None, error=None):
+        self.result, self.error = result, error
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_verify_compares_files_and_live_weights(saver, attachment, trainer, wait):
+    end = Finished(saver)
+
+    def verify():
+        saver.verify(attachment, "op", wait=wait)
+        saver._join()
+        return end.result
+
+    step(attachment)
+    saver.sync(attachment, trainer, "due")
+    result = verify()
+    assert (result["ok"], result["unsaved"], result["generation"]) == (True, False, 1)
+    assert result["blocks_checked"] > result["live_blocks_checked"] > 10  # a tensor is not live
+    # Steps that are not saved are said, and are no damage
+    step(attachment)
+    result = verify()
+    assert (result["ok"], result["unsaved"]) == (True, True)
+    assert (result["weight_version"], result["live_version"]) == (1, 2)
+    assert result["live"].keys() == {"embed.weight", "head.weight"}
+    # ... while a byte on the disk is
+    path = saver.store.directory / "model-00001-of-00002.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x55")
+    assert not verify()["ok"] and sum(end.result["disk"].values()) == 1
+
+
+def test_verify_finds_live_weights_that_changed_without_a_step(saver, attachment, trainer, model):
+    end = Finished(saver)
+    step(attachment)
+    saver.sync(attachment, trainer, "due")
+    attachment.views["embed.weight"][0] += 1
+    saver.verify(attachment, "op")
+    assert (end.result["ok"], end.result["unsaved"], end.result["live"]) == (False, False, {"embed.weight": 1})
+    report = VerifyReport(**{field.name: end.result[field.name] for field in fields(VerifyReport)})
+    with pytest.raises(CheckpointError, match=r"1 blocks in the live weights.*No step was counted"):
+        report.raise_for_mismatch()
+    # Both ways out that the message names lead to weights that are the last generation
+    saver.rollback(attachment, trainer, 1, after=lambda: None)
+    saver.verify(attachment, "op")
+    assert not end.result["live"]
+    attachment.views["embed.weight"][0] += 1
+    saver.sync(attachment, trainer, "asked for", operation="op")
+    saver.verify(attachment, "op")
+    assert end.result["ok"] and end.result["generation"] == 2
+
+
+def test_verify_says_why_it_can_not(saver, attachment, trainer):
+    end = Finished(saver)
+    attachment.weights.begin_restore()
+    with pytest.raises(CheckpointError, match="only partly in the live weights"):
+        saver.verify(attachment, "op")
+    assert "only partly" in end.error.message
 
 
 # --- generations that were made while no worker ran -------------------------------------------------------------------
