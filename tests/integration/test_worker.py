@@ -15,6 +15,7 @@ import redis
 import torch
 from safetensors.torch import load_file
 
+from hogwild.checkpoint.store import CheckpointStore
 from hogwild.config import Settings
 from hogwild.errors import Conflict
 from hogwild.stack.services import settings_env
@@ -268,6 +269,37 @@ def test_worker_stopped_in_mid_job_saves_and_the_next_one_goes_on(site: Site) ->
     site.start_worker()
     done = site.finished(job, 300)
     assert (done.state, done.steps_applied, done.steps_interrupted) == ("succeeded", 400, 0)
+
+
+def test_live_weights_follow_a_rollback_that_was_made_without_the_worker(site: Site) -> None:
+    """Given a worker killed before it saved three steps, and weights that live on."""
+    saved = site.operate("sync").result["generation"]
+    before = site.disk()
+    version = site.finished(site.submit()).weight_version_last
+    child = site.child()
+    site.worker.send_signal(signal.SIGSTOP)  # or it would start another child
+    child.kill()
+    site.worker.kill()
+    site.worker.wait()
+    child.wait(60)
+    # When another generation is made the last one, and a worker comes back
+    with CheckpointStore.open(site.settings.model_checkpoint_dir, keep_last=99) as store:
+        store.rollback(store.generations()[-2].generation)
+        made = store.head
+    wanted = site.disk()
+    assert made.generation == saved + 1
+    assert not same(wanted, before)
+    site.start_worker()
+    found = site.operate("verify")
+    # Then the live weights are what was rolled back to, and the three steps are a generation
+    assert found.state == "succeeded", found.error
+    assert (found.result["ok"], found.result["unsaved"], found.result["live"]) == (True, False, {})
+    assert found.result["live_version"] > version
+    assert same(site.disk(), wanted)
+    generations = {g["generation"]: g for g in site.registry.checkpoint()["generations"]}
+    assert (generations[saved + 2]["kind"], generations[saved + 2]["weight_version"]) == ("sync", version)
+    assert generations[saved + 3]["restores"] == made.generation
+    assert site.finished(site.submit()).weight_version_first == found.result["live_version"] + 1
 
 
 def test_exporter_killed_in_mid_job_loses_no_step(site: Site) -> None:
