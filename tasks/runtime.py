@@ -167,7 +167,7 @@ class Runtime:
         """A sync that must not stop what comes after it."""
         try:
             live.saver.sync(live.attachment, live.trainer, reason)
-        except (HogwildError, OSError):
+        except Exception:
             logger.exception("the sync failed; the checkpoint is generation %d", live.saver.store.head.generation)
 
     def stopping(self) -> bool:
@@ -378,7 +378,7 @@ class Runtime:
             self.run_operation(operation.id, in_job=True)
         if time.monotonic() - self._asked_due_at >= DUE_S:
             self._asked_due_at = time.monotonic()
-            live.saver.sync_if_due(live.attachment, live.trainer, wait=False)
+            self._sync_if_due(live, wait=False)
 
     def step_started(self, job_id: str, step: int, n_steps: int) -> None:
         """For the status: which step is being written."""
@@ -415,12 +415,16 @@ class Runtime:
 
     # --- syncs and rollbacks ------------------------------------------------------------------------------------------
 
+    def _sync_if_due(self, live: Live, *, wait: bool) -> None:
+        if not live.saver.sync_if_due(live.attachment, live.trainer, wait=wait):
+            _end_if_cuda_is_broken()
+
     def tick(self) -> None:
         """Beat's question, when no job runs."""
         with self.weights_lock:
             self._poll()
             if self._live is not None:
-                self._live.saver.sync_if_due(self._live.attachment, self._live.trainer, wait=True)
+                self._sync_if_due(self._live, wait=True)
             self.ledger.reconcile(self.worker_id)
             self.operations.reconcile(self.worker_id)
 
@@ -446,8 +450,9 @@ class Runtime:
                     live.saver.sync(live.attachment, live.trainer, "asked for", wait=not in_job, operation=operation)
                 else:
                     self._rollback(live, operation)
-            except (HogwildError, OSError):
+            except Exception:
                 logger.exception("%s failed", operation.kind)
+                _end_if_cuda_is_broken()
             finally:
                 self._status = before
                 self.heartbeat()
@@ -461,7 +466,7 @@ class Runtime:
             report = live.saver.rollback(
                 live.attachment, live.trainer, int(operation.params["generation"]), after=after
             )
-        except (HogwildError, OSError) as error:
+        except Exception as error:
             self.operations.finish(operation, error=error)
             raise
         self.operations.finish(operation, report)

@@ -9,10 +9,13 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import redis
+import torch
 from safetensors import SafetensorError
 
 from hogwild.checkpoint.store import CheckpointStore
@@ -21,7 +24,7 @@ from hogwild.errors import AttachRefused, CheckpointError, HogwildError
 from hogwild.gpu_worker.config import TrainConfig
 from hogwild.gpu_worker.engine import Trainer
 from hogwild.tasks.dirty import Dirty
-from hogwild.tasks.metrics import SyncFigures, record_sync, record_undo
+from hogwild.tasks.metrics import SyncFigures, record_failed_sync, record_sync, record_undo
 from hogwild.tasks.operations import Operation, Operations
 from hogwild.tasks.registry import Registry
 
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BACKOFF_S = (5.0, 600.0)  # first and longest pause after a sync that failed
+DOUBLINGS = 16  # more would change nothing, and a thousand of them are no float any more
 # Optimizer state up to this size is saved within the pause of a sync beside training (a tenth of a second); more of it
 # waits for a sync that no job runs beside.
 SMALL_STATE = 256 << 20
@@ -127,16 +131,28 @@ class Saver:
 
     # --- syncs --------------------------------------------------------------------------------------------------------
 
-    def sync_if_due(self, attachment: "Attachment", trainer: Trainer, *, wait: bool) -> None:
-        """A sync when the debounce says so; one that fails is logged and tried again after a pause."""
-        if time.monotonic() < self._not_before or (self._commit is not None and not self._commit.done()):
-            return
+    @property
+    def busy(self) -> bool:
+        """A commit runs beside training; another sync would wait for it."""
+        return self._commit is not None and not self._commit.done()
+
+    def sync_if_due(self, attachment: "Attachment", trainer: Trainer, *, wait: bool) -> bool:
+        """A sync when the debounce says so. False: it failed, was logged, and is tried again after a pause.
+
+        Whatever the failure is, a card without memory for the fingerprints among others: a sync that can be repeated
+        is no reason for a job to fail.
+        """
+        if time.monotonic() < self._not_before or self.busy:
+            return True
         if not self._dirty.due(self._settings.sync_quiet_s, self._settings.sync_max_age_s):
-            return
+            return True
         try:
             self.sync(attachment, trainer, "due", wait=wait)
-        except (HogwildError, OSError):
-            logger.exception("sync failed; it is tried again in %.0f s", self._not_before - time.monotonic())
+        except Exception:
+            pause = max(0.0, self._not_before - time.monotonic())
+            logger.exception("the sync failed; it is tried again in %.0f s", pause)
+            return False
+        return True
 
     def sync(
         self,
@@ -150,7 +166,8 @@ class Saver:
         """Write a generation if anything changed.
 
         `wait`: until it is on disk; otherwise the caller goes on after the pause, and `operation` is finished later. A
-        failure is noted (status, operation) and raised: CheckpointError, OSError.
+        failure is noted (status, operation) and raised: CheckpointError, OSError, and where memory is short what torch
+        and Python raise then.
         """
         self._join()
         if attachment.weights.restoring:  # a rollback did not get as far as the live weights
@@ -166,6 +183,7 @@ class Saver:
         jobs, self._jobs = self._jobs, []
         pending = None
         try:
+            torch.cuda.empty_cache()  # fingerprints need room on the card, and training keeps what it ever had
             pending = self.store.begin_sync(attachment.views, weight_version=version, jobs=jobs)
             outdated = self._save_optimizer(trainer, version, all_sizes=wait)
         except BaseException as error:
@@ -208,10 +226,17 @@ class Saver:
             )
             self._committer.submit(self._make_undo_data)
 
+        def commit_beside() -> None:
+            try:
+                commit()
+            except Exception:
+                logger.exception("the sync failed; the checkpoint is generation %d", self.store.head.generation)
+                raise
+
         if wait:
             commit()
         else:
-            self._commit = self._committer.submit(commit)
+            self._commit = self._committer.submit(commit_beside)
 
     def _make_undo_data(self) -> None:
         """What a sync leaves for later, beside the next steps; the next commit does it if this fails."""
@@ -227,14 +252,16 @@ class Saver:
     def _failed(self, error: BaseException, jobs: list[str], operation: Operation | None) -> None:
         """Nothing is lost: the steps stay marked as unsaved, and the next try comes after a growing pause."""
         first, longest = BACKOFF_S
-        pause = min(longest, first * 2**self._failures)
+        pause = min(longest, first * 2 ** min(self._failures, DOUBLINGS))
         self._failures += 1
         self._not_before = time.monotonic() + pause
-        self._jobs = jobs + self._jobs
-        message = getattr(error, "message", str(error))
+        self._jobs = list(dict.fromkeys(jobs + self._jobs))
+        message = getattr(error, "message", None) or f"{type(error).__name__}: {error}"
         self.error = {"message": message, "failures": self._failures, "retry_in_s": pause, "at": time.time()}
         if operation is not None:
             self._operations.finish(operation, error=error)
+        with suppress(redis.RedisError):
+            record_failed_sync(self._dirty.client, self._settings.model_name)
 
     def _join(self) -> None:
         """Wait for a commit that runs beside training; its failure was reported where it happened."""

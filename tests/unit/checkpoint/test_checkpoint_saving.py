@@ -59,6 +59,7 @@ def attachment(model, tmp_path):
 def saver(store, tmp_path, monkeypatch):
     monkeypatch.setattr("hogwild.tasks.saving.record_sync", lambda *_: None)
     monkeypatch.setattr("hogwild.tasks.saving.record_undo", lambda *_: None)
+    monkeypatch.setattr("hogwild.tasks.saving.record_failed_sync", lambda *_: None)
     settings = SimpleNamespace(data_dir=tmp_path / "data", model_name="m", model_slug="m")
     opened = Saver(settings, store=store, dirty=Nobody(), operations=Nobody(), registry=Nobody())
     yield opened

@@ -1,0 +1,233 @@
+"""The worker's syncs in one process, with a real Redis, a real checkpoint and a real weight state.
+
+What happens when they fail or come too late, and what others see of it.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import redis
+import torch
+from fastapi.testclient import TestClient
+from safetensors.torch import save_file
+
+from hogwild.api.app import create_app
+from hogwild.checkpoint.store import CheckpointStore
+from hogwild.config import Settings
+from hogwild.errors import CheckpointError
+from hogwild.tasks import saving
+from hogwild.tasks.runtime import Live, Runtime
+from hogwild.tasks.saving import Saver
+from hogwild.weight_state import WeightState
+
+
+class Trainer:
+    """One whose optimizer has a state of eight bytes."""
+
+    def __init__(self) -> None:
+        self.optimizer = SimpleNamespace(allocated_bytes=lambda: 8, kind="none")
+
+    def save_optimizer(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"moments")
+
+    def rolled_back(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class Bench:
+    """A worker that is attached to weights of this process."""
+
+    def __init__(self, settings: Settings, folder: Path) -> None:
+        model = folder / "model"
+        model.mkdir()
+        save_file({"w": torch.randn(64, 1024)}, model / "model.safetensors")
+        (model / "config.json").write_text("{}")
+        self.settings = settings
+        self.runtime = Runtime(settings, stop_file=folder / "stop")
+        self.runtime.stopping = lambda: False  # type: ignore[method-assign]
+        self.views = {"w": torch.zeros(64, 1024)}
+        self.weights = WeightState.create(folder / "weights.state", "0" * 32)
+        self.trainer = Trainer()
+        self.saver = Saver(
+            settings,
+            store=CheckpointStore.open(settings.model_checkpoint_dir, source=model, keep_last=8),
+            dirty=self.runtime.dirty,
+            operations=self.runtime.operations,
+            registry=self.runtime.registry,
+        )
+        self.attachment: Any = SimpleNamespace(
+            views=self.views,
+            weights=self.weights,
+            manifest=SimpleNamespace(model_path=str(model), device="cpu"),
+            nbytes=self.views["w"].nbytes,
+            alive=lambda: True,
+            closed=False,
+        )
+        self.attachment.close = lambda: setattr(self.attachment, "closed", True)
+        governor: Any = SimpleNamespace(status=dict, close=lambda: None)
+        self.runtime._saver = self.saver
+        self.live = Live(self.attachment, self.trainer, self.saver, governor, lambda: None)
+        self.runtime._live = self.live
+        self.runtime.lifecycle.attachment = self.attachment
+        self.saver.store.restore(self.views)
+        self.saver.publish()
+
+    def step(self, amount: float = 1.0) -> int:
+        """A training step, as a job does it."""
+        self.weights.begin()
+        self.views["w"] += amount
+        version = self.weights.applied()
+        self.runtime.dirty.mark_dirty(version)
+        return version
+
+    def status(self) -> dict[str, Any]:
+        self.runtime.heartbeat()
+        return self.runtime.registry.worker() or {}
+
+
+@pytest.fixture
+def bench(settings: Settings, redis_client: redis.Redis, tmp_path: Path) -> Iterator[Bench]:
+    made = Bench(settings.model_copy(update={"sync_quiet_s": 0.0}), tmp_path)
+    yield made
+    made.saver.close()
+    made.runtime.client.close()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The saver's own clock; `clock.now` is moved by the test."""
+    moved = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(saving, "time", SimpleNamespace(monotonic=lambda: moved.now, time=time.time, sleep=time.sleep))
+    return moved
+
+
+def failing(error: BaseException) -> Callable[..., Any]:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return fail
+
+
+def metric(settings: Settings, name: str) -> float:
+    with TestClient(create_app(settings)) as http:
+        lines = http.get("/metrics").text.splitlines()
+    return float(next(line for line in lines if line.startswith(f"{name} ")).split()[1])
+
+
+# --- a sync that fails ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("pinned")])
+def test_a_sync_that_runs_out_of_memory_does_not_end_the_job_beside_it(
+    bench: Bench, clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    bench.step()
+    with monkeypatch.context() as patched:
+        patched.setattr(bench.saver.store, "begin_sync", failing(error))
+        bench.runtime.between_steps()  # a job's look around: whatever it raises ends the job
+        bench.runtime._asked_due_at = 0.0
+        bench.runtime.between_steps()
+    assert bench.saver.error is not None and bench.saver.error["failures"] == 1  # and no more within the pause
+    assert type(error).__name__ in bench.saver.error["message"]
+    clock.now += 5.0
+    bench.runtime.tick()
+    assert bench.saver.store.head.weight_version == 1
+
+
+def test_an_operation_that_runs_out_of_memory_fails_with_its_reason(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.step()
+    sync, rollback = bench.runtime.operations.submit("sync"), bench.runtime.operations.submit("rollback", generation=0)
+    with monkeypatch.context() as patched:
+        patched.setattr(bench.saver.store, "begin_sync", failing(torch.OutOfMemoryError("no room")))
+        bench.runtime.between_steps()
+    for operation in (sync, rollback):
+        ended = bench.runtime.operations.get(operation)
+        assert ended.state == "failed" and "no room" in ended.error["message"]
+
+
+def test_what_training_keeps_of_the_card_is_free_when_a_sync_begins(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    begin = bench.saver.store.begin_sync
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: seen.append("emptied"))
+    monkeypatch.setattr(bench.saver.store, "begin_sync", lambda *a, **k: (seen.append("begun"), begin(*a, **k))[1])
+    bench.step()
+    bench.runtime.tick()
+    assert seen == ["emptied", "begun"]
+
+
+def test_the_pause_after_failures_doubles_up_to_ten_minutes_for_ever(
+    bench: Bench, clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.step()
+    monkeypatch.setattr(bench.saver.store, "begin_sync", failing(CheckpointError("the disk is full")))
+    pauses = []
+    for _ in range(9):
+        bench.runtime.tick()
+        pauses.append(bench.saver.error["retry_in_s"])
+        bench.runtime.tick()  # too early: nothing is tried
+        clock.now += pauses[-1]
+    assert pauses == [5, 10, 20, 40, 80, 160, 320, 600, 600]
+    assert bench.saver.error["failures"] == 9
+    bench.saver._failures = 5000  # a month of them
+    bench.runtime.tick()
+    assert bench.saver.error["retry_in_s"] == 600
+
+
+def test_a_failed_sync_is_seen_and_leaves_the_steps_unsaved(
+    bench: Bench, clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.step()
+    bench.step()
+    with monkeypatch.context() as patched:
+        patched.setattr(bench.saver.store, "begin_sync", failing(CheckpointError("the disk is full")))
+        bench.runtime.tick()
+    assert bench.status()["sync_error"]["message"] == "the disk is full"
+    state = bench.runtime.dirty.state()
+    assert (state.dirty, state.steps, state.weight_version) == (True, 2, 2)
+    assert metric(bench.settings, "hogwild_syncs_failed_total") == 1
+    # When it works again
+    clock.now += 5.0
+    bench.runtime.tick()
+    assert bench.status()["sync_error"] is None
+    assert not bench.runtime.dirty.state().dirty
+    assert metric(bench.settings, "hogwild_syncs_failed_total") == 1
+
+
+def test_a_commit_beside_training_that_fails_is_tried_again(
+    bench: Bench, clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench.step()
+    with monkeypatch.context() as patched:
+        patched.setattr(bench.saver.store, "_write", failing(MemoryError()))
+        bench.runtime.between_steps()
+        bench.saver._join()
+    assert "MemoryError" in caplog.text
+    assert bench.runtime.dirty.state().steps == 1
+    bench.runtime._asked_due_at, clock.now = 0.0, clock.now + 5.0
+    bench.runtime.between_steps()
+    bench.saver._join()
+    assert bench.saver.store.head.weight_version == 1
+
+
+def test_two_beats_that_tick_at_once_make_one_sync(bench: Bench) -> None:
+    bench.step()
+    ticks = [threading.Thread(target=bench.runtime.tick) for _ in range(2)]
+    for tick in ticks:
+        tick.start()
+    for tick in ticks:
+        tick.join()
+    assert bench.saver.store.head.generation == 1
+    assert metric(bench.settings, "hogwild_syncs_total") == 1
