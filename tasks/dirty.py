@@ -5,7 +5,6 @@ quiet for `quiet_s`, or is unsaved for longer than `max_age_s`. Many jobs, one s
 goes on leaves the steps since its snapshot unsaved.
 """
 
-import secrets
 from dataclasses import dataclass
 
 from hogwild.tasks.connections import Client
@@ -34,7 +33,6 @@ end
 redis.call('HSET', KEYS[2], 'generation', ARGV[1], 'weight_version', ARGV[2], 'at', now)
 return 1
 """
-_UNLOCK = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,6 @@ class Dirty:
         self.keys = Keys(model)
         self._mark = client.register_script(_MARK)
         self._clear = client.register_script(_CLEAR)
-        self._unlock = client.register_script(_UNLOCK)
 
     def mark_dirty(self, weight_version: int, n_steps: int = 1) -> None:
         """`n_steps` more steps are in the weights, which now have `weight_version`."""
@@ -111,15 +108,3 @@ class Dirty:
         if at < state.last_at:
             return True
         return at - state.last_at >= quiet_s or at - state.oldest_at >= max_age_s
-
-    def lock(self, ttl_s: float = 900.0) -> str | None:
-        """Be the only one that syncs; the token for `unlock`, or None when another has the lock.
-
-        `ttl_s`: after this a holder that died is given up.
-        """
-        token = secrets.token_hex(8)
-        return token if self.client.set(self.keys("sync-lock"), token, nx=True, px=int(ttl_s * 1000)) else None
-
-    def unlock(self, token: str) -> bool:
-        """False when the lock had expired and may be another's now."""
-        return bool(self._unlock(keys=[self.keys("sync-lock")], args=[token]))

@@ -54,10 +54,3 @@ def test_sync_on_demand_is_due_at_once(dirty):
 def test_clock_that_jumped_back_does_not_stop_syncs(dirty):
     dirty.mark_dirty(1)
     assert dirty.due(600, 3600, now=dirty.state().last_at - 86_400)
-
-
-def test_only_one_syncs(dirty):
-    token = dirty.lock()
-    assert token and dirty.lock() is None
-    assert not dirty.unlock("another's")
-    assert dirty.unlock(token) and dirty.lock()
