@@ -53,7 +53,8 @@ logger = logging.getLogger(__name__)
 
 WATCH_S = 0.5  # how soon a vLLM that came or went is noticed while no job runs
 DUE_S = 1.0  # how often a running job asks Redis whether a sync is due
-LAST_SYNC_S = 90.0  # a stopping worker's last sync may take this long, then the process ends without it
+ENDING_S = 5.0  # from the last sync's end, or its bound, to the end of the process
+STOPPED_S = 10.0  # a stopping worker's child that has nothing to do gets its parent's word within this
 PREFIX_CACHE_S = 5.0  # vLLM refuses to forget prefixes that running requests hold: asked again for this long
 
 
@@ -96,8 +97,11 @@ class Runtime:
         self._saver: Saver | None = None  # outlives vLLM: the directory stays open, and so locked
         self._stop_file = stop_file
         self._parent = os.getppid()
-        self._ending = threading.Event()
+        self._ending, self._ended = threading.Event(), threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="hogwild-watch", daemon=True)
+        self._beater = threading.Thread(target=self._beat, name="hogwild-heartbeat", daemon=True)
+        self._weight_bytes = 0  # of the vLLM that was attached last
+        self._unsaved = ""  # what the last sync is about, for the log
         self._asked_due_at = 0.0
         self._task_ends_at = math.inf
         self._status: dict[str, Any] = {}
@@ -115,28 +119,39 @@ class Runtime:
         self.ledger.reconcile(self.worker_id, grace_s=0)
         self.operations.reconcile(self.worker_id)
         self._watcher.start()
+        self._beater.start()
 
     def _watch(self) -> None:
-        beat_at = 0.0
+        idle_since = math.inf  # of a worker that is asked to stop
         while not self._ending.wait(WATCH_S):
             try:
-                if self.weights_lock.acquire(blocking=False):
+                idle = self.weights_lock.acquire(blocking=False)
+                if idle:
                     try:
-                        if self._orphaned:
-                            logger.error("the worker's parent process is gone: saving and ending")
-                            try:
-                                self._last_sync()
-                            finally:
-                                os._exit(1)  # the pool's loop would wait for its parent for ever
                         self._poll()
                     finally:
                         self.weights_lock.release()
-                if time.monotonic() >= beat_at:
-                    beat_at = time.monotonic() + HEARTBEAT_S
-                    self.heartbeat()
+                now = time.monotonic()
+                idle_since = min(idle_since, now) if idle and self._stop_file.exists() else math.inf
+                if idle and (self._orphaned or now - idle_since > STOPPED_S):
+                    # The pool's loop would wait for its parent for ever: that is gone, or ends without a word (a cold
+                    # shutdown tells its children by SIGTERM, which they do not hear).
+                    logger.error("the worker's parent process is gone or going: saving and ending")
+                    try:
+                        self.shutdown()
+                    finally:
+                        os._exit(1)
             except Exception:  # the watcher must outlive every hiccup of Redis, the disk or vLLM
                 logger.exception("while watching")
                 _end_if_cuda_is_broken()
+
+    def _beat(self) -> None:
+        """Say that this worker lives, also while it saves what a vLLM left, or before it ends."""
+        while not self._ended.wait(HEARTBEAT_S):
+            try:
+                self.heartbeat()
+            except Exception:  # of Redis, or of what is just being attached or let go
+                logger.exception("while reporting")
 
     def _poll(self) -> None:
         """One look at vLLM; attaches or detaches. The caller holds `weights_lock`."""
@@ -146,29 +161,39 @@ class Runtime:
             self.heartbeat()
 
     def shutdown(self) -> None:
-        """The last chance: what was trained and not yet saved goes to disk, bounded in time."""
+        """The last chance: what was trained and not yet saved goes to disk, bounded in time.
+
+        The process ends afterwards without waiting for threads: one may hang with the disk.
+        """
         self._ending.set()
-        last = threading.Thread(target=self._last_sync, name="hogwild-last-sync", daemon=True)
+        seconds = self.settings.last_sync_bound(self._weight_bytes)
+        last = threading.Thread(
+            target=self._last_sync, args=(time.monotonic() + seconds,), name="hogwild-last-sync", daemon=True
+        )
         last.start()
-        last.join(LAST_SYNC_S)
+        last.join(seconds + ENDING_S)
         if last.is_alive():
-            logger.error("the last sync took longer than %.0f s: ending without it", LAST_SYNC_S)
+            logger.error("the last sync took longer than %.0f s: ending without its end; %s", seconds, self._unsaved)
+        self._ended.set()
         self.registry.unregister_worker(self.worker_id)
 
-    def _last_sync(self) -> None:
+    def _last_sync(self, until: float) -> None:
         with self.weights_lock:
-            if self._live is not None:
-                self._save("shutdown", self._live)
+            live, self._live = self._live, None
+            if live is not None:
+                self._last_chance("shutdown", live, until)
             self.lifecycle.close()
             if self._saver is not None:
                 self._saver.close()
 
-    def _save(self, reason: str, live: Live) -> None:
-        """A sync that must not stop what comes after it."""
-        try:
-            live.saver.sync(live.attachment, live.trainer, reason)
-        except Exception:
-            logger.exception("the sync failed; the checkpoint is generation %d", live.saver.store.head.generation)
+    def _last_chance(self, reason: str, live: Live, until: float) -> None:
+        self._unsaved = live.saver.unsaved(live.attachment)
+        if live.saver.last_chance(
+            live.attachment, live.trainer, reason, until=until, failed=_end_if_cuda_is_broken
+        ):
+            self._unsaved = "all weights are saved"
+        else:
+            logger.error("%s: the weights could not be saved in time; %s", reason, live.saver.unsaved(live.attachment))
 
     def stopping(self) -> bool:
         """Whether this worker was asked to stop, its parent was killed, or Celery would soon kill it."""
@@ -195,6 +220,7 @@ class Runtime:
     def _on_attached(self, attachment: "Attachment") -> None:
         """Called by the lifecycle with a verified attachment: build what trains, bring disk and weights together."""
         manifest, settings = attachment.manifest, self.settings
+        self._weight_bytes = attachment.nbytes
         model = build_model(attachment)
         if self._saver is None:
             self._saver = Saver.open(
@@ -247,13 +273,18 @@ class Runtime:
         )
 
     def _on_lost(self, attachment: "Attachment") -> None:
-        """vLLM is gone; its memory is still mapped here: save what it holds, then let go."""
+        """vLLM is gone; its memory is still mapped here: save what it holds, then let go.
+
+        What fails (a reader of the files, a full disk) is tried again for as long as a last sync may take: these
+        weights are nowhere else.
+        """
+        until = time.monotonic() + self.settings.last_sync_bound(self._weight_bytes)
         live, self._live = self._live, None
         if live is None:  # it went while it was being attached
             attachment.close()
             return
         try:
-            self._save("vLLM is gone", live)
+            self._last_chance("vLLM is gone", live, until)
         finally:
             live.close()
             del live

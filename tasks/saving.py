@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 
 from hogwild.checkpoint.store import CheckpointStore
-from hogwild.config import Settings
+from hogwild.config import LAST_SYNC_RATE, Settings
 from hogwild.errors import AttachRefused, CheckpointError, HogwildError
 from hogwild.gpu_worker.config import TrainConfig
 from hogwild.gpu_worker.engine import Trainer
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BACKOFF_S = (5.0, 600.0)  # first and longest pause after a sync that failed
+LAST_CHANCE_S = (0.5, 5.0)  # the same where there is no later: a reader ends, somebody makes room on the disk
 DOUBLINGS = 16  # more would change nothing, and a thousand of them are no float any more
 # Optimizer state up to this size is saved within the pause of a sync beside training (a tenth of a second); more of it
 # waits for a sync that no job runs beside.
@@ -238,6 +240,78 @@ class Saver:
         else:
             self._commit = self._committer.submit(commit_beside)
 
+    def last_chance(
+        self, attachment: "Attachment", trainer: Trainer, reason: str, *, until: float, failed: Callable[[], None]
+    ) -> bool:
+        """Try to get the live weights into a generation until `until` (`time.monotonic()`); whether they are in one.
+
+        Their memory may go when this returns: a commit that is still running has copied what it writes. A failure is
+        logged, `failed` is called, and the next try comes after a short pause. The optimizer's state follows the
+        weights, where time is left for it.
+        """
+        pause, longest = LAST_CHANCE_S
+        while True:
+            try:
+                saved = self._try_last(attachment, reason, until)
+            except Exception:
+                logger.exception("%s: the sync failed", reason)
+                saved = False
+            if saved:
+                break
+            failed()
+            left = until - time.monotonic()
+            if left <= 0:
+                return False
+            time.sleep(min(pause, left))
+            pause = min(longest, 2 * pause)
+        self._save_last_optimizer(trainer, attachment.weights.version, until)
+        return True
+
+    def _try_last(self, attachment: "Attachment", reason: str, until: float) -> bool:
+        weights = attachment.weights
+
+        def durable() -> bool:
+            return not weights.restoring and self.store.head.weight_version == weights.version
+
+        if not self._finished(until, durable):
+            return False
+        if durable():
+            return True
+        self.sync(attachment, None, reason, wait=False)
+        if self._commit is None:
+            return True
+        return self._finished(until, durable) and (durable() or self._commit.exception() is None)
+
+    def _finished(self, until: float, enough: Callable[[], bool]) -> bool:
+        """Wait for a commit that is under way, or until `enough`; False when there was no time for it."""
+        while self.busy and not enough():
+            left = until - time.monotonic()
+            if left <= 0:
+                return False
+            wait_for([self._commit], min(left, 0.2))  # type: ignore[list-item]
+        return True
+
+    def _save_last_optimizer(self, trainer: Trainer, version: int, until: float) -> None:
+        if trainer.optimizer is None or self._optimizer_path(version).exists():
+            return
+        seconds = trainer.optimizer.allocated_bytes() / LAST_SYNC_RATE
+        if seconds > until - time.monotonic():
+            logger.warning("no time is left for the optimizer's state: the next job begins with an older one, or none")
+            return
+        try:
+            for path in self._save_optimizer(trainer, version, all_sizes=True):
+                path.unlink(missing_ok=True)
+        except Exception:
+            logger.exception("the optimizer's state was not saved: the next job begins with an older one, or none")
+
+    def unsaved(self, attachment: "Attachment") -> str:
+        """What would be lost with the live weights, for a log."""
+        head, version = self.store.head, attachment.weights.version
+        return (
+            f"generation {head.generation} holds weight version {head.weight_version}, the live weights are version "
+            f"{version}"
+        )
+
     def _make_undo_data(self) -> None:
         """What a sync leaves for later, beside the next steps; the next commit does it if this fails."""
         try:
@@ -341,6 +415,9 @@ class Saver:
                 found.append((int(version), path))
         return sorted(found, reverse=True)
 
+    def _optimizer_path(self, version: int) -> Path:
+        return self._settings.data_dir / "optimizer" / f"{self._settings.model_slug}@{version}.safetensors"
+
     def _save_optimizer(self, trainer: Trainer | None, version: int, *, all_sizes: bool) -> list[Path]:
         """Beside each generation, so that a restarted worker goes on with the moments it had then. Returns the files
         that it replaces, to be removed when the generation is there."""
@@ -348,7 +425,7 @@ class Saver:
             return []
         if not all_sizes and trainer.optimizer.allocated_bytes() > SMALL_STATE:
             return []
-        path = self._settings.data_dir / "optimizer" / f"{self._settings.model_slug}@{version}.safetensors"
+        path = self._optimizer_path(version)
         try:
             trainer.save_optimizer(path)
         except SafetensorError as error:  # how safetensors reports a full disk, among others

@@ -3,6 +3,8 @@
 What happens when they fail or come too late, and what others see of it.
 """
 
+import errno
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,10 +19,12 @@ from fastapi.testclient import TestClient
 from safetensors.torch import save_file
 
 from hogwild.api.app import create_app
+from hogwild.checkpoint.durable import FileLock
 from hogwild.checkpoint.store import CheckpointStore
 from hogwild.config import Settings
 from hogwild.errors import CheckpointError
-from hogwild.tasks import saving
+from hogwild.stack import services
+from hogwild.tasks import runtime, saving
 from hogwild.tasks.runtime import Live, Runtime
 from hogwild.tasks.saving import Saver
 from hogwild.weight_state import WeightState
@@ -231,3 +235,97 @@ def test_two_beats_that_tick_at_once_make_one_sync(bench: Bench) -> None:
         tick.join()
     assert bench.saver.store.head.generation == 1
     assert metric(bench.settings, "hogwild_syncs_total") == 1
+
+
+# --- the last chance --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reader(bench: Bench) -> Iterator[FileLock]:
+    """Somebody who reads the files, and does not end."""
+    bench.saver.store._readers._patience = 0.1
+    lock = FileLock(bench.saver.store.directory / ".hogwild" / "readers.lock")
+    assert lock.acquire(shared=True)
+    yield lock
+    lock.release()
+
+
+def lose(bench: Bench) -> None:
+    """vLLM is gone, as the lifecycle sees it."""
+    bench.attachment.alive = lambda: False
+    bench.runtime._poll()
+
+
+@pytest.mark.parametrize("end", ["vLLM is gone", "shutdown"])
+def test_a_reader_that_ends_in_time_costs_no_step_of_the_last_sync(bench: Bench, reader: FileLock, end: str) -> None:
+    # Given a generation that is durable and waits for a reader of the files, and steps since then
+    bench.step()
+    bench.runtime.tick()
+    assert bench.saver.store.head.weight_version == 1
+    bench.step()
+    threading.Timer(1.0, reader.release).start()
+    # When there is no later
+    if end == "shutdown":
+        bench.runtime.shutdown()
+    else:
+        lose(bench)
+    # Then the weights were held on to until the reader had gone
+    assert bench.saver.store.head.weight_version == 2
+    assert bench.attachment.closed
+
+
+@pytest.mark.parametrize("end", ["vLLM is gone", "shutdown"])
+def test_a_disk_that_is_full_for_a_moment_costs_no_step_of_the_last_sync(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    bench.step()
+    write, tries = bench.saver.store._write, []
+
+    def full_at_first(*args: Any) -> Any:
+        tries.append(1)
+        if len(tries) < 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(*args)
+
+    monkeypatch.setattr(bench.saver.store, "_write", full_at_first)
+    bench.runtime.shutdown() if end == "shutdown" else lose(bench)
+    assert (len(tries), bench.saver.store.head.weight_version) == (3, 1)
+    assert [path.name for _, path in bench.saver._optimizer_files()] == ["tiny@1.safetensors"]
+
+
+@pytest.mark.parametrize("end", ["vLLM is gone", "shutdown"])
+def test_a_last_sync_that_does_not_end_is_given_up_at_its_bound(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, end: str
+) -> None:
+    monkeypatch.setattr(runtime, "ENDING_S", 0.5)
+    bench.runtime.settings = bench.settings.model_copy(update={"last_sync_s": 1.0})
+    bench.step()
+    bench.runtime.tick()
+    bench.step()
+    stuck = threading.Event()
+    write = bench.saver.store._write
+    monkeypatch.setattr(bench.saver.store, "_write", lambda *args: (stuck.wait(), write(*args))[1])
+    began = time.monotonic()
+    try:
+        bench.runtime.shutdown() if end == "shutdown" else lose(bench)
+        assert 1.0 <= time.monotonic() - began < 5.0
+        assert "generation 1 holds weight version 1, the live weights are version 2" in caplog.text
+        assert bench.attachment.closed
+    finally:
+        stuck.set()
+
+
+def test_the_last_sync_gets_longer_with_the_model_and_up_waits_for_it(settings: Settings, tmp_path: Path) -> None:
+    def worker(chosen: Settings) -> Any:
+        return next(s for s in services.build(chosen, vllm=False) if s.name == "worker")
+
+    assert worker(settings).stop_wait_s == 90 + 30
+    directory = settings.model_checkpoint_dir
+    directory.mkdir(parents=True)
+    with (directory / "model.safetensors").open("wb") as file:
+        file.truncate(65 * 10**9)  # a hole
+    assert worker(settings).stop_wait_s == 90 + 650 + 30
+    assert worker(settings).env["HOGWILD_LAST_SYNC_S"] == "740.0"
+    chosen = settings.model_copy(update={"last_sync_s": 2000.0})
+    assert worker(chosen).stop_wait_s == 2030
+    assert worker(chosen).env["HOGWILD_LAST_SYNC_S"] == "2000.0"

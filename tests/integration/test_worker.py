@@ -66,7 +66,7 @@ class Site:
             self.worker = subprocess.Popen(
                 [sys.executable, "-m", "celery", "-A", "hogwild.tasks.worker:app", "worker", "-Q", self.settings.queue,
                  "-c", "1", "--pool", "prefork", "-E", "--loglevel", "INFO", "-n", "tiny@%h"],
-                env=self.env, stdout=log, stderr=log)  # fmt: skip
+                env=self.env, stdout=log, stderr=log, start_new_session=True)  # fmt: skip
 
     def child(self) -> psutil.Process:
         """The pool's process: it says its pid in its status."""
@@ -258,6 +258,32 @@ def test_worker_stopped_in_mid_job_saves_and_the_next_one_goes_on(site: Site) ->
     site.start_worker()
     done = site.finished(job, 300)
     assert (done.state, done.steps_applied, done.steps_interrupted) == ("succeeded", 400, 0)
+
+
+def test_sigterm_to_all_processes_of_the_worker_cuts_no_step_and_saves(site: Site) -> None:
+    """As systemd and a machine that shuts down send it; twice, because some are impatient."""
+    job = site.submit(**ENDLESS)
+    site.stepping(job)
+    before = site.disk()
+    os.killpg(site.worker.pid, signal.SIGTERM)
+    time.sleep(0.2)
+    os.killpg(site.worker.pid, signal.SIGTERM)
+    site.worker.wait(120)
+    stopped = site.ledger.get(job)
+    assert (stopped.state, stopped.steps_interrupted) == ("queued", 0)
+    assert stopped.steps_applied == stopped.steps_begun
+    assert not same(site.disk(), before)
+    assert site.dirty.state().synced_version == stopped.weight_version_last
+    site.ledger.request(job, "cancel")
+
+    # and the same where no job runs
+    site.start_worker()
+    until(site.attached, what="attaching")
+    done = site.finished(site.submit())
+    os.killpg(site.worker.pid, signal.SIGTERM)
+    site.worker.wait(120)
+    assert site.dirty.state().synced_version == done.weight_version_last
+    site.start_worker()
 
 
 def test_exporter_killed_in_mid_job_loses_no_step(site: Site) -> None:
