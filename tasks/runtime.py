@@ -42,6 +42,7 @@ from hogwild.tasks.control import JobControl, JobParked, WorkerStopping
 from hogwild.tasks.dirty import Dirty
 from hogwild.tasks.ledger import Lease, Ledger
 from hogwild.tasks.operations import Operation, Operations
+from hogwild.tasks.prefix_cache import PrefixCache
 from hogwild.tasks.progress import send_progress
 from hogwild.tasks.registry import HEARTBEAT_S, ModelInfo, Registry
 from hogwild.tasks.saving import Saver
@@ -55,7 +56,7 @@ WATCH_S = 0.5  # how soon a vLLM that came or went is noticed while no job runs
 DUE_S = 1.0  # how often a running job asks Redis whether a sync is due
 ENDING_S = 5.0  # from the last sync's end, or its bound, to the end of the process
 STOPPED_S = 10.0  # a stopping worker's child that has nothing to do gets its parent's word within this
-PREFIX_CACHE_S = 5.0  # vLLM refuses to forget prefixes that running requests hold: asked again for this long
+PREFIX_CACHE_S = 5.0  # a job, or a rollback, waits this long for requests that hold prefixes of older weights
 
 
 def _nothing() -> None:
@@ -91,6 +92,7 @@ class Runtime:
         self.operations = Operations(self.client, self.ledger.messages, settings.model_name)
         self.registry = Registry(self.client, settings.model_name)
         self.dirty = Dirty(self.client, settings.model_name)
+        self.prefix_cache = PrefixCache(settings.model_runtime_dir)
         self.weights_lock = threading.RLock()
         self.lifecycle = Lifecycle(settings.model_runtime_dir, on_attached=self._on_attached, on_lost=self._on_lost)
         self._live: Live | None = None
@@ -131,6 +133,7 @@ class Runtime:
                         self._poll()
                     finally:
                         self.weights_lock.release()
+                self.prefix_cache.retry()  # also beside a job: its steps do not wait for vLLM's answer
                 now = time.monotonic()
                 idle_since = min(idle_since, now) if idle and self._stop_file.exists() else math.inf
                 if idle and (self._orphaned or now - idle_since > STOPPED_S):
@@ -230,7 +233,12 @@ class Runtime:
                 operations=self.operations,
                 registry=self.registry,
             )
+            self._saver.restored = self._rolled_back
+        trained = not attachment.weights.untouched and not attachment.weights.restoring
         self._saver.bring_together(attachment)
+        if self._resets and not attachment.weights.untouched:
+            # Brought up to the last generation just now, or trained by a worker that may have died owing a reset.
+            self.prefix_cache.owe(running=not trained)
         self.ledger.settle(self.worker_id, attachment.weights.version)
         frontend = Frontend.load(settings.model_runtime_dir)
         self.registry.publish_model(
@@ -282,10 +290,12 @@ class Runtime:
         live, self._live = self._live, None
         if live is None:  # it went while it was being attached
             attachment.close()
+            self.prefix_cache.forget()
             return
         try:
             self._last_chance("vLLM is gone", live, until)
         finally:
+            self.prefix_cache.forget()
             live.close()
             del live
             gc.collect()  # model and trainer refer to each other, and to vLLM's memory
@@ -384,8 +394,8 @@ class Runtime:
             return None
         finally:
             live.saver.note_job(lease.job_id)
-            if self._live is live and self.settings.prefix_cache_policy != "never":
-                self._reset_prefix_cache()
+            if self._live is live and self._resets:
+                self.prefix_cache.reset(patience_s=PREFIX_CACHE_S)
 
     def _defaults(self, config: dict[str, Any]) -> dict[str, Any]:
         defaults: dict[str, Any] = {"replay": self.settings.replay}
@@ -420,23 +430,19 @@ class Runtime:
         self._status.update(step=report.step + 1, loss=report.loss, tokens_per_second=report.tokens_per_second)
         every_n = self.settings.prefix_cache_policy == "every_n_steps"
         if every_n and version % self.settings.prefix_cache_steps == 0:
-            self._reset_prefix_cache()
+            self.prefix_cache.reset(patience_s=0.0)
 
-    def _reset_prefix_cache(self) -> None:
-        """Blocks computed with old weights are stale. Best effort: a vLLM that does not answer keeps old prefixes."""
-        try:
-            frontend = Frontend.load(self.settings.model_runtime_dir)
-            if frontend is None:
-                logger.warning("vLLM's plugin has not published its address: the prefix cache was not reset")
-                return
-            deadline = time.monotonic() + PREFIX_CACHE_S
-            while not frontend.reset_prefix_cache():
-                if time.monotonic() > deadline:
-                    logger.warning("requests held prefixes for %.0f s: those were not reset", PREFIX_CACHE_S)
-                    return
-                time.sleep(0.1)
-        except (HogwildError, OSError) as error:
-            logger.warning("vLLM's prefix cache was not reset: %s", error)
+    @property
+    def _resets(self) -> bool:
+        return self.settings.prefix_cache_policy != "never"
+
+    def _rolled_back(self) -> bool:
+        """The live weights are a former generation's. Whether vLLM has forgotten what it computed with others.
+
+        Requests that are running are computed anew, unlike after training: their prefixes are of weights that somebody
+        wanted gone, and on a busy server there would always be one.
+        """
+        return self._resets and self.prefix_cache.reset(patience_s=PREFIX_CACHE_S, running=True)
 
     def _vllm_metrics(self) -> str:
         frontend = Frontend.load(self.settings.model_runtime_dir)
@@ -489,9 +495,11 @@ class Runtime:
                 self.heartbeat()
 
     def _rollback(self, live: "Live", operation: Operation) -> None:
+        reset = False
+
         def after() -> None:
-            if self.settings.prefix_cache_policy != "never":
-                self._reset_prefix_cache()
+            nonlocal reset
+            reset = self._rolled_back()
 
         try:
             report = live.saver.rollback(
@@ -500,7 +508,8 @@ class Runtime:
         except Exception as error:
             self.operations.finish(operation, error=error)
             raise
-        self.operations.finish(operation, report)
+        outcome = "reset" if reset else "owed" if self._resets else "kept"
+        self.operations.finish(operation, {**report, "prefix_cache": outcome})
 
     # --- status -------------------------------------------------------------------------------------------------------
 
@@ -513,6 +522,7 @@ class Runtime:
             "lifecycle": self.lifecycle.describe(),
             "attached": False,
             "memory": _memory(),
+            "prefix_cache": self.prefix_cache.status(),
         }
         if (saver := self._saver) is not None:
             status.update(last_sync=saver.last, sync_error=saver.error)

@@ -45,7 +45,8 @@ SMALL_STATE = 256 << 20
 class Saver:
     """The checkpoint of one served model, and the optimizer's state beside it.
 
-    `last` and `error` are the newest report and the newest failure, for the status.
+    `last` and `error` are the newest report and the newest failure, for the status. `restored` is called when a sync
+    has finished a rollback that did not get as far as the live weights.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Saver:
         self.store = store
         self.last: dict[str, Any] | None = None
         self.error: dict[str, Any] | None = None
+        self.restored: Callable[[], object] = lambda: None
         self._settings = settings
         self._dirty = dirty
         self._operations = operations
@@ -175,6 +177,7 @@ class Saver:
         if attachment.weights.restoring:  # a rollback did not get as far as the live weights
             try:
                 self._restore(attachment)
+                self.restored()
             except BaseException as error:
                 self._failed(error, [], operation)
                 raise

@@ -19,12 +19,13 @@ from fastapi.testclient import TestClient
 from safetensors.torch import save_file
 
 from hogwild.api.app import create_app
+from hogwild.checkpoint import views
 from hogwild.checkpoint.durable import FileLock
 from hogwild.checkpoint.store import CheckpointStore
 from hogwild.config import Settings
-from hogwild.errors import CheckpointError
+from hogwild.errors import CheckpointError, ServiceUnavailable
 from hogwild.stack import services
-from hogwild.tasks import runtime, saving
+from hogwild.tasks import prefix_cache, runtime, saving
 from hogwild.tasks.runtime import Live, Runtime
 from hogwild.tasks.saving import Saver
 from hogwild.weight_state import WeightState
@@ -119,6 +120,13 @@ def failing(error: BaseException) -> Callable[..., Any]:
         raise error
 
     return fail
+
+
+def wait_until(done: Callable[[], Any], timeout: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def metric(settings: Settings, name: str) -> float:
@@ -329,3 +337,109 @@ def test_the_last_sync_gets_longer_with_the_model_and_up_waits_for_it(settings: 
     chosen = settings.model_copy(update={"last_sync_s": 2000.0})
     assert worker(chosen).stop_wait_s == 2030
     assert worker(chosen).env["HOGWILD_LAST_SYNC_S"] == "2000.0"
+
+
+# --- vLLM's prefix cache ----------------------------------------------------------------------------------------------
+
+
+class BusyVllm:
+    """Its front end, while requests hold prefixes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.busy, self.asked = True, []
+        monkeypatch.setattr(prefix_cache.Frontend, "load", lambda _: self)
+        monkeypatch.setattr(runtime, "PREFIX_CACHE_S", 0.2)
+        monkeypatch.setattr(prefix_cache, "RETRY_S", 0.0)
+
+    def reset_prefix_cache(self, timeout: float, *, running: bool) -> bool:
+        self.asked.append(running)
+        return not self.busy
+
+
+def test_a_reset_that_requests_prevent_is_owed_until_it_is_done(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    vllm = BusyVllm(monkeypatch)
+    bench.step()
+    bench.runtime.tick()
+    operation = bench.runtime.operations.submit("rollback", generation=0)
+    bench.runtime.run_operation(operation)
+    done = bench.runtime.operations.get(operation)
+    assert (done.state, done.result["prefix_cache"]) == ("succeeded", "owed")
+    assert all(vllm.asked), "what was undone is asked for even where requests run"
+    owed = bench.status()["prefix_cache"]
+    assert owed["reset_owed"] and "hold prefixes" in owed["reason"]
+    # When the worker watches, then it asks again, and no more once it was heard
+    bench.runtime.registry.register_worker(bench.runtime.worker_id, "h")
+    bench.runtime._watcher.start()
+    asked = len(vllm.asked)
+    wait_until(lambda: len(vllm.asked) > asked + 1)
+    vllm.busy = False
+    wait_until(lambda: not bench.status()["prefix_cache"]["reset_owed"])
+    asked = len(vllm.asked)
+    time.sleep(2 * runtime.WATCH_S)
+    assert len(vllm.asked) == asked
+    bench.runtime._ending.set()
+    bench.runtime._watcher.join()
+
+
+def test_a_rollback_whose_reset_is_heard_says_so(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    BusyVllm(monkeypatch).busy = False
+    bench.step()
+    bench.runtime.tick()
+    operation = bench.runtime.operations.submit("rollback", generation=0)
+    bench.runtime.run_operation(operation)
+    assert bench.runtime.operations.get(operation).result["prefix_cache"] == "reset"
+    assert not bench.status()["prefix_cache"]["reset_owed"]
+
+
+def test_what_was_owed_to_a_dead_vllm_is_not_asked_of_the_next(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    vllm = BusyVllm(monkeypatch)
+    assert not bench.runtime.prefix_cache.reset(patience_s=0)
+    lose(bench)
+    asked = len(vllm.asked)
+    bench.runtime.prefix_cache.retry()
+    assert len(vllm.asked) == asked
+
+
+def test_weights_that_change_during_a_reset_are_owed_another(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    vllm = BusyVllm(monkeypatch)
+    vllm.busy = False
+    cache = bench.runtime.prefix_cache
+    ask = vllm.reset_prefix_cache
+
+    def change_meanwhile(timeout: float, *, running: bool) -> bool:
+        cache.owe()
+        return ask(timeout, running=running)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(vllm, "reset_prefix_cache", change_meanwhile)
+        cache.reset(patience_s=0)
+    assert cache.status()["reset_owed"]
+    cache.retry()
+    assert not cache.status()["reset_owed"]
+
+
+def test_running_requests_are_not_begun_anew_over_and_over_in_a_vllm_that_fails_at_it(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vllm = BusyVllm(monkeypatch)
+    cache = bench.runtime.prefix_cache
+    with monkeypatch.context() as patched:
+        patched.setattr(vllm, "reset_prefix_cache", failing(ServiceUnavailable("500")))
+        assert not cache.reset(patience_s=0, running=True)
+    cache.retry()
+    assert vllm.asked == [False] and cache.status()["reset_owed"]
+
+
+def test_a_rollback_that_a_later_sync_finishes_resets_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    vllm = BusyVllm(monkeypatch)
+    vllm.busy = False
+    bench.saver.restored = bench.runtime._rolled_back  # as on attaching
+    bench.step()
+    bench.runtime.tick()
+    with monkeypatch.context() as patched:
+        patched.setattr(views, "write_blocks", failing(OSError(errno.EIO, os.strerror(errno.EIO))))
+        bench.runtime.run_operation(bench.runtime.operations.submit("rollback", generation=0))
+    asked = len(vllm.asked)
+    bench.runtime.tick()
+    assert not bench.weights.restoring
+    assert len(vllm.asked) == asked + 1
