@@ -393,7 +393,6 @@ class Runtime:
         else:
             return None
         finally:
-            live.saver.note_job(lease.job_id)
             if self._live is live and self._resets:
                 self.prefix_cache.reset(patience_s=PREFIX_CACHE_S)
 

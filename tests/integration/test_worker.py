@@ -203,6 +203,7 @@ def test_a_sync_asked_for_while_a_job_runs_does_not_wait_for_its_end(site: Site)
     saved = site.operate("sync")
     assert saved.state == "succeeded"
     assert saved.result["weight_version"] >= site.ledger.get(job).weight_version_first
+    assert saved.result["jobs"][-1] == job
     assert not site.ledger.get(job).final
     site.ledger.request(job, "cancel")
     site.finished(job)
@@ -295,6 +296,7 @@ def test_exporter_killed_in_mid_job_loses_no_step(site: Site) -> None:
     at = site.ledger.get(job)
     assert at.state == "running"
     until(lambda: site.dirty.state().synced_version == at.weight_version_last, what="the sync of what it held")
+    assert site.registry.checkpoint()["generations"][0]["jobs"][-1] == job
 
     site.start_exporter()  # on the original model: the worker brings it up to the last generation
     done = site.finished(job, 300)
