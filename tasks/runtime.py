@@ -239,6 +239,8 @@ class Runtime:
         if self._resets and not attachment.weights.untouched:
             # Brought up to the last generation just now, or trained by a worker that may have died owing a reset.
             self.prefix_cache.owe(running=not trained)
+        head = self._saver.store.head
+        self.dirty.settle(attachment.weights.version, head.generation, head.weight_version)
         self.ledger.settle(self.worker_id, attachment.weights.version)
         frontend = Frontend.load(settings.model_runtime_dir)
         self.registry.publish_model(

@@ -261,6 +261,19 @@ def test_worker_stopped_in_mid_job_saves_and_the_next_one_goes_on(site: Site) ->
     assert (done.state, done.steps_applied, done.steps_interrupted) == ("succeeded", 400, 0)
 
 
+def test_what_is_unsaved_is_known_again_after_redis_lost_it_and_the_worker_died(site: Site) -> None:
+    assert site.operate("sync").state == "succeeded"
+    assert site.finished(site.submit()).state == "succeeded"
+    os.killpg(site.worker.pid, signal.SIGKILL)
+    site.worker.wait()
+    assert site.dirty.state().steps == 3
+    site.dirty.client.delete(site.dirty.keys("dirty"), site.dirty.keys("last-sync"))
+    site.start_worker()
+    until(lambda: site.dirty.state().steps == 3, what="the mark of what is unsaved")
+    assert site.operate("sync").state == "succeeded"
+    assert not site.dirty.state().dirty
+
+
 def test_sigterm_to_all_processes_of_the_worker_cuts_no_step_and_saves(site: Site) -> None:
     """As systemd and a machine that shuts down send it; twice, because some are impatient."""
     job = site.submit(**ENDLESS)
