@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -416,7 +417,8 @@ class Runtime:
             raise WorkerStopping
         self._poll()
         live = self.live
-        for operation in self.operations.pending():
+        # While a commit runs, what is asked for waits for it, and the job does not.
+        for operation in takewhile(lambda _: not live.saver.busy, self.operations.pending()):
             self.run_operation(operation.id, in_job=True)
         if time.monotonic() - self._asked_due_at >= DUE_S:
             self._asked_due_at = time.monotonic()

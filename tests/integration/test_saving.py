@@ -245,6 +245,29 @@ def test_two_beats_that_tick_at_once_make_one_sync(bench: Bench) -> None:
     assert metric(bench.settings, "hogwild_syncs_total") == 1
 
 
+def test_what_is_asked_for_during_a_commit_waits_and_the_job_does_not(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, write = threading.Event(), bench.saver.store._write
+    monkeypatch.setattr(bench.saver.store, "_write", lambda *args: (slow.wait(30), write(*args))[1])
+    operations = bench.runtime.operations
+    bench.step()
+    first = operations.submit("sync")
+    bench.runtime.between_steps()
+    others = [operations.submit("sync"), operations.submit("rollback", generation=0)]
+    for _ in range(3):
+        bench.step()
+        bench.runtime.between_steps()  # or would wait for ever, as this commit does
+    assert [operations.get(op).state for op in (first, *others)] == ["running", "pending", "pending"]
+    slow.set()
+    for done in (first, *others):
+        wait_until(lambda: not bench.saver.busy)
+        bench.runtime.between_steps()
+        wait_until(lambda done=done: operations.get(done).final)
+    assert [operations.get(op).state for op in (first, *others)] == ["succeeded"] * 3
+    assert operations.get(others[0]).result["weight_version"] == 4
+
+
 # --- the last chance --------------------------------------------------------------------------------------------------
 
 
