@@ -56,7 +56,7 @@ logger = logging.getLogger(__name__)
 WATCH_S = 0.5  # how soon a vLLM that came or went is noticed while no job runs
 DUE_S = 1.0  # how often a running job asks Redis whether a sync is due
 ENDING_S = 5.0  # from the last sync's end, or its bound, to the end of the process
-STOPPED_S = 10.0  # a stopping worker's child that has nothing to do gets its parent's word within this
+STOPPED_S = 10.0  # a child that was asked to stop and has nothing to do gets its parent's word within this
 PREFIX_CACHE_S = 5.0  # a job, or a rollback, waits this long for requests that hold prefixes of older weights
 
 
@@ -96,6 +96,7 @@ class Runtime:
         self.prefix_cache = PrefixCache(settings.model_runtime_dir)
         self.weights_lock = threading.RLock()
         self.lifecycle = Lifecycle(settings.model_runtime_dir, on_attached=self._on_attached, on_lost=self._on_lost)
+        self.asked_to_stop = False  # by a signal: no lock may be needed to set it
         self._live: Live | None = None
         self._saver: Saver | None = None  # outlives vLLM: the directory stays open, and so locked
         self._stop_file = stop_file
@@ -136,11 +137,10 @@ class Runtime:
                         self.weights_lock.release()
                 self.prefix_cache.retry()  # also beside a job: its steps do not wait for vLLM's answer
                 now = time.monotonic()
-                idle_since = min(idle_since, now) if idle and self._stop_file.exists() else math.inf
+                idle_since = min(idle_since, now) if idle and self._told else math.inf
                 if idle and (self._orphaned or now - idle_since > STOPPED_S):
-                    # The pool's loop would wait for its parent for ever: that is gone, or ends without a word (a cold
-                    # shutdown tells its children by SIGTERM, which they do not hear).
-                    logger.error("the worker's parent process is gone or going: saving and ending")
+                    # The pool's loop would wait for its parent for ever: that is gone, or has not been told to stop.
+                    logger.error("the worker's parent process is gone, or does not end: saving and ending")
                     try:
                         self.shutdown()
                     finally:
@@ -202,7 +202,11 @@ class Runtime:
     def stopping(self) -> bool:
         """Whether this worker was asked to stop, its parent was killed, or Celery would soon kill it."""
         late = time.monotonic() > self._task_ends_at
-        return late or self._ending.is_set() or self._orphaned or self._stop_file.exists()
+        return late or self._ending.is_set() or self._orphaned or self._told
+
+    @property
+    def _told(self) -> bool:
+        return self.asked_to_stop or self._stop_file.exists()
 
     def _task_began(self) -> None:
         """Celery's clock runs while a task waits for vLLM: well before it kills, the task goes to the queue again."""

@@ -4,9 +4,9 @@
       └─ child (prefork, spawned)        Runtime: attached weights, model, optimizer, checkpoint store; runs the tasks
 
 Start-up and shutdown are Celery's signals: the child builds its runtime before it takes a task, and the parent's warm
-shutdown tells a running job through a file to stop at its next step boundary. The child itself does not hear SIGTERM:
-systemd and a machine that shuts down send it to every process at once, and Celery's own handler would end the child
-within a step, or within the last sync.
+shutdown tells a running job through a file to stop at its next step boundary. To the child SIGTERM means the same, no
+more: systemd and a machine that shuts down send it to every process at once, a cold shutdown to the child alone, and
+Celery's own handler would end the child within a step, or within the last sync.
 """
 
 import logging
@@ -70,13 +70,14 @@ def _child_ends(**_: Any) -> None:
 
 @signals.task_prerun.connect  # type: ignore[untyped-decorator]
 def _task_begins(**_: Any) -> None:
-    # As deaf, but unlike SIG_IGN not passed on to the programs that training starts (compilers).
+    # Here and not before: Celery would replace the handler. And programs that training starts do not inherit it.
     if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
-        signal.signal(signal.SIGTERM, _not_heard)
+        signal.signal(signal.SIGTERM, _asked_to_stop)
 
 
-def _not_heard(*_: Any) -> None:
-    pass
+def _asked_to_stop(*_: Any) -> None:
+    if _runtime is not None:
+        _runtime.asked_to_stop = True
 
 
 @signals.worker_init.connect  # type: ignore[untyped-decorator]

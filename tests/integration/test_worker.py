@@ -300,6 +300,32 @@ def test_sigterm_to_all_processes_of_the_worker_cuts_no_step_and_saves(site: Sit
     site.start_worker()
 
 
+def test_a_cold_shutdown_saves_and_ends(site: Site) -> None:
+    """SIGQUIT, or Ctrl-C twice: Celery then sends SIGTERM to its child alone."""
+    until(site.attached, what="attaching")
+    job = site.submit(**ENDLESS)
+    site.stepping(job)
+    site.worker.send_signal(signal.SIGQUIT)
+    site.worker.wait(120)
+    stopped = site.ledger.get(job)
+    assert (stopped.steps_applied, stopped.steps_interrupted) == (stopped.steps_begun, 0)
+    assert site.dirty.state().synced_version == stopped.weight_version_last
+    site.ledger.request(job, "cancel")
+    site.start_worker()
+    until(lambda: site.ledger.get(job).final, what="the cancellation")
+
+
+def test_sigterm_to_the_child_alone_cuts_no_step_and_another_child_goes_on(site: Site) -> None:
+    until(site.attached, what="attaching")
+    job = site.submit(**SLOW)
+    site.stepping(job)
+    child = site.child()
+    child.terminate()
+    done = site.finished(job)
+    assert (done.state, done.steps_applied, done.steps_interrupted) == ("succeeded", 400, 0)
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+
+
 def test_exporter_killed_in_mid_job_loses_no_step(site: Site) -> None:
     job = site.submit(**SLOW)
     site.stepping(job, 5)
