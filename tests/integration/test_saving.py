@@ -346,6 +346,17 @@ def test_a_last_sync_that_does_not_end_is_given_up_at_its_bound(
         stuck.set()
 
 
+def test_an_optimizer_state_that_there_is_no_time_for_is_left_out_and_the_weights_are_not(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench.trainer.optimizer.allocated_bytes = lambda: 10**12
+    bench.step()
+    bench.runtime.shutdown()
+    assert bench.saver.store.head.weight_version == 1
+    assert not bench.saver._optimizer_files()
+    assert "no time is left for the optimizer's state" in caplog.text
+
+
 def test_the_last_sync_gets_longer_with_the_model_and_up_waits_for_it(settings: Settings, tmp_path: Path) -> None:
     def worker(chosen: Settings) -> Any:
         return next(s for s in services.build(chosen, vllm=False) if s.name == "worker")
