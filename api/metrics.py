@@ -20,6 +20,7 @@ _COUNTERS = {  # name in Redis → (metric, help)
     "steps_interrupted": ("hogwild_steps_interrupted", "Steps that a dying worker left; never repeated."),
     "tokens_trained": ("hogwild_tokens_trained", "Tokens of applied steps."),
     "syncs": ("hogwild_syncs", "Checkpoint generations that were written."),
+    "syncs_failed": ("hogwild_syncs_failed", "Syncs that failed; what they would have saved stays unsaved."),
     "sync_bytes": ("hogwild_sync_written_bytes", "Bytes that syncs wrote into the checkpoint."),
     "sync_undo_bytes": ("hogwild_sync_undo_bytes", "Bytes that syncs wrote into undo logs."),
     "sync_blocks": ("hogwild_sync_changed_blocks", "4 KB blocks that syncs wrote."),

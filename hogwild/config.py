@@ -24,6 +24,10 @@ PrefixCachePolicy = Literal["after_job", "every_n_steps", "never"]
 
 # Of vLLM's speed, what it keeps beside training unless something else is asked for.
 SERVE_SHARE = 0.9
+# The last sync of a worker that stops, or whose vLLM is gone: so many seconds, and more for large models. The rate, in
+# bytes of weights a second, is that of a slow disk; undo data of the sync before may have to be made first.
+LAST_SYNC_S = 90.0
+LAST_SYNC_RATE = 100e6
 
 
 def default_runtime_dir() -> Path:
@@ -126,6 +130,9 @@ class Settings(BaseSettings):
     sync_quiet_s: float = Field(600.0, ge=0, description="A sync starts when training was quiet for this long.")
     sync_max_age_s: float = Field(3600.0, gt=0, description="... or when unsaved steps are older than this.")
     sync_tick_s: float = Field(30.0, gt=0, description="How often beat asks whether a sync is due.")
+    last_sync_s: float | None = Field(None, gt=0, description="Most seconds for saving what is unsaved when the worker "
+                                      f"stops or vLLM is gone; default: {LAST_SYNC_S:.0f}, and "
+                                      f"{1e9 / LAST_SYNC_RATE:.0f} for each GB of weights.")
     keep_last: int = Field(8, ge=1, description="Checkpoint generations that can be rolled back to.")
 
     @field_validator("cors_origins", mode="before")
@@ -190,6 +197,10 @@ class Settings(BaseSettings):
         if share is None:
             share = SERVE_SHARE if self.itl_budget_ms is None else 0.0
         return share or None
+
+    def last_sync_bound(self, weight_bytes: int) -> float:
+        """Seconds that a model of that size gets for its last sync."""
+        return self.last_sync_s or LAST_SYNC_S + weight_bytes / LAST_SYNC_RATE
 
     @property
     def redis_url_file(self) -> Path:

@@ -53,13 +53,16 @@ class Frontend:
         """Publish, atomically and for this user only."""
         write_private(runtime_dir / FILE_NAME, json.dumps(asdict_shallow(self)))
 
-    def reset_prefix_cache(self, timeout: float = 10.0) -> bool:
+    def reset_prefix_cache(self, timeout: float = 10.0, *, running: bool = False) -> bool:
         """Make vLLM forget the prefixes it cached under older weights; False while requests hold some of them.
+
+        `running`: compute what running requests hold anew, in a vLLM that can; another one takes it for False.
 
         Raises:
             ServiceUnavailable: vLLM did not answer within `timeout` seconds, or refused.
         """
-        answer = self._request("POST", "/hogwild/prefix_cache/reset", timeout).json()
+        query = "?running=true" if running else ""
+        answer = self._request("POST", f"/hogwild/prefix_cache/reset{query}", timeout).json()
         return bool(answer["reset"])
 
     def metrics(self, timeout: float = 5.0) -> str:

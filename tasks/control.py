@@ -2,7 +2,7 @@
 
     before_step(k)   stop? vLLM alive? sync or rollback asked for? cancel or pause? → ledger: k begun → weights: begun
     (the engine writes the weights)
-    after_step(k)    weights: version + 1 → ledger: k applied → unsaved steps + 1 → Flower
+    after_step(k)    weights: version + 1 → next generation: the job → ledger: k applied → unsaved steps + 1 → Flower
 
 The order makes a crash at any point decidable: the version beside the weights tells whether a step that the ledger
 knows as begun was applied.
@@ -79,6 +79,7 @@ class JobControl:
         weights = self._live.attachment.weights
         if report.applied:
             version = weights.applied()
+            self._live.saver.note_job(self._lease.job_id)
         else:
             version = weights.version
             weights.set_version(version)

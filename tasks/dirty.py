@@ -5,7 +5,6 @@ quiet for `quiet_s`, or is unsaved for longer than `max_age_s`. Many jobs, one s
 goes on leaves the steps since its snapshot unsaved.
 """
 
-import secrets
 from dataclasses import dataclass
 
 from hogwild.tasks.connections import Client
@@ -34,7 +33,18 @@ end
 redis.call('HSET', KEYS[2], 'generation', ARGV[1], 'weight_version', ARGV[2], 'at', now)
 return 1
 """
-_UNLOCK = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
+# KEYS: dirty, last sync. ARGV: live weight version, head generation, its weight version
+_SETTLE = _NOW + """
+redis.call('HSET', KEYS[2], 'generation', ARGV[2], 'weight_version', ARGV[3])
+redis.call('HSETNX', KEYS[2], 'at', now)
+if ARGV[1] == ARGV[3] then return redis.call('DEL', KEYS[1]) end
+if redis.call('HGET', KEYS[1], 'weight_version') ~= ARGV[1] then
+  redis.call('HSET', KEYS[1], 'weight_version', ARGV[1], 'last_at', now)
+end
+redis.call('HSETNX', KEYS[1], 'oldest_at', now)
+redis.call('HSET', KEYS[1], 'steps', math.max(1, tonumber(ARGV[1]) - tonumber(ARGV[3])))
+return 1
+"""
 
 
 @dataclass(frozen=True)
@@ -65,7 +75,7 @@ class Dirty:
         self.keys = Keys(model)
         self._mark = client.register_script(_MARK)
         self._clear = client.register_script(_CLEAR)
-        self._unlock = client.register_script(_UNLOCK)
+        self._settle = client.register_script(_SETTLE)
 
     def mark_dirty(self, weight_version: int, n_steps: int = 1) -> None:
         """`n_steps` more steps are in the weights, which now have `weight_version`."""
@@ -78,6 +88,15 @@ class Dirty:
     def clear(self, generation: int, up_to_weight_version: int) -> None:
         """A sync of the weights at that version was committed. Steps applied since its snapshot stay unsaved."""
         self._clear(keys=[self.keys("dirty"), self.keys("last-sync")], args=[generation, up_to_weight_version])
+
+    def settle(self, weight_version: int, generation: int, synced_version: int) -> None:
+        """On attaching: what is unsaved follows from the live weights and the last generation.
+
+        Redis may have lost its data, a worker may have died between a step and its mark, and steps that were marked
+        may be gone with the weights that had them. Waiting times that are known go on.
+        """
+        keys = [self.keys("dirty"), self.keys("last-sync")]
+        self._settle(keys=keys, args=[weight_version, generation, synced_version])
 
     def state(self) -> DirtyState:
         """Everything, read at one moment."""
@@ -111,15 +130,3 @@ class Dirty:
         if at < state.last_at:
             return True
         return at - state.last_at >= quiet_s or at - state.oldest_at >= max_age_s
-
-    def lock(self, ttl_s: float = 900.0) -> str | None:
-        """Be the only one that syncs; the token for `unlock`, or None when another has the lock.
-
-        `ttl_s`: after this a holder that died is given up.
-        """
-        token = secrets.token_hex(8)
-        return token if self.client.set(self.keys("sync-lock"), token, nx=True, px=int(ttl_s * 1000)) else None
-
-    def unlock(self, token: str) -> bool:
-        """False when the lock had expired and may be another's now."""
-        return bool(self._unlock(keys=[self.keys("sync-lock")], args=[token]))

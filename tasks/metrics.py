@@ -32,6 +32,11 @@ def record_sync(client: Client, model: str, figures: SyncFigures) -> None:
     pipe.execute()
 
 
+def record_failed_sync(client: Client, model: str) -> None:
+    """Called by the worker after a sync that failed, on demand or due."""
+    client.hincrby(Keys(model)("counters"), "syncs_failed", 1)
+
+
 def record_undo(client: Client, model: str, nbytes: int) -> None:
     """Called by the worker after it made undo data of files that a sync had replaced."""
     client.hincrby(Keys(model)("counters"), "sync_undo_bytes", nbytes)

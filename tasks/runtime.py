@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,7 @@ from hogwild.tasks.control import JobControl, JobParked, WorkerStopping
 from hogwild.tasks.dirty import Dirty
 from hogwild.tasks.ledger import Lease, Ledger
 from hogwild.tasks.operations import Operation, Operations
+from hogwild.tasks.prefix_cache import PrefixCache
 from hogwild.tasks.progress import send_progress
 from hogwild.tasks.registry import HEARTBEAT_S, ModelInfo, Registry
 from hogwild.tasks.saving import Saver
@@ -53,8 +55,9 @@ logger = logging.getLogger(__name__)
 
 WATCH_S = 0.5  # how soon a vLLM that came or went is noticed while no job runs
 DUE_S = 1.0  # how often a running job asks Redis whether a sync is due
-LAST_SYNC_S = 90.0  # a stopping worker's last sync may take this long, then the process ends without it
-PREFIX_CACHE_S = 5.0  # vLLM refuses to forget prefixes that running requests hold: asked again for this long
+ENDING_S = 5.0  # from the last sync's end, or its bound, to the end of the process
+STOPPED_S = 10.0  # a child that was asked to stop and has nothing to do gets its parent's word within this
+PREFIX_CACHE_S = 5.0  # a job, or a rollback, waits this long for requests that hold prefixes of older weights
 
 
 def _nothing() -> None:
@@ -90,14 +93,19 @@ class Runtime:
         self.operations = Operations(self.client, self.ledger.messages, settings.model_name)
         self.registry = Registry(self.client, settings.model_name)
         self.dirty = Dirty(self.client, settings.model_name)
+        self.prefix_cache = PrefixCache(settings.model_runtime_dir)
         self.weights_lock = threading.RLock()
         self.lifecycle = Lifecycle(settings.model_runtime_dir, on_attached=self._on_attached, on_lost=self._on_lost)
+        self.asked_to_stop = False  # by a signal: no lock may be needed to set it
         self._live: Live | None = None
         self._saver: Saver | None = None  # outlives vLLM: the directory stays open, and so locked
         self._stop_file = stop_file
         self._parent = os.getppid()
-        self._ending = threading.Event()
+        self._ending, self._ended = threading.Event(), threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="hogwild-watch", daemon=True)
+        self._beater = threading.Thread(target=self._beat, name="hogwild-heartbeat", daemon=True)
+        self._weight_bytes = 0  # of the vLLM that was attached last
+        self._unsaved = ""  # what the last sync is about, for the log
         self._asked_due_at = 0.0
         self._task_ends_at = math.inf
         self._status: dict[str, Any] = {}
@@ -115,28 +123,39 @@ class Runtime:
         self.ledger.reconcile(self.worker_id, grace_s=0)
         self.operations.reconcile(self.worker_id)
         self._watcher.start()
+        self._beater.start()
 
     def _watch(self) -> None:
-        beat_at = 0.0
+        idle_since = math.inf  # of a worker that is asked to stop
         while not self._ending.wait(WATCH_S):
             try:
-                if self.weights_lock.acquire(blocking=False):
+                idle = self.weights_lock.acquire(blocking=False)
+                if idle:
                     try:
-                        if self._orphaned:
-                            logger.error("the worker's parent process is gone: saving and ending")
-                            try:
-                                self._last_sync()
-                            finally:
-                                os._exit(1)  # the pool's loop would wait for its parent for ever
                         self._poll()
                     finally:
                         self.weights_lock.release()
-                if time.monotonic() >= beat_at:
-                    beat_at = time.monotonic() + HEARTBEAT_S
-                    self.heartbeat()
+                self.prefix_cache.retry()  # also beside a job: its steps do not wait for vLLM's answer
+                now = time.monotonic()
+                idle_since = min(idle_since, now) if idle and self._told else math.inf
+                if idle and (self._orphaned or now - idle_since > STOPPED_S):
+                    # The pool's loop would wait for its parent for ever: that is gone, or has not been told to stop.
+                    logger.error("the worker's parent process is gone, or does not end: saving and ending")
+                    try:
+                        self.shutdown()
+                    finally:
+                        os._exit(1)
             except Exception:  # the watcher must outlive every hiccup of Redis, the disk or vLLM
                 logger.exception("while watching")
                 _end_if_cuda_is_broken()
+
+    def _beat(self) -> None:
+        """Say that this worker lives, also while it saves what a vLLM left, or before it ends."""
+        while not self._ended.wait(HEARTBEAT_S):
+            try:
+                self.heartbeat()
+            except Exception:  # of Redis, or of what is just being attached or let go
+                logger.exception("while reporting")
 
     def _poll(self) -> None:
         """One look at vLLM; attaches or detaches. The caller holds `weights_lock`."""
@@ -146,34 +165,48 @@ class Runtime:
             self.heartbeat()
 
     def shutdown(self) -> None:
-        """The last chance: what was trained and not yet saved goes to disk, bounded in time."""
+        """The last chance: what was trained and not yet saved goes to disk, bounded in time.
+
+        The process ends afterwards without waiting for threads: one may hang with the disk.
+        """
         self._ending.set()
-        last = threading.Thread(target=self._last_sync, name="hogwild-last-sync", daemon=True)
+        seconds = self.settings.last_sync_bound(self._weight_bytes)
+        last = threading.Thread(
+            target=self._last_sync, args=(time.monotonic() + seconds,), name="hogwild-last-sync", daemon=True
+        )
         last.start()
-        last.join(LAST_SYNC_S)
+        last.join(seconds + ENDING_S)
         if last.is_alive():
-            logger.error("the last sync took longer than %.0f s: ending without it", LAST_SYNC_S)
+            logger.error("the last sync took longer than %.0f s: ending without its end; %s", seconds, self._unsaved)
+        self._ended.set()
         self.registry.unregister_worker(self.worker_id)
 
-    def _last_sync(self) -> None:
+    def _last_sync(self, until: float) -> None:
         with self.weights_lock:
-            if self._live is not None:
-                self._save("shutdown", self._live)
+            live, self._live = self._live, None
+            if live is not None:
+                self._last_chance("shutdown", live, until)
             self.lifecycle.close()
             if self._saver is not None:
                 self._saver.close()
 
-    def _save(self, reason: str, live: Live) -> None:
-        """A sync that must not stop what comes after it."""
-        try:
-            live.saver.sync(live.attachment, live.trainer, reason)
-        except (HogwildError, OSError):
-            logger.exception("the sync failed; the checkpoint is generation %d", live.saver.store.head.generation)
+    def _last_chance(self, reason: str, live: Live, until: float) -> None:
+        self._unsaved = live.saver.unsaved(live.attachment)
+        if live.saver.last_chance(
+            live.attachment, live.trainer, reason, until=until, failed=_end_if_cuda_is_broken
+        ):
+            self._unsaved = "all weights are saved"
+        else:
+            logger.error("%s: the weights could not be saved in time; %s", reason, live.saver.unsaved(live.attachment))
 
     def stopping(self) -> bool:
         """Whether this worker was asked to stop, its parent was killed, or Celery would soon kill it."""
         late = time.monotonic() > self._task_ends_at
-        return late or self._ending.is_set() or self._orphaned or self._stop_file.exists()
+        return late or self._ending.is_set() or self._orphaned or self._told
+
+    @property
+    def _told(self) -> bool:
+        return self.asked_to_stop or self._stop_file.exists()
 
     def _task_began(self) -> None:
         """Celery's clock runs while a task waits for vLLM: well before it kills, the task goes to the queue again."""
@@ -195,6 +228,7 @@ class Runtime:
     def _on_attached(self, attachment: "Attachment") -> None:
         """Called by the lifecycle with a verified attachment: build what trains, bring disk and weights together."""
         manifest, settings = attachment.manifest, self.settings
+        self._weight_bytes = attachment.nbytes
         model = build_model(attachment)
         if self._saver is None:
             self._saver = Saver.open(
@@ -204,8 +238,15 @@ class Runtime:
                 operations=self.operations,
                 registry=self.registry,
             )
-        trained = self._saver.bring_together(attachment)
-        self.ledger.settle(self.worker_id, trained)
+            self._saver.restored = self._rolled_back
+        trained = not attachment.weights.untouched and not attachment.weights.restoring
+        version = self._saver.bring_together(attachment)
+        if self._resets and not attachment.weights.untouched:
+            # Brought to another generation just now, or trained by a worker that may have died owing a reset.
+            self.prefix_cache.owe(running=not trained or attachment.weights.version != version)
+        head = self._saver.store.head
+        self.dirty.settle(attachment.weights.version, head.generation, head.weight_version)
+        self.ledger.settle(self.worker_id, version)
         frontend = Frontend.load(settings.model_runtime_dir)
         self.registry.publish_model(
             ModelInfo(
@@ -247,14 +288,21 @@ class Runtime:
         )
 
     def _on_lost(self, attachment: "Attachment") -> None:
-        """vLLM is gone; its memory is still mapped here: save what it holds, then let go."""
+        """vLLM is gone; its memory is still mapped here: save what it holds, then let go.
+
+        What fails (a reader of the files, a full disk) is tried again for as long as a last sync may take: these
+        weights are nowhere else.
+        """
+        until = time.monotonic() + self.settings.last_sync_bound(self._weight_bytes)
         live, self._live = self._live, None
         if live is None:  # it went while it was being attached
             attachment.close()
+            self.prefix_cache.forget()
             return
         try:
-            self._save("vLLM is gone", live)
+            self._last_chance("vLLM is gone", live, until)
         finally:
+            self.prefix_cache.forget()
             live.close()
             del live
             gc.collect()  # model and trainer refer to each other, and to vLLM's memory
@@ -352,9 +400,8 @@ class Runtime:
         else:
             return None
         finally:
-            live.saver.note_job(lease.job_id)
-            if self._live is live and self.settings.prefix_cache_policy != "never":
-                self._reset_prefix_cache()
+            if self._live is live and self._resets:
+                self.prefix_cache.reset(patience_s=PREFIX_CACHE_S)
 
     def _defaults(self, config: dict[str, Any]) -> dict[str, Any]:
         defaults: dict[str, Any] = {"replay": self.settings.replay}
@@ -374,11 +421,12 @@ class Runtime:
             raise WorkerStopping
         self._poll()
         live = self.live
-        for operation in self.operations.pending():
+        # While a commit runs, what is asked for waits for it, and the job does not.
+        for operation in takewhile(lambda _: not live.saver.busy, self.operations.pending()):
             self.run_operation(operation.id, in_job=True)
         if time.monotonic() - self._asked_due_at >= DUE_S:
             self._asked_due_at = time.monotonic()
-            live.saver.sync_if_due(live.attachment, live.trainer, wait=False)
+            self._sync_if_due(live, wait=False)
 
     def step_started(self, job_id: str, step: int, n_steps: int) -> None:
         """For the status: which step is being written."""
@@ -389,23 +437,19 @@ class Runtime:
         self._status.update(step=report.step + 1, loss=report.loss, tokens_per_second=report.tokens_per_second)
         every_n = self.settings.prefix_cache_policy == "every_n_steps"
         if every_n and version % self.settings.prefix_cache_steps == 0:
-            self._reset_prefix_cache()
+            self.prefix_cache.reset(patience_s=0.0)
 
-    def _reset_prefix_cache(self) -> None:
-        """Blocks computed with old weights are stale. Best effort: a vLLM that does not answer keeps old prefixes."""
-        try:
-            frontend = Frontend.load(self.settings.model_runtime_dir)
-            if frontend is None:
-                logger.warning("vLLM's plugin has not published its address: the prefix cache was not reset")
-                return
-            deadline = time.monotonic() + PREFIX_CACHE_S
-            while not frontend.reset_prefix_cache():
-                if time.monotonic() > deadline:
-                    logger.warning("requests held prefixes for %.0f s: those were not reset", PREFIX_CACHE_S)
-                    return
-                time.sleep(0.1)
-        except (HogwildError, OSError) as error:
-            logger.warning("vLLM's prefix cache was not reset: %s", error)
+    @property
+    def _resets(self) -> bool:
+        return self.settings.prefix_cache_policy != "never"
+
+    def _rolled_back(self) -> bool:
+        """The live weights are a former generation's. Whether vLLM has forgotten what it computed with others.
+
+        Requests that are running are computed anew, unlike after training: their prefixes are of weights that somebody
+        wanted gone, and on a busy server there would always be one.
+        """
+        return self._resets and self.prefix_cache.reset(patience_s=PREFIX_CACHE_S, running=True)
 
     def _vllm_metrics(self) -> str:
         frontend = Frontend.load(self.settings.model_runtime_dir)
@@ -415,12 +459,16 @@ class Runtime:
 
     # --- syncs and rollbacks ------------------------------------------------------------------------------------------
 
+    def _sync_if_due(self, live: Live, *, wait: bool) -> None:
+        if not live.saver.sync_if_due(live.attachment, live.trainer, wait=wait):
+            _end_if_cuda_is_broken()
+
     def tick(self) -> None:
         """Beat's question, when no job runs."""
         with self.weights_lock:
             self._poll()
             if self._live is not None:
-                self._live.saver.sync_if_due(self._live.attachment, self._live.trainer, wait=True)
+                self._sync_if_due(self._live, wait=True)
             self.ledger.reconcile(self.worker_id)
             self.operations.reconcile(self.worker_id)
 
@@ -449,25 +497,29 @@ class Runtime:
                     live.saver.sync(live.attachment, live.trainer, "asked for", wait=not in_job, operation=operation)
                 else:
                     self._rollback(live, operation)
-            except (HogwildError, OSError):
+            except Exception:
                 logger.exception("%s failed", operation.kind)
+                _end_if_cuda_is_broken()
             finally:
                 self._status = before
                 self.heartbeat()
 
     def _rollback(self, live: "Live", operation: Operation) -> None:
+        reset = False
+
         def after() -> None:
-            if self.settings.prefix_cache_policy != "never":
-                self._reset_prefix_cache()
+            nonlocal reset
+            reset = self._rolled_back()
 
         try:
             report = live.saver.rollback(
                 live.attachment, live.trainer, int(operation.params["generation"]), after=after
             )
-        except (HogwildError, OSError) as error:
+        except Exception as error:
             self.operations.finish(operation, error=error)
             raise
-        self.operations.finish(operation, report)
+        outcome = "reset" if reset else "owed" if self._resets else "kept"
+        self.operations.finish(operation, {**report, "prefix_cache": outcome})
 
     # --- status -------------------------------------------------------------------------------------------------------
 
@@ -480,6 +532,7 @@ class Runtime:
             "lifecycle": self.lifecycle.describe(),
             "attached": False,
             "memory": _memory(),
+            "prefix_cache": self.prefix_cache.status(),
         }
         if (saver := self._saver) is not None:
             status.update(last_sync=saver.last, sync_error=saver.error)

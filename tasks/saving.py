@@ -9,20 +9,24 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import redis
+import torch
 from safetensors import SafetensorError
 
 from hogwild.checkpoint.records import Commit
 from hogwild.checkpoint.store import CheckpointStore
-from hogwild.config import Settings
+from hogwild.config import LAST_SYNC_RATE, Settings
 from hogwild.errors import AttachRefused, CheckpointError, HogwildError
 from hogwild.gpu_worker.config import TrainConfig
 from hogwild.gpu_worker.engine import Trainer
 from hogwild.tasks.dirty import Dirty
-from hogwild.tasks.metrics import SyncFigures, record_sync, record_undo
+from hogwild.tasks.metrics import SyncFigures, record_failed_sync, record_sync, record_undo
 from hogwild.tasks.operations import Operation, Operations
 from hogwild.tasks.registry import Registry
 
@@ -32,6 +36,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BACKOFF_S = (5.0, 600.0)  # first and longest pause after a sync that failed
+LAST_CHANCE_S = (0.5, 5.0)  # the same where there is no later: a reader ends, somebody makes room on the disk
+DOUBLINGS = 16  # more would change nothing, and a thousand of them are no float any more
 # Optimizer state up to this size is saved within the pause of a sync beside training (a tenth of a second); more of it
 # waits for a sync that no job runs beside.
 SMALL_STATE = 256 << 20
@@ -41,7 +47,8 @@ NOT_TRAINED = ("adopt", "rollback")  # kinds of generations that are made of som
 class Saver:
     """The checkpoint of one served model, and the optimizer's state beside it.
 
-    `last` and `error` are the newest report and the newest failure, for the status.
+    `last` and `error` are the newest report and the newest failure, for the status. `restored` is called when a sync
+    has finished a rollback that did not get as far as the live weights.
     """
 
     def __init__(
@@ -50,6 +57,7 @@ class Saver:
         self.store = store
         self.last: dict[str, Any] | None = None
         self.error: dict[str, Any] | None = None
+        self.restored: Callable[[], object] = lambda: None
         self._settings = settings
         self._dirty = dirty
         self._operations = operations
@@ -169,24 +177,34 @@ class Saver:
 
     # --- syncs --------------------------------------------------------------------------------------------------------
 
-    def sync_if_due(self, attachment: "Attachment", trainer: Trainer, *, wait: bool) -> None:
-        """A sync when the debounce says so; one that fails is logged and tried again after a pause.
+    @property
+    def busy(self) -> bool:
+        """A commit runs beside training; another sync would wait for it."""
+        return self._commit is not None and not self._commit.done()
+
+    def sync_if_due(self, attachment: "Attachment", trainer: Trainer, *, wait: bool) -> bool:
+        """A sync when the debounce says so. False: it failed, was logged, and is tried again after a pause.
 
         Whether one is due or not, a generation that a reader kept out of the files gets there when the reader is done.
+        Whatever the failure is, a card without memory for the fingerprints among others: a sync that can be repeated
+        is no reason for a job to fail.
         """
-        if time.monotonic() < self._not_before or (self._commit is not None and not self._commit.done()):
-            return
+        if time.monotonic() < self._not_before or self.busy:
+            return True
         if self.store.unfinished:
             self._commit = self._committer.submit(self._finish)
             if not wait:
-                return
+                return True
             self._join()
         if not self._dirty.due(self._settings.sync_quiet_s, self._settings.sync_max_age_s):
-            return
+            return True
         try:
             self.sync(attachment, trainer, "due", wait=wait)
-        except (HogwildError, OSError):
-            logger.exception("sync failed; it is tried again in %.0f s", self._not_before - time.monotonic())
+        except Exception:
+            pause = max(0.0, self._not_before - time.monotonic())
+            logger.exception("the sync failed; it is tried again in %.0f s", pause)
+            return False
+        return True
 
     def sync(
         self,
@@ -200,12 +218,14 @@ class Saver:
         """Write a generation if anything changed.
 
         `wait`: until it is on disk; otherwise the caller goes on after the pause, and `operation` is finished later. A
-        failure is noted (status, operation) and raised: CheckpointError, OSError.
+        failure is noted (status, operation) and raised: CheckpointError, OSError, and where memory is short what torch
+        and Python raise then.
         """
         self._join()
         if attachment.weights.restoring:  # a rollback did not get as far as the live weights
             try:
                 self._restore(attachment)
+                self.restored()
             except BaseException as error:
                 self._failed(error, [], operation)
                 raise
@@ -217,6 +237,7 @@ class Saver:
         jobs, self._jobs = self._jobs, []
         pending = None
         try:
+            torch.cuda.empty_cache()  # fingerprints need room on the card, and training keeps what it ever had
             pending = self.store.begin_sync(attachment.views, weight_version=version, jobs=jobs)
             outdated = self._save_optimizer(trainer, version, all_sizes=wait)
         except BaseException as error:
@@ -260,10 +281,89 @@ class Saver:
             )
             self._committer.submit(self._make_undo_data)
 
+        def commit_beside() -> None:
+            try:
+                commit()
+            except Exception:
+                logger.exception("the sync failed; the checkpoint is generation %d", self.store.head.generation)
+                raise
+
         if wait:
             commit()
         else:
-            self._commit = self._committer.submit(commit)
+            self._commit = self._committer.submit(commit_beside)
+
+    def last_chance(
+        self, attachment: "Attachment", trainer: Trainer, reason: str, *, until: float, failed: Callable[[], None]
+    ) -> bool:
+        """Try to get the live weights into a generation until `until` (`time.monotonic()`); whether they are in one.
+
+        Their memory may go when this returns: a commit that is still running has copied what it writes. A failure is
+        logged, `failed` is called, and the next try comes after a short pause. The optimizer's state follows the
+        weights, where time is left for it.
+        """
+        pause, longest = LAST_CHANCE_S
+        while True:
+            try:
+                saved = self._try_last(attachment, reason, until)
+            except Exception:
+                logger.exception("%s: the sync failed", reason)
+                saved = False
+            if saved:
+                break
+            failed()
+            left = until - time.monotonic()
+            if left <= 0:
+                return False
+            time.sleep(min(pause, left))
+            pause = min(longest, 2 * pause)
+        self._save_last_optimizer(trainer, attachment.weights.version, until)
+        return True
+
+    def _try_last(self, attachment: "Attachment", reason: str, until: float) -> bool:
+        weights = attachment.weights
+
+        def durable() -> bool:
+            return not weights.restoring and self.store.head.weight_version == weights.version
+
+        if not self._finished(until, durable):
+            return False
+        if durable():
+            return True
+        self.sync(attachment, None, reason, wait=False)
+        if self._commit is None:
+            return True
+        return self._finished(until, durable) and (durable() or self._commit.exception() is None)
+
+    def _finished(self, until: float, enough: Callable[[], bool]) -> bool:
+        """Wait for a commit that is under way, or until `enough`; False when there was no time for it."""
+        while self.busy and not enough():
+            left = until - time.monotonic()
+            if left <= 0:
+                return False
+            wait_for([self._commit], min(left, 0.2))  # type: ignore[list-item]
+        return True
+
+    def _save_last_optimizer(self, trainer: Trainer, version: int, until: float) -> None:
+        if trainer.optimizer is None or self._optimizer_path(version).exists():
+            return
+        seconds = trainer.optimizer.allocated_bytes() / LAST_SYNC_RATE
+        if seconds > until - time.monotonic():
+            logger.warning("no time is left for the optimizer's state: the next job begins with an older one, or none")
+            return
+        try:
+            for path in self._save_optimizer(trainer, version, all_sizes=True):
+                path.unlink(missing_ok=True)
+        except Exception:
+            logger.exception("the optimizer's state was not saved: the next job begins with an older one, or none")
+
+    def unsaved(self, attachment: "Attachment") -> str:
+        """What would be lost with the live weights, for a log."""
+        head, version = self.store.head, attachment.weights.version
+        return (
+            f"generation {head.generation} holds weight version {head.weight_version}, the live weights are version "
+            f"{version}"
+        )
 
     def _finish(self) -> None:
         """Bring the last generation into the files, if a reader kept it out and is done now. What fails is noted."""
@@ -297,14 +397,16 @@ class Saver:
     def _failed(self, error: BaseException, jobs: list[str], operation: Operation | None) -> None:
         """Nothing is lost: the steps stay marked as unsaved, and the next try comes after a growing pause."""
         first, longest = BACKOFF_S
-        pause = min(longest, first * 2**self._failures)
+        pause = min(longest, first * 2 ** min(self._failures, DOUBLINGS))
         self._failures += 1
         self._not_before = time.monotonic() + pause
-        self._jobs = jobs + self._jobs
-        message = getattr(error, "message", str(error))
+        self._jobs = list(dict.fromkeys(jobs + self._jobs))
+        message = getattr(error, "message", None) or f"{type(error).__name__}: {error}"
         self.error = {"message": message, "failures": self._failures, "retry_in_s": pause, "at": time.time()}
         if operation is not None:
             self._operations.finish(operation, error=error)
+        with suppress(redis.RedisError):
+            record_failed_sync(self._dirty.client, self._settings.model_name)
 
     def _join(self) -> None:
         """Wait for a commit that runs beside training; its failure was reported where it happened."""
@@ -423,6 +525,9 @@ class Saver:
                 found.append((int(version), path))
         return sorted(found, reverse=True)
 
+    def _optimizer_path(self, version: int) -> Path:
+        return self._settings.data_dir / "optimizer" / f"{self._settings.model_slug}@{version}.safetensors"
+
     def _save_optimizer(self, trainer: Trainer | None, version: int, *, all_sizes: bool) -> list[Path]:
         """Beside each generation, so that a restarted worker goes on with the moments it had then. Returns the files
         that it replaces, to be removed when the generation is there."""
@@ -430,7 +535,7 @@ class Saver:
             return []
         if not all_sizes and trainer.optimizer.allocated_bytes() > SMALL_STATE:
             return []
-        path = self._settings.data_dir / "optimizer" / f"{self._settings.model_slug}@{version}.safetensors"
+        path = self._optimizer_path(version)
         try:
             trainer.save_optimizer(path)
         except SafetensorError as error:  # how safetensors reports a full disk, among others

@@ -4,11 +4,14 @@
       └─ child (prefork, spawned)        Runtime: attached weights, model, optimizer, checkpoint store; runs the tasks
 
 Start-up and shutdown are Celery's signals: the child builds its runtime before it takes a task, and the parent's warm
-shutdown tells a running job through a file to stop at its next step boundary, because the child can't hear SIGTERM.
+shutdown tells a running job through a file to stop at its next step boundary. To the child SIGTERM means the same, no
+more: systemd and a machine that shuts down send it to every process at once, a cold shutdown to the child alone, and
+Celery's own handler would end the child within a step, or within the last sync.
 """
 
 import logging
 import os
+import signal
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -49,6 +52,7 @@ def runtime() -> "Runtime":
 
 @signals.worker_process_init.connect  # type: ignore[untyped-decorator]
 def _child_starts(**_: Any) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Celery sets its own handler where this is anything else
     try:
         runtime()
     except Exception:
@@ -62,6 +66,18 @@ def _child_starts(**_: Any) -> None:
 def _child_ends(**_: Any) -> None:
     if _runtime is not None:
         _runtime.shutdown()
+
+
+@signals.task_prerun.connect  # type: ignore[untyped-decorator]
+def _task_begins(**_: Any) -> None:
+    # Here and not before: Celery would replace the handler. And programs that training starts do not inherit it.
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
+        signal.signal(signal.SIGTERM, _asked_to_stop)
+
+
+def _asked_to_stop(*_: Any) -> None:
+    if _runtime is not None:
+        _runtime.asked_to_stop = True
 
 
 @signals.worker_init.connect  # type: ignore[untyped-decorator]

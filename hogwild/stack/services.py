@@ -2,9 +2,11 @@
 
 import importlib.metadata
 import json
+import math
 import os
 import shlex
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,8 @@ from pydantic import SecretStr
 
 from hogwild.api.auth import keys_of
 from hogwild.config import Settings, is_loopback, url_host
-from hogwild.errors import ConfigError
+from hogwild.errors import ConfigError, HogwildError
+from hogwild.manifest import Manifest, manifest_path
 from hogwild.mps import Mps, worker_limits
 from hogwild.stack import embedded_redis
 
@@ -21,6 +24,8 @@ from hogwild.stack import embedded_redis
 CPU_KV_CACHE_GIB = 1
 # Share of the card that vLLM takes when the user names none: the rest is for gradients, activations and optimizer.
 GPU_MEMORY_UTILIZATION = 0.80
+# The end of a step, and of the process, before and after the worker's last sync.
+WORKER_STOP_S = 30.0
 DEV = Path("/dev")
 
 
@@ -150,11 +155,24 @@ def checkpoint_dtype(model_dir: Path) -> str:
     return str(config.get("dtype") or config.get("torch_dtype") or "auto")
 
 
+def weight_bytes(settings: Settings) -> int:
+    """Size of the model that is, or will be, served; 0 when there is nothing to see yet."""
+    directories = [settings.model_checkpoint_dir, *([Path(settings.model)] if settings.model else [])]
+    for directory in directories:
+        with suppress(OSError):
+            if nbytes := sum(path.stat().st_size for path in directory.glob("*.safetensors")):
+                return nbytes
+    with suppress(HogwildError):
+        return sum(a.size for a in Manifest.load(manifest_path(settings.model_runtime_dir)).allocations)
+    return 0
+
+
 def build(settings: Settings, *, vllm: bool, mps: Mps | None = None) -> list[Service]:
     """The services of a stack, in the order they start."""
     python = sys.executable
     data = settings.data_dir.resolve()
     celery = [python, "-m", "celery", "-A"]
+    last_sync = settings.last_sync_bound(weight_bytes(settings))
     services = []
     if settings.redis_url is None:
         config = embedded_redis.write_config(data / "redis", settings.redis_port)
@@ -188,8 +206,11 @@ def build(settings: Settings, *, vllm: bool, mps: Mps | None = None) -> list[Ser
         Service(
             name="worker",
             priority=30,
-            env=mps.worker_environment() if mps else worker_limits(settings),  # a joined vLLM may be under MPS
-            stop_wait_s=120,
+            env={
+                **(mps.worker_environment() if mps else worker_limits(settings)),  # a joined vLLM may be under MPS
+                "HOGWILD_LAST_SYNC_S": str(last_sync),  # what it is waited for
+            },
+            stop_wait_s=math.ceil(last_sync + WORKER_STOP_S),
             argv=[
                 *celery,
                 "hogwild.tasks.worker:app",

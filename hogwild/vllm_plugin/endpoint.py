@@ -5,10 +5,12 @@ vLLM's API server, so nothing may raise: a failure is logged and costs only thes
 """
 
 import hmac
+import inspect
 import logging
 import os
 import secrets
 from argparse import Namespace
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -117,9 +119,16 @@ class HogwildEndpoint:
         at_exit(partial(sweep, self._runtime_dir))
         remove_at_exit(self._runtime_dir / FILE_NAME)
 
-    async def _reset_prefix_cache(self, x_hogwild_token: str = Header("")) -> dict[str, bool]:
+    async def _reset_prefix_cache(self, running: bool = False, x_hogwild_token: str = Header("")) -> dict[str, bool]:
         # Several API servers can share one port: the file's token counts, whichever of them wrote it last.
         frontend = Frontend.load(self._runtime_dir) if self._runtime_dir else None
         if frontend is None or not hmac.compare_digest(frontend.token.encode(), x_hogwild_token.encode()):
             raise HTTPException(403, "Forbidden")
-        return {"reset": bool(await self._engine.reset_prefix_cache())}
+        reset = self._engine.reset_prefix_cache
+        # Newer engines can preempt running requests and compute them anew; older ones refuse while one runs.
+        options = {"reset_running_requests": True} if running and _takes_running(reset) else {}
+        return {"reset": bool(await reset(**options))}
+
+
+def _takes_running(reset: Callable[..., Any]) -> bool:
+    return "reset_running_requests" in inspect.signature(reset).parameters

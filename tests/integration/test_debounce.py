@@ -56,8 +56,38 @@ def test_clock_that_jumped_back_does_not_stop_syncs(dirty):
     assert dirty.due(600, 3600, now=dirty.state().last_at - 86_400)
 
 
-def test_only_one_syncs(dirty):
-    token = dirty.lock()
-    assert token and dirty.lock() is None
-    assert not dirty.unlock("another's")
-    assert dirty.unlock(token) and dirty.lock()
+# --- a worker that attaches -------------------------------------------------------------------------------------------
+
+
+def test_unsaved_steps_are_known_again_when_redis_lost_them(dirty):
+    dirty.settle(7, 2, 4)
+    state = dirty.state()
+    assert (state.dirty, state.steps, state.weight_version) == (True, 3, 7)
+    assert (state.generation, state.synced_version) == (2, 4)
+    assert dirty.due(600, 3600, now=state.last_at + 600)
+
+
+def test_a_step_whose_worker_died_before_its_mark_counts(dirty):
+    dirty.clear(1, 4)
+    dirty.settle(5, 1, 4)
+    assert dirty.state().steps == 1
+    dirty.mark_dirty(6)
+    assert dirty.state().steps == 2
+
+
+def test_waiting_times_go_on_over_a_restart_of_the_worker(dirty):
+    dirty.clear(1, 4)
+    dirty.mark_dirty(5)
+    dirty.mark_dirty(6)
+    before = dirty.state()
+    Dirty(dirty.client, "tiny").settle(6, 1, 4)
+    after = Dirty(dirty.client, "tiny").state()
+    assert (after.oldest_at, after.last_at, after.steps) == (before.oldest_at, before.last_at, 2)
+    assert after.synced_at == before.synced_at
+
+
+def test_steps_that_are_gone_with_their_weights_are_not_unsaved(dirty):
+    dirty.mark_dirty(9, 9)
+    dirty.settle(4, 1, 4)  # vLLM came back with the last generation
+    assert not dirty.state().dirty
+    assert not dirty.due(0, 0)

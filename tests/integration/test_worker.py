@@ -67,7 +67,7 @@ class Site:
             self.worker = subprocess.Popen(
                 [sys.executable, "-m", "celery", "-A", "hogwild.tasks.worker:app", "worker", "-Q", self.settings.queue,
                  "-c", "1", "--pool", "prefork", "-E", "--loglevel", "INFO", "-n", "tiny@%h"],
-                env=self.env, stdout=log, stderr=log)  # fmt: skip
+                env=self.env, stdout=log, stderr=log, start_new_session=True)  # fmt: skip
 
     def child(self) -> psutil.Process:
         """The pool's process: it says its pid in its status."""
@@ -214,6 +214,7 @@ def test_a_sync_asked_for_while_a_job_runs_does_not_wait_for_its_end(site: Site)
     found = site.operate("verify")
     assert found.state == "succeeded", found.error
     assert found.result["ok"] and found.result["blocks_checked"] > 0
+    assert saved.result["jobs"][-1] == job
     assert not site.ledger.get(job).final
     site.ledger.request(job, "cancel")
     site.finished(job)
@@ -300,6 +301,69 @@ def test_live_weights_follow_a_rollback_that_was_made_without_the_worker(site: S
     assert (generations[saved + 2]["kind"], generations[saved + 2]["weight_version"]) == ("sync", version)
     assert generations[saved + 3]["restores"] == made.generation
     assert site.finished(site.submit()).weight_version_first == found.result["live_version"] + 1
+def test_what_is_unsaved_is_known_again_after_redis_lost_it_and_the_worker_died(site: Site) -> None:
+    assert site.operate("sync").state == "succeeded"
+    assert site.finished(site.submit()).state == "succeeded"
+    os.killpg(site.worker.pid, signal.SIGKILL)
+    site.worker.wait()
+    assert site.dirty.state().steps == 3
+    site.dirty.client.delete(site.dirty.keys("dirty"), site.dirty.keys("last-sync"))
+    site.start_worker()
+    until(lambda: site.dirty.state().steps == 3, what="the mark of what is unsaved")
+    assert site.operate("sync").state == "succeeded"
+    assert not site.dirty.state().dirty
+
+
+def test_sigterm_to_all_processes_of_the_worker_cuts_no_step_and_saves(site: Site) -> None:
+    """As systemd and a machine that shuts down send it; twice, because some are impatient."""
+    job = site.submit(**ENDLESS)
+    site.stepping(job)
+    before = site.disk()
+    os.killpg(site.worker.pid, signal.SIGTERM)
+    time.sleep(0.2)
+    os.killpg(site.worker.pid, signal.SIGTERM)
+    site.worker.wait(120)
+    stopped = site.ledger.get(job)
+    assert (stopped.state, stopped.steps_interrupted) == ("queued", 0)
+    assert stopped.steps_applied == stopped.steps_begun
+    assert not same(site.disk(), before)
+    assert site.dirty.state().synced_version == stopped.weight_version_last
+    site.ledger.request(job, "cancel")
+
+    # and the same where no job runs
+    site.start_worker()
+    until(site.attached, what="attaching")
+    done = site.finished(site.submit())
+    os.killpg(site.worker.pid, signal.SIGTERM)
+    site.worker.wait(120)
+    assert site.dirty.state().synced_version == done.weight_version_last
+    site.start_worker()
+
+
+def test_a_cold_shutdown_saves_and_ends(site: Site) -> None:
+    """SIGQUIT, or Ctrl-C twice: Celery then sends SIGTERM to its child alone."""
+    until(site.attached, what="attaching")
+    job = site.submit(**ENDLESS)
+    site.stepping(job)
+    site.worker.send_signal(signal.SIGQUIT)
+    site.worker.wait(120)
+    stopped = site.ledger.get(job)
+    assert (stopped.steps_applied, stopped.steps_interrupted) == (stopped.steps_begun, 0)
+    assert site.dirty.state().synced_version == stopped.weight_version_last
+    site.ledger.request(job, "cancel")
+    site.start_worker()
+    until(lambda: site.ledger.get(job).final, what="the cancellation")
+
+
+def test_sigterm_to_the_child_alone_cuts_no_step_and_another_child_goes_on(site: Site) -> None:
+    until(site.attached, what="attaching")
+    job = site.submit(**SLOW)
+    site.stepping(job)
+    child = site.child()
+    child.terminate()
+    done = site.finished(job)
+    assert (done.state, done.steps_applied, done.steps_interrupted) == ("succeeded", 400, 0)
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
 
 
 def test_exporter_killed_in_mid_job_loses_no_step(site: Site) -> None:
@@ -311,6 +375,7 @@ def test_exporter_killed_in_mid_job_loses_no_step(site: Site) -> None:
     at = site.ledger.get(job)
     assert at.state == "running"
     until(lambda: site.dirty.state().synced_version == at.weight_version_last, what="the sync of what it held")
+    assert site.registry.checkpoint()["generations"][0]["jobs"][-1] == job
 
     site.start_exporter()  # on the original model: the worker brings it up to the last generation
     done = site.finished(job, 300)

@@ -65,6 +65,7 @@ def start_worker(tmp_path, monkeypatch):
     """Makes savers of a checkpoint: workers, one after the other."""
     monkeypatch.setattr("hogwild.tasks.saving.record_sync", lambda *_: None)
     monkeypatch.setattr("hogwild.tasks.saving.record_undo", lambda *_: None)
+    monkeypatch.setattr("hogwild.tasks.saving.record_failed_sync", lambda *_: None)
     debounce = {"sync_quiet_s": 0, "sync_max_age_s": 0}
     settings = SimpleNamespace(data_dir=tmp_path / "data", model_name="m", model_slug="m", **debounce)
     started = []

@@ -28,6 +28,17 @@ class Engine:
         return self.answer
 
 
+class NewEngine(Engine):
+    """One that can compute running requests anew."""
+
+    def __init__(self) -> None:
+        super().__init__(False)
+
+    async def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+        await super().reset_prefix_cache()
+        return reset_running_requests
+
+
 def serving(runtime_dir: Path, engine: Engine | None = None, **options: Any) -> tuple[TestClient, Frontend | None]:
     """An application that went through both phases of vLLM's wiring."""
     fields = {"model": "/models/m", "served_model_name": ["m"], "host": None, "port": 8000, "api_key": None, **options}
@@ -57,6 +68,20 @@ def test_the_token_resets_the_prefix_cache_and_nothing_else_does(answer: bool, r
     assert response.json() == {"reset": answer}
     assert engine.asked == 1
     assert (runtime_dir / "frontend.json").stat().st_mode & 0o777 == 0o600
+
+
+def test_running_requests_are_computed_anew_where_the_engine_can_and_it_was_asked_for(runtime_dir: Path) -> None:
+    for engine, query, reset in (
+        (NewEngine(), "?running=true", True),
+        (NewEngine(), "", False),
+        (Engine(False), "?running=true", False),
+        (Engine(True), "?running=true", True),
+    ):
+        client, frontend = serving(runtime_dir, engine)
+        assert frontend is not None
+        headers = {TOKEN_HEADER: frontend.token}
+        assert client.post(f"/hogwild/prefix_cache/reset{query}", headers=headers).json() == {"reset": reset}
+        assert engine.asked == 1
 
 
 def test_two_api_servers_on_one_port_take_the_same_token(runtime_dir: Path) -> None:

@@ -22,7 +22,8 @@ def test_a_steps_work_is_told_from_what_happens_between_steps(monkeypatch) -> No
     log: list[str] = []
     monkeypatch.setattr("hogwild.tasks.control.send_progress", lambda *_, **__: None)
     weights = SimpleNamespace(version=3, begin=lambda: log.append("weights.begin"), applied=lambda: 4)
-    live = SimpleNamespace(governor=Told(log, "governor"), attachment=SimpleNamespace(weights=weights))
+    live = SimpleNamespace(governor=Told(log, "governor"), saver=Told(log, "saver"),
+                           attachment=SimpleNamespace(weights=weights))
     runtime = Told(log, "runtime")
     runtime.settings = SimpleNamespace(job_time_limit_s=100.0)
     runtime.ledger, runtime.dirty = Told(log, "ledger"), Told(log, "dirty")

@@ -1,0 +1,479 @@
+"""The worker's syncs in one process, with a real Redis, a real checkpoint and a real weight state.
+
+What happens when they fail or come too late, and what others see of it.
+"""
+
+import errno
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import redis
+import torch
+from fastapi.testclient import TestClient
+from safetensors.torch import save_file
+
+from hogwild.api.app import create_app
+from hogwild.checkpoint import views
+from hogwild.checkpoint.durable import FileLock
+from hogwild.checkpoint.store import CheckpointStore
+from hogwild.config import Settings
+from hogwild.errors import CheckpointError, ServiceUnavailable
+from hogwild.stack import services
+from hogwild.tasks import prefix_cache, runtime, saving
+from hogwild.tasks.runtime import Live, Runtime
+from hogwild.tasks.saving import Saver
+from hogwild.weight_state import WeightState
+
+
+class Trainer:
+    """One whose optimizer has a state of eight bytes."""
+
+    def __init__(self) -> None:
+        self.optimizer = SimpleNamespace(allocated_bytes=lambda: 8, kind="none")
+
+    def save_optimizer(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"moments")
+
+    def rolled_back(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class Bench:
+    """A worker that is attached to weights of this process."""
+
+    def __init__(self, settings: Settings, folder: Path) -> None:
+        model = folder / "model"
+        model.mkdir()
+        save_file({"w": torch.randn(64, 1024)}, model / "model.safetensors")
+        (model / "config.json").write_text("{}")
+        self.settings = settings
+        self.runtime = Runtime(settings, stop_file=folder / "stop")
+        self.runtime.stopping = lambda: False  # type: ignore[method-assign]
+        self.views = {"w": torch.zeros(64, 1024)}
+        self.weights = WeightState.create(folder / "weights.state", "0" * 32)
+        self.trainer = Trainer()
+        self.saver = Saver(
+            settings,
+            store=CheckpointStore.open(settings.model_checkpoint_dir, source=model, keep_last=8),
+            dirty=self.runtime.dirty,
+            operations=self.runtime.operations,
+            registry=self.runtime.registry,
+        )
+        self.attachment: Any = SimpleNamespace(
+            views=self.views,
+            weights=self.weights,
+            manifest=SimpleNamespace(model_path=str(model), device="cpu"),
+            nbytes=self.views["w"].nbytes,
+            alive=lambda: True,
+            closed=False,
+        )
+        self.attachment.close = lambda: setattr(self.attachment, "closed", True)
+        governor: Any = SimpleNamespace(status=dict, close=lambda: None)
+        self.runtime._saver = self.saver
+        self.live = Live(self.attachment, self.trainer, self.saver, governor, lambda: None)
+        self.runtime._live = self.live
+        self.runtime.lifecycle.attachment = self.attachment
+        self.saver.store.restore(self.views)
+        self.saver.publish()
+
+    def step(self, amount: float = 1.0) -> int:
+        """A training step, as a job does it."""
+        self.weights.begin()
+        self.views["w"] += amount
+        version = self.weights.applied()
+        self.runtime.dirty.mark_dirty(version)
+        return version
+
+    def status(self) -> dict[str, Any]:
+        self.runtime.heartbeat()
+        return self.runtime.registry.worker() or {}
+
+
+@pytest.fixture
+def bench(settings: Settings, redis_client: redis.Redis, tmp_path: Path) -> Iterator[Bench]:
+    made = Bench(settings.model_copy(update={"sync_quiet_s": 0.0}), tmp_path)
+    yield made
+    made.saver.close()
+    made.runtime.client.close()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The saver's own clock; `clock.now` is moved by the test."""
+    moved = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(saving, "time", SimpleNamespace(monotonic=lambda: moved.now, time=time.time, sleep=time.sleep))
+    return moved
+
+
+def failing(error: BaseException) -> Callable[..., Any]:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return fail
+
+
+def wait_until(done: Callable[[], Any], timeout: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def metric(settings: Settings, name: str) -> float:
+    with TestClient(create_app(settings)) as http:
+        lines = http.get("/metrics").text.splitlines()
+    return float(next(line for line in lines if line.startswith(f"{name} ")).split()[1])
+
+
+# --- a sync that fails ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("pinned")])
+def test_a_sync_that_runs_out_of_memory_does_not_end_the_job_beside_it(
+    bench: Bench, clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    bench.step()
+    with monkeypatch.context() as patched:
+        patched.setattr(bench.saver.store, "begin_sync", failing(error))
+        bench.runtime.between_steps()  # a job's look around: whatever it raises ends the job
+        bench.runtime._asked_due_at = 0.0
+        bench.runtime.between_steps()
+    assert bench.saver.error is not None and bench.saver.error["failures"] == 1  # and no more within the pause
+    assert type(error).__name__ in bench.saver.error["message"]
+    clock.now += 5.0
+    bench.runtime.tick()
+    assert bench.saver.store.head.weight_version == 1
+
+
+def test_an_operation_that_runs_out_of_memory_fails_with_its_reason(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.step()
+    sync, rollback = bench.runtime.operations.submit("sync"), bench.runtime.operations.submit("rollback", generation=0)
+    with monkeypatch.context() as patched:
+        patched.setattr(bench.saver.store, "begin_sync", failing(torch.OutOfMemoryError("no room")))
+        bench.runtime.between_steps()
+    for operation in (sync, rollback):
+        ended = bench.runtime.operations.get(operation)
+        assert ended.state == "failed" and "no room" in ended.error["message"]
+
+
+def test_what_training_keeps_of_the_card_is_free_when_a_sync_begins(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    begin = bench.saver.store.begin_sync
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: seen.append("emptied"))
+    monkeypatch.setattr(bench.saver.store, "begin_sync", lambda *a, **k: (seen.append("begun"), begin(*a, **k))[1])
+    bench.step()
+    bench.runtime.tick()
+    assert seen == ["emptied", "begun"]
+
+
+def test_the_pause_after_failures_doubles_up_to_ten_minutes_for_ever(
+    bench: Bench, clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.step()
+    monkeypatch.setattr(bench.saver.store, "begin_sync", failing(CheckpointError("the disk is full")))
+    pauses = []
+    for _ in range(9):
+        bench.runtime.tick()
+        pauses.append(bench.saver.error["retry_in_s"])
+        bench.runtime.tick()  # too early: nothing is tried
+        clock.now += pauses[-1]
+    assert pauses == [5, 10, 20, 40, 80, 160, 320, 600, 600]
+    assert bench.saver.error["failures"] == 9
+    bench.saver._failures = 5000  # a month of them
+    bench.runtime.tick()
+    assert bench.saver.error["retry_in_s"] == 600
+
+
+def test_a_failed_sync_is_seen_and_leaves_the_steps_unsaved(
+    bench: Bench, clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.step()
+    bench.step()
+    with monkeypatch.context() as patched:
+        patched.setattr(bench.saver.store, "begin_sync", failing(CheckpointError("the disk is full")))
+        bench.runtime.tick()
+    assert bench.status()["sync_error"]["message"] == "the disk is full"
+    state = bench.runtime.dirty.state()
+    assert (state.dirty, state.steps, state.weight_version) == (True, 2, 2)
+    assert metric(bench.settings, "hogwild_syncs_failed_total") == 1
+    # When it works again
+    clock.now += 5.0
+    bench.runtime.tick()
+    assert bench.status()["sync_error"] is None
+    assert not bench.runtime.dirty.state().dirty
+    assert metric(bench.settings, "hogwild_syncs_failed_total") == 1
+
+
+def test_a_commit_beside_training_that_fails_is_tried_again(
+    bench: Bench, clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench.step()
+    with monkeypatch.context() as patched:
+        patched.setattr(bench.saver.store, "_write", failing(MemoryError()))
+        bench.runtime.between_steps()
+        bench.saver._join()
+    assert "MemoryError" in caplog.text
+    assert bench.runtime.dirty.state().steps == 1
+    bench.runtime._asked_due_at, clock.now = 0.0, clock.now + 5.0
+    bench.runtime.between_steps()
+    bench.saver._join()
+    assert bench.saver.store.head.weight_version == 1
+
+
+def test_two_beats_that_tick_at_once_make_one_sync(bench: Bench) -> None:
+    bench.step()
+    ticks = [threading.Thread(target=bench.runtime.tick) for _ in range(2)]
+    for tick in ticks:
+        tick.start()
+    for tick in ticks:
+        tick.join()
+    assert bench.saver.store.head.generation == 1
+    assert metric(bench.settings, "hogwild_syncs_total") == 1
+
+
+def test_what_is_asked_for_during_a_commit_waits_and_the_job_does_not(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, write = threading.Event(), bench.saver.store._write
+    monkeypatch.setattr(bench.saver.store, "_write", lambda *args: (slow.wait(30), write(*args))[1])
+    operations = bench.runtime.operations
+    bench.step()
+    first = operations.submit("sync")
+    bench.runtime.between_steps()
+    others = [operations.submit("sync"), operations.submit("rollback", generation=0)]
+    for _ in range(3):
+        bench.step()
+        bench.runtime.between_steps()  # or would wait for ever, as this commit does
+    assert [operations.get(op).state for op in (first, *others)] == ["running", "pending", "pending"]
+    slow.set()
+    for done in (first, *others):
+        wait_until(lambda: not bench.saver.busy)
+        bench.runtime.between_steps()
+        wait_until(lambda done=done: operations.get(done).final)
+    assert [operations.get(op).state for op in (first, *others)] == ["succeeded"] * 3
+    assert operations.get(others[0]).result["weight_version"] == 4
+
+
+# --- the last chance --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reader(bench: Bench) -> Iterator[FileLock]:
+    """Somebody who reads the files, and does not end."""
+    bench.saver.store._readers._patience = 0.1
+    lock = FileLock(bench.saver.store.directory / ".hogwild" / "readers.lock")
+    assert lock.acquire(shared=True)
+    yield lock
+    lock.release()
+
+
+def lose(bench: Bench) -> None:
+    """vLLM is gone, as the lifecycle sees it."""
+    bench.attachment.alive = lambda: False
+    bench.runtime._poll()
+
+
+@pytest.mark.parametrize("end", ["vLLM is gone", "shutdown"])
+def test_a_reader_that_ends_in_time_costs_no_step_of_the_last_sync(bench: Bench, reader: FileLock, end: str) -> None:
+    # Given a generation that is durable and waits for a reader of the files, and steps since then
+    bench.step()
+    bench.runtime.tick()
+    assert bench.saver.store.head.weight_version == 1
+    bench.step()
+    threading.Timer(1.0, reader.release).start()
+    # When there is no later
+    if end == "shutdown":
+        bench.runtime.shutdown()
+    else:
+        lose(bench)
+    # Then the weights were held on to until the reader had gone
+    assert bench.saver.store.head.weight_version == 2
+    assert bench.attachment.closed
+
+
+@pytest.mark.parametrize("end", ["vLLM is gone", "shutdown"])
+def test_a_disk_that_is_full_for_a_moment_costs_no_step_of_the_last_sync(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    bench.step()
+    write, tries = bench.saver.store._write, []
+
+    def full_at_first(*args: Any) -> Any:
+        tries.append(1)
+        if len(tries) < 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(*args)
+
+    monkeypatch.setattr(bench.saver.store, "_write", full_at_first)
+    bench.runtime.shutdown() if end == "shutdown" else lose(bench)
+    assert (len(tries), bench.saver.store.head.weight_version) == (3, 1)
+    assert [path.name for _, path in bench.saver._optimizer_files()] == ["tiny@1.safetensors"]
+
+
+@pytest.mark.parametrize("end", ["vLLM is gone", "shutdown"])
+def test_a_last_sync_that_does_not_end_is_given_up_at_its_bound(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, end: str
+) -> None:
+    monkeypatch.setattr(runtime, "ENDING_S", 0.5)
+    bench.runtime.settings = bench.settings.model_copy(update={"last_sync_s": 1.0})
+    bench.step()
+    bench.runtime.tick()
+    bench.step()
+    stuck = threading.Event()
+    write = bench.saver.store._write
+    monkeypatch.setattr(bench.saver.store, "_write", lambda *args: (stuck.wait(), write(*args))[1])
+    began = time.monotonic()
+    try:
+        bench.runtime.shutdown() if end == "shutdown" else lose(bench)
+        assert 1.0 <= time.monotonic() - began < 5.0
+        assert "generation 1 holds weight version 1, the live weights are version 2" in caplog.text
+        assert bench.attachment.closed
+    finally:
+        stuck.set()
+
+
+def test_an_optimizer_state_that_there_is_no_time_for_is_left_out_and_the_weights_are_not(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench.trainer.optimizer.allocated_bytes = lambda: 10**12
+    bench.step()
+    bench.runtime.shutdown()
+    assert bench.saver.store.head.weight_version == 1
+    assert not bench.saver._optimizer_files()
+    assert "no time is left for the optimizer's state" in caplog.text
+
+
+def test_the_last_sync_gets_longer_with_the_model_and_up_waits_for_it(settings: Settings, tmp_path: Path) -> None:
+    def worker(chosen: Settings) -> Any:
+        return next(s for s in services.build(chosen, vllm=False) if s.name == "worker")
+
+    assert worker(settings).stop_wait_s == 90 + 30
+    directory = settings.model_checkpoint_dir
+    directory.mkdir(parents=True)
+    with (directory / "model.safetensors").open("wb") as file:
+        file.truncate(65 * 10**9)  # a hole
+    assert worker(settings).stop_wait_s == 90 + 650 + 30
+    assert worker(settings).env["HOGWILD_LAST_SYNC_S"] == "740.0"
+    chosen = settings.model_copy(update={"last_sync_s": 2000.0})
+    assert worker(chosen).stop_wait_s == 2030
+    assert worker(chosen).env["HOGWILD_LAST_SYNC_S"] == "2000.0"
+
+
+# --- vLLM's prefix cache ----------------------------------------------------------------------------------------------
+
+
+class BusyVllm:
+    """Its front end, while requests hold prefixes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.busy, self.asked = True, []
+        monkeypatch.setattr(prefix_cache.Frontend, "load", lambda _: self)
+        monkeypatch.setattr(runtime, "PREFIX_CACHE_S", 0.2)
+        monkeypatch.setattr(prefix_cache, "RETRY_S", 0.0)
+
+    def reset_prefix_cache(self, timeout: float, *, running: bool) -> bool:
+        self.asked.append(running)
+        return not self.busy
+
+
+def test_a_reset_that_requests_prevent_is_owed_until_it_is_done(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    vllm = BusyVllm(monkeypatch)
+    bench.step()
+    bench.runtime.tick()
+    operation = bench.runtime.operations.submit("rollback", generation=0)
+    bench.runtime.run_operation(operation)
+    done = bench.runtime.operations.get(operation)
+    assert (done.state, done.result["prefix_cache"]) == ("succeeded", "owed")
+    assert all(vllm.asked), "what was undone is asked for even where requests run"
+    owed = bench.status()["prefix_cache"]
+    assert owed["reset_owed"] and "hold prefixes" in owed["reason"]
+    # When the worker watches, then it asks again, and no more once it was heard
+    bench.runtime.registry.register_worker(bench.runtime.worker_id, "h")
+    bench.runtime._watcher.start()
+    asked = len(vllm.asked)
+    wait_until(lambda: len(vllm.asked) > asked + 1)
+    vllm.busy = False
+    wait_until(lambda: not bench.status()["prefix_cache"]["reset_owed"])
+    asked = len(vllm.asked)
+    time.sleep(2 * runtime.WATCH_S)
+    assert len(vllm.asked) == asked
+    bench.runtime._ending.set()
+    bench.runtime._watcher.join()
+
+
+def test_a_rollback_whose_reset_is_heard_says_so(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    BusyVllm(monkeypatch).busy = False
+    bench.step()
+    bench.runtime.tick()
+    operation = bench.runtime.operations.submit("rollback", generation=0)
+    bench.runtime.run_operation(operation)
+    assert bench.runtime.operations.get(operation).result["prefix_cache"] == "reset"
+    assert not bench.status()["prefix_cache"]["reset_owed"]
+
+
+def test_what_was_owed_to_a_dead_vllm_is_not_asked_of_the_next(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    vllm = BusyVllm(monkeypatch)
+    assert not bench.runtime.prefix_cache.reset(patience_s=0)
+    lose(bench)
+    asked = len(vllm.asked)
+    bench.runtime.prefix_cache.retry()
+    assert len(vllm.asked) == asked
+
+
+def test_weights_that_change_during_a_reset_are_owed_another(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    vllm = BusyVllm(monkeypatch)
+    vllm.busy = False
+    cache = bench.runtime.prefix_cache
+    ask = vllm.reset_prefix_cache
+
+    def change_meanwhile(timeout: float, *, running: bool) -> bool:
+        cache.owe()
+        return ask(timeout, running=running)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(vllm, "reset_prefix_cache", change_meanwhile)
+        cache.reset(patience_s=0)
+    assert cache.status()["reset_owed"]
+    cache.retry()
+    assert not cache.status()["reset_owed"]
+
+
+def test_running_requests_are_not_begun_anew_over_and_over_in_a_vllm_that_fails_at_it(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vllm = BusyVllm(monkeypatch)
+    cache = bench.runtime.prefix_cache
+    with monkeypatch.context() as patched:
+        patched.setattr(vllm, "reset_prefix_cache", failing(ServiceUnavailable("500")))
+        assert not cache.reset(patience_s=0, running=True)
+    cache.retry()
+    assert vllm.asked == [False] and cache.status()["reset_owed"]
+
+
+def test_a_rollback_that_a_later_sync_finishes_resets_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    vllm = BusyVllm(monkeypatch)
+    vllm.busy = False
+    bench.saver.restored = bench.runtime._rolled_back  # as on attaching
+    bench.step()
+    bench.runtime.tick()
+    with monkeypatch.context() as patched:
+        patched.setattr(views, "write_blocks", failing(OSError(errno.EIO, os.strerror(errno.EIO))))
+        bench.runtime.run_operation(bench.runtime.operations.submit("rollback", generation=0))
+    asked = len(vllm.asked)
+    bench.runtime.tick()
+    assert not bench.weights.restoring
+    assert len(vllm.asked) == asked + 1
