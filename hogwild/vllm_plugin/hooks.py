@@ -419,8 +419,8 @@ def _begin(original: Callable[..., Any], loader: Any, args: tuple[Any, ...], kwa
     """The load to watch, or None for a model that is not ours to share."""
     bound = inspect.signature(original).bind(loader, *args, **kwargs)
     vllm_config, model_config = bound.arguments["vllm_config"], bound.arguments["model_config"]
-    if model_config is not vllm_config.model_config:
-        return None  # a draft model for speculative decoding
+    if is_draft(vllm_config, model_config):
+        return None
     load = Load(model_config, private_dir(model_runtime_dir(vllm_config)))
     load.void()
     refusal_path(load.runtime_dir, load.rank).unlink(missing_ok=True)
@@ -429,6 +429,19 @@ def _begin(original: Callable[..., Any], loader: Any, args: tuple[Any, ...], kwa
         load.refuse(refusals)
         return None
     return load
+
+
+def is_draft(vllm_config: Any, model_config: Any) -> bool:
+    """Whether this is a draft model for speculative decoding and not the model that is served.
+
+    Some proposers load theirs under a copy of the configuration in which it is *the* model, so that its being another
+    than `vllm_config.model_config` is not enough. Without a draft model (n-grams) vLLM calls the target its own draft.
+    """
+    if model_config is not vllm_config.model_config or getattr(model_config, "runner_type", None) == "draft":
+        return True
+    speculative = getattr(vllm_config, "speculative_config", None)
+    draft = getattr(speculative, "draft_model_config", None)
+    return draft is model_config and draft is not getattr(speculative, "target_model_config", None)
 
 
 # --- what vLLM decided ---------------------------------------------------------------------------------------------

@@ -118,6 +118,19 @@ def test_a_draft_model_beside_is_left_alone(rows: Rows) -> None:
     assert row["manifest"]
 
 
+def test_a_draft_model_under_a_configuration_of_its_own_is_left_alone(rows: Rows) -> None:
+    row = rows["draft model under a configuration of its own"]
+    assert row.get("error") is None
+    assert row["manifest"]
+    assert not row["written"]
+
+
+def test_a_target_that_is_called_its_own_draft_is_shared(rows: Rows) -> None:
+    row = rows["n-grams instead of a draft model"]
+    assert row.get("error") is None
+    assert row["written"]
+
+
 def test_a_checkpoint_of_another_dtype_is_refused(rows: Rows) -> None:
     row = rows["checkpoint of another dtype"]
     assert row["refused"] == ["dtype"]

@@ -201,6 +201,33 @@ def cases(bench: Bench) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
 
     yield "draft model beside", draft
 
+    def replaced(**speculative: Any) -> Callable[[], dict[str, Any]]:
+        """A proposer's load of a draft whose directory is called as the served model is."""
+
+        def run() -> dict[str, Any]:
+            from vllm.config import set_current_vllm_config
+            from vllm.config.utils import replace
+            from vllm.model_executor.model_loader import get_model
+
+            (bench.base / "drafts" / "m").mkdir(parents=True, exist_ok=True)
+            for path in (bench.base / "llama").iterdir():
+                shutil.copy(path, bench.base / "drafts" / "m")
+            row = bench.load("m")
+            path = manifest.manifest_path(bench.runtime / "m")
+            before = manifest.Manifest.load(path).export_id
+            config = _config(bench, "m", speculative_config={"num_speculative_tokens": 2, **speculative})
+            draft = config.speculative_config.draft_model_config
+            draft_config = replace(config, model_config=draft, quant_config=None)
+            with set_current_vllm_config(draft_config):
+                get_model(vllm_config=draft_config, prefix="draft_model")
+            written = path.exists() and manifest.Manifest.load(path).export_id != before
+            return {**row, "manifest": path.exists(), "written": written}
+
+        return run
+
+    yield "draft model under a configuration of its own", replaced(model=str(bench.base / "drafts" / "m"))
+    yield "n-grams instead of a draft model", replaced(method="ngram", prompt_lookup_max=3)
+
     def bf16() -> dict[str, Any]:
         bench.tools.save_model("llama", bench.base / "bf16", "bfloat16")
         return bench.load("m", "bf16")
@@ -251,12 +278,11 @@ def _both(bench: Bench, manifest: Any) -> dict[str, Any]:
         return bench.load("m")
 
 
-def _config(bench: Bench, name: str) -> Any:
+def _config(bench: Bench, name: str, **arguments: Any) -> Any:
     from vllm.engine.arg_utils import EngineArgs
 
-    arguments = EngineArgs(model=str(bench.base / "llama"), served_model_name=[name], dtype="float32",
-                           enforce_eager=True, max_model_len=128, skip_tokenizer_init=True)  # fmt: skip
-    return arguments.create_engine_config()
+    return EngineArgs(model=str(bench.base / "llama"), served_model_name=[name], dtype="float32", enforce_eager=True,
+                      max_model_len=128, skip_tokenizer_init=True, **arguments).create_engine_config()  # fmt: skip
 
 
 def main() -> None:
