@@ -4,7 +4,8 @@
     ──────────────────────────────────────────    ────────────────────────────────────────────────────────────────
     BaseModelLoader.load_model                    a Load begins: draft models and models that preflight refuses are
       │                                           passed through
-      ├─ DefaultModelLoader.load_weights          CPU parameters move into shared memory; the trace starts
+      ├─ DefaultModelLoader.load_weights          CPU parameters move into shared memory; the trace starts, and goes on
+      │    │                                      to the end of load_model
       │    └─ DefaultModelLoader.get_all_weights  each checkpoint tensor is announced to the trace by name
       ├─ dispatch_cpu_unquantized_gemm (CPU)      linear layers stay on F.linear instead of a private packed copy
       └─ returns                                  every landing is resolved and compared; the manifest is written
@@ -25,7 +26,7 @@ import secrets
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -226,9 +227,10 @@ def _load_weights(original: Callable[..., Any], self: Any, model: Any, *args: An
         for export in _exported:
             _guarded(export, export.overwritten, model, default=None)
         return original(self, model, *args, **kwargs)
-    untraced: AbstractContextManager[Any] = nullcontext()
-    with _guarded(load, load.prepare, model, default=untraced):
-        return original(self, model, *args, **kwargs)
+    _guarded(load, load.prepare, model, default=None)
+    loaded = original(self, model, *args, **kwargs)
+    _guarded(load, load.loaded, default=None)
+    return loaded
 
 
 def _get_all_weights(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
@@ -274,13 +276,15 @@ class Load:
         self._arena: Arena | None = None
         self._prefault: Prefault | None = None
         self._trace: LoadTrace | None = None
+        self._tracing = ExitStack()
         self._digests: BackgroundDigests | None = None
         self._places: dict[int, list[Place]] = {}
         self._layouts: dict[Place, Layout] = {}
         self._model: weakref.ReferenceType[Any] | None = None  # once exported
 
-    def prepare(self, model: Any) -> AbstractContextManager[Any]:
-        """Before the weights arrive: shared memory on CPU, then the trace to load under."""
+    def prepare(self, model: Any) -> None:
+        """Before the weights arrive: shared memory on CPU, then the trace begins; it goes on until `release`."""
+        self._tracing.close()
         started = time.monotonic()
         with torch.no_grad():
             if any(parameter.device.type == "cpu" for parameter in model.parameters()):
@@ -295,12 +299,17 @@ class Load:
 
         self._trace = LoadTrace(landed)
         self.seconds += time.monotonic() - started
-        return self._trace
+        self._tracing.enter_context(self._trace)
 
     def seen(self, name: str, tensor: Any) -> None:
         """A checkpoint tensor is about to be loaded."""
         if self._trace is not None:
             self._trace.seen(name, tensor)
+
+    def loaded(self) -> None:
+        """The weights have arrived; vLLM post-processes them next."""
+        if self._trace is not None:
+            self._trace.loaded()
 
     def keep_plain_linear(self, layer: Any) -> bool:
         """Give a CPU layer with a two-dimensional weight plain F.linear; False to let vLLM decide."""
@@ -310,7 +319,8 @@ class Load:
         return True
 
     def release(self) -> None:
-        """The load is over, well or not: end the threads beside it. Never raises."""
+        """The load is over, well or not: end the trace and the threads beside it. Never raises."""
+        self._tracing.close()
         if self._prefault is not None:
             self._prefault.finish()
         if self._digests is not None:

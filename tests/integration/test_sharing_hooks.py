@@ -112,6 +112,13 @@ def test_weights_that_vllm_reloads_end_the_export(rows: Rows) -> None:
     assert "sharing ends until vLLM is restarted" in log(row)
 
 
+def test_what_post_processing_computes_from_a_weight_makes_that_derived(rows: Rows) -> None:
+    row = rows["computed in post-processing"]
+    assert row["norm"] == ["derived", "vLLM serves it through model.norm.A, computed by exp"]
+    assert row["shared"] == 20
+    assert row["traces"] == 0
+
+
 def test_a_draft_model_beside_is_left_alone(rows: Rows) -> None:
     row = rows["draft model beside"]
     assert row.get("error") is None

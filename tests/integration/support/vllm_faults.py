@@ -228,6 +228,24 @@ def cases(bench: Bench) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     yield "draft model under a configuration of its own", replaced(model=str(bench.base / "drafts" / "m"))
     yield "n-grams instead of a draft model", replaced(method="ngram", prompt_lookup_max=3)
 
+    def post_processed() -> dict[str, Any]:
+        """vLLM's post-processing computes a parameter from a loaded one, which stays as it is."""
+        import torch
+        from vllm.model_executor.model_loader import base_loader
+
+        original = base_loader.process_weights_after_loading
+
+        def process(model: Any, *arguments: Any) -> None:
+            original(model, *arguments)
+            model.model.norm.A = torch.nn.Parameter(-torch.exp(model.model.norm.weight), requires_grad=False)
+
+        with mock.patch.object(base_loader, "process_weights_after_loading", process):
+            row = bench.load("m")
+        record = manifest.Manifest.load(manifest.manifest_path(bench.runtime / "m")).tensors["model.norm.weight"]
+        return {**row, "norm": [record.status, record.reason]}
+
+    yield "computed in post-processing", post_processed
+
     def bf16() -> dict[str, Any]:
         bench.tools.save_model("llama", bench.base / "bf16", "bfloat16")
         return bench.load("m", "bf16")
