@@ -3,17 +3,21 @@
 import copy
 import json
 import os
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hogwild.errors import ExporterGone, ManifestError
 from hogwild.manifest import Allocation, Manifest, Refusal, TensorRecord, manifest_path, refusal_path, sweep
-from hogwild.runtime_files import boot_id, private_dir, process_start_time
+from hogwild.runtime_files import boot_id, private_dir, process_alive, process_start_time
 from hogwild.strided import span
 from hogwild.weight_state import FILE_NAME, WeightState
 
@@ -296,6 +300,26 @@ def test_a_refusal_tells_why_while_its_vllm_runs(tmp_path: Path) -> None:
     refusal_path(tmp_path).write_text("{}")
     with pytest.raises(ManifestError, match="not a refusal"):
         Refusal.load(refusal_path(tmp_path))
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="start times come from /proc")
+def test_setting_the_clock_changes_nobodys_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest, real = make(), psutil.Process.create_time
+    monkeypatch.setattr(psutil.Process, "create_time", lambda self: real(self) + 3600)
+    assert manifest.exporter_alive()
+
+
+def test_a_start_since_1970_as_older_files_have_it() -> None:
+    started = psutil.Process().create_time()
+    assert process_alive(os.getpid(), started)
+    assert not process_alive(os.getpid(), started - 60)
+
+
+def test_a_process_that_only_waits_to_be_reaped_is_gone() -> None:
+    with subprocess.Popen([sys.executable, "-c", ""], stdin=subprocess.DEVNULL) as child:
+        started = process_start_time(child.pid)
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        assert not process_alive(child.pid, started)
+
+
 
 
 def test_the_refusal_of_a_dead_vllm_counts_for_nothing(tmp_path: Path) -> None:
