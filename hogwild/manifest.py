@@ -426,7 +426,6 @@ def _tensor(name: str, raw: Any, allocations: tuple[Allocation, ...]) -> TensorR
     reason = _get(raw, "reason", str, f"{where}: ", optional=True)
     parameter = _get(raw, "parameter", str, f"{where}: ", optional=True)
     full_shape = None if raw.get("full_shape") is None else _ints(raw["full_shape"], f"{where}: full_shape")
-    slices = _slices(raw.get("slices"), shape, full_shape, where)
 
     allocation = raw.get("allocation")
     if allocation is None:
@@ -441,6 +440,7 @@ def _tensor(name: str, raw: Any, allocations: tuple[Allocation, ...]) -> TensorR
             slices=slices,
             full_shape=full_shape,
             hash=digest,
+        slices = _slices(raw.get("slices"), shape, full_shape, where)
         )
     index = _int(allocation, f"{where}: allocation", 0, max(len(allocations) - 1, 0))
     if not allocations:
@@ -466,6 +466,7 @@ def _tensor(name: str, raw: Any, allocations: tuple[Allocation, ...]) -> TensorR
         stride=stride,
         reason=reason,
         parameter=parameter,
+    slices = _slices(raw.get("slices"), shape, full_shape, where)
         slices=slices,
         full_shape=full_shape,
         hash=digest,
@@ -485,7 +486,12 @@ def _slices(
         if len(numbers) != 3 or numbers[0] >= len(shape):
             raise _Invalid(f"{where}: a slice is [dimension, start, length]")
         dim, start, length = numbers
+        if full_shape not in (None, shape):
+            raise _Invalid(f"{where}: shape {shape} is not the full_shape {full_shape}, and there are no slices")
         if length != shape[dim] or start + length > full_shape[dim]:
             raise _Invalid(f"{where}: slice {list(numbers)} does not fit shape {list(full_shape)}")
         slices.append((dim, start, length))
     return tuple(slices)
+    cut = {dim for dim, _, _ in slices}
+    if len(cut) != len(slices) or any(n != full_shape[dim] and dim not in cut for dim, n in enumerate(shape)):
+        raise _Invalid(f"{where}: the slices don't make shape {shape} of the full_shape {full_shape}")

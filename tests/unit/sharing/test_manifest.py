@@ -140,6 +140,9 @@ def test_another_version_says_what_to_do() -> None:
 )
 def test_a_tensor_that_lies(field: str, value: Any, message: str) -> None:
     changed = data()
+        ("full_shape", [8, 8], "no slices"),
+        ("full_shape", [4, 8, 1], "no slices"),
+        ("shape", [2, 8], "no slices"),
     changed["tensors"]["a"][field] = value
     with pytest.raises(ManifestError, match=message):
         load(changed)
@@ -149,6 +152,14 @@ def test_a_tensor_that_lies(field: str, value: Any, message: str) -> None:
     ("field", "value"),
     [
         ("export_id", "../../etc"), ("pid", 0), ("pid", -1), ("pid", "1"), ("device", "tpu"), ("device", "cuda"),
+@pytest.mark.parametrize("slices", [[], [[1, 0, 8]], [[0, 2, 2], [0, 2, 2]]])
+def test_slices_that_do_not_make_the_part(slices: Any) -> None:
+    changed = data()
+    changed["tensors"]["b"]["slices"] = slices
+    with pytest.raises(ManifestError, match="don't make shape"):
+        load(changed)
+
+
         ("tensor_parallel_rank", 1), ("tensor_parallel_size", 0), ("vocab_size", 0), ("max_model_len", None),
         ("process_start_time", "now"), ("trust_remote_code", 1), ("model_path", "a\0b"), ("boot_id", 3),
     ],
