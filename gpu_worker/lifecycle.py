@@ -20,7 +20,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from hogwild.errors import ExporterGone, HogwildError
+from hogwild.errors import ExporterGone, HogwildError, ManifestError
 from hogwild.frontend import Frontend
 from hogwild.gpu_worker.attach import Attachment, Verification, attach
 from hogwild.manifest import Manifest, Refusal, manifest_path, refusal_path
@@ -128,7 +128,10 @@ class Lifecycle:
         self._go(State.DETACHED, "closed")
 
     def _why_no_manifest(self) -> str:
-        refusal = Refusal.load(refusal_path(self.runtime_dir))
+        try:
+            refusal = Refusal.load(refusal_path(self.runtime_dir))
+        except ManifestError as error:
+            return f"vLLM's weights can't be shared, and its report of that can't be read: {error.message}"
         if refusal is not None:
             return "vLLM's weights can't be shared: " + "; ".join(text for _, text in refusal.reasons)
         return f"no vLLM has exported its weights to {self.runtime_dir}"

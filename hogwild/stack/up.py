@@ -455,7 +455,7 @@ def only_exported_model(runtime_dir: Path) -> str:
     """
     names = set()
     for path in runtime_dir.glob("*/rank0.json"):
-        with suppress(OSError, ValueError, KeyError, TypeError):
+        with suppress(OSError, ValueError, KeyError, TypeError, OverflowError):
             meta = json.loads(path.read_text())["__metadata__"]
             # What a killed vLLM left is not served.
             if meta["boot_id"] == boot_id() and process_alive(int(meta["pid"]), float(meta["process_start_time"])):
