@@ -37,7 +37,15 @@ from hogwild import config
 from hogwild.config import load_settings, slug
 from hogwild.errors import HogwildError
 from hogwild.manifest import Manifest, Refusal, manifest_path, refusal_path
-from hogwild.preflight import SUPPORTED_VLLM, Facts, Problem, checkpoint_facts, environment_facts, problems
+from hogwild.preflight import (
+    SUPPORTED_VLLM,
+    Facts,
+    Problem,
+    checkpoint_facts,
+    environment_facts,
+    options_freeze,
+    problems,
+)
 from hogwild.runtime_files import boot_id, private_dir, process_start_time, remove_at_exit
 from hogwild.strided import Layout
 from hogwild.tensors import BackgroundDigests, release_staging
@@ -469,26 +477,27 @@ def facts_of(vllm_config: Any, model_config: Any, loader: Any) -> Facts:
     inductor = getattr(torch._inductor, "config", None) if hasattr(torch, "_inductor") else None
     environment = environment_facts()
     return Facts(
-        device="cpu"
-        if current_platform.is_cpu()
-        else "cuda"
-        if current_platform.is_cuda()
-        else current_platform.device_name,
+        device=device,
         quantization=model_config.quantization
         or (type(vllm_config.quant_config).__name__ if vllm_config.quant_config else None),
         sleep_mode=bool(getattr(model_config, "enable_sleep_mode", False)),
         load_format=str(vllm_config.load_config.load_format),
         default_loader=isinstance(loader, DefaultModelLoader),
         checkpoint_dtype=checkpoint["checkpoint_dtype"],
+    known = {"cpu": current_platform.is_cpu(), "cuda": current_platform.is_cuda()}
+    device = next((name for name, is_it in known.items() if is_it), current_platform.device_name)
         serving_dtype=dtype_name(model_config.dtype),
         checkpoint_files=checkpoint["checkpoint_files"],
         moe=bool(getattr(model_config, "is_moe", False)),
         moe_backend=getattr(getattr(vllm_config, "kernel_config", None), "moe_backend", None),
         allocator_config=environment["allocator_config"],
-        freezing=environment["freezing"] or bool(getattr(inductor, "freezing", False)),
+        freezing=environment["freezing"]
+        or bool(getattr(inductor, "freezing", False))
+        or options_freeze(options, device),
         cpu_offload_gb=float(getattr(uva, "cpu_offload_gb", 0) or getattr(prefetch, "offload_group_size", 0) or 0),
         pipeline_parallel_size=parallel.pipeline_parallel_size,
         data_parallel_size=parallel.data_parallel_size,
+        cumem_allocator=bool(getattr(model_config, "enable_cumem_allocator", False)),
         eplb=bool(parallel.enable_eplb),
         expert_parallel=bool(parallel.enable_expert_parallel),
         remote_weights=getattr(model_config, "model_weights", None) or None,
