@@ -27,7 +27,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -280,6 +280,7 @@ class Load:
         self.rank, self.size = tensor_parallel()
         self.export_id = secrets.token_hex(16) if self.size == 1 else shared_export_id()
         self.seconds = 0.0  # what sharing added to vLLM's load, less the hashing beside it
+        self.facts = Facts()  # what preflight was asked with
         self.failed: BaseException | None = None
         self._arena: Arena | None = None
         self._prefault: Prefault | None = None
@@ -346,6 +347,11 @@ class Load:
             return
         if self._trace.failed is not None:
             raise self._trace.failed
+        if self.facts.checkpoint_files is None:  # a name on the hub, which only this load downloaded
+            refusals = problems(replace(self.facts, **_files_and_dtype(Path(checkpoint_path(self.model_config)))))
+            if refusals:
+                self.refuse(refusals)
+                return
         with torch.no_grad():
             resolved = export.resolve(model, self._trace, self._places, self._layouts, logger)
             memory = export.place(resolved, next(model.parameters()).device, self._arena)
@@ -440,13 +446,18 @@ def _begin(original: Callable[..., Any], loader: Any, args: tuple[Any, ...], kwa
     if is_draft(vllm_config, model_config):
         return None
     load = Load(model_config, private_dir(model_runtime_dir(vllm_config)))
-    load.void()
-    refusal_path(load.runtime_dir, load.rank).unlink(missing_ok=True)
-    refusals = problems(facts_of(vllm_config, model_config, loader))
-    if refusals:
-        load.refuse(refusals)
+    try:
+        load.void()
+        refusal_path(load.runtime_dir, load.rank).unlink(missing_ok=True)
+        load.facts = facts_of(vllm_config, model_config, loader)
+        refusals = problems(load.facts)
+        if refusals:
+            load.refuse(refusals)
+    except Exception as error:
+        logger.exception("hogwild: sharing could not begin; vLLM serves, training is off")
+        _report_failure(load, error)
         return None
-    return load
+    return None if refusals else load
 
 
 def is_draft(vllm_config: Any, model_config: Any) -> bool:
@@ -473,21 +484,21 @@ def facts_of(vllm_config: Any, model_config: Any, loader: Any) -> Facts:
     parallel, offload = vllm_config.parallel_config, getattr(vllm_config, "offload_config", None)
     uva, prefetch = getattr(offload, "uva", None), getattr(offload, "prefetch", None)
     path = Path(model_config.model)
-    checkpoint = checkpoint_facts(path) if path.is_dir() else {"checkpoint_dtype": None, "checkpoint_files": None}
+    checkpoint = _files_and_dtype(path) if path.is_dir() else {}
     inductor = getattr(torch._inductor, "config", None) if hasattr(torch, "_inductor") else None
+    options = getattr(vllm_config.compilation_config, "inductor_compile_config", None) or {}
     environment = environment_facts()
+    known = {"cpu": current_platform.is_cpu(), "cuda": current_platform.is_cuda()}
+    device = next((name for name, is_it in known.items() if is_it), current_platform.device_name)
     return Facts(
         device=device,
         quantization=model_config.quantization
         or (type(vllm_config.quant_config).__name__ if vllm_config.quant_config else None),
         sleep_mode=bool(getattr(model_config, "enable_sleep_mode", False)),
+        cumem_allocator=bool(getattr(model_config, "enable_cumem_allocator", False)),
         load_format=str(vllm_config.load_config.load_format),
         default_loader=isinstance(loader, DefaultModelLoader),
-        checkpoint_dtype=checkpoint["checkpoint_dtype"],
-    known = {"cpu": current_platform.is_cpu(), "cuda": current_platform.is_cuda()}
-    device = next((name for name, is_it in known.items() if is_it), current_platform.device_name)
         serving_dtype=dtype_name(model_config.dtype),
-        checkpoint_files=checkpoint["checkpoint_files"],
         moe=bool(getattr(model_config, "is_moe", False)),
         moe_backend=getattr(getattr(vllm_config, "kernel_config", None), "moe_backend", None),
         allocator_config=environment["allocator_config"],
@@ -497,11 +508,17 @@ def facts_of(vllm_config: Any, model_config: Any, loader: Any) -> Facts:
         cpu_offload_gb=float(getattr(uva, "cpu_offload_gb", 0) or getattr(prefetch, "offload_group_size", 0) or 0),
         pipeline_parallel_size=parallel.pipeline_parallel_size,
         data_parallel_size=parallel.data_parallel_size,
-        cumem_allocator=bool(getattr(model_config, "enable_cumem_allocator", False)),
         eplb=bool(parallel.enable_eplb),
         expert_parallel=bool(parallel.enable_expert_parallel),
         remote_weights=getattr(model_config, "model_weights", None) or None,
+        **checkpoint,
     )
+
+
+def _files_and_dtype(directory: Path) -> dict[str, Any]:
+    """What only the checkpoint's files tell; the rest of its facts vLLM knows better."""
+    facts = checkpoint_facts(directory)
+    return {name: facts[name] for name in ("checkpoint_files", "checkpoint_dtype")}
 
 
 def model_runtime_dir(vllm_config: Any) -> Path:

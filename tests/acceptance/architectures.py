@@ -110,6 +110,7 @@ class Server:
             _set_torch_accelerator_to_noop()
         self.device = device
         self.dtype = "float32" if device == "cpu" else "bfloat16"
+        self.arguments: dict[str, Any] = {"moe_backend": "triton"} if device == "cuda" else {}
         self._ready = False
 
     def load(self, directory: Path, name: str) -> Any:
@@ -121,7 +122,7 @@ class Server:
 
         arguments = EngineArgs(
             model=str(directory), served_model_name=[name], dtype=self.dtype, enforce_eager=True, max_model_len=128,
-            skip_tokenizer_init=True, **({"moe_backend": "triton"} if self.device == "cuda" else {}),
+            skip_tokenizer_init=True, **self.arguments,
         )  # fmt: skip
         config = arguments.create_engine_config()
         with set_current_vllm_config(config):

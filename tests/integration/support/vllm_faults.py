@@ -118,6 +118,7 @@ def cases(bench: Bench) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
     from hogwild import manifest
+    from hogwild.errors import ConfigError
     from hogwild.vllm_plugin import export, hooks, trace
 
     def patched(target: Any, name: str, value: Any = boom) -> Callable[[], dict[str, Any]]:
@@ -263,6 +264,37 @@ def cases(bench: Bench) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
         return bench.load("m", "bin")
 
     yield "only .bin files", only_bin
+
+    def from_hub(directory: str) -> Callable[[], dict[str, Any]]:
+        """The files are not there before vLLM's loader has downloaded them."""
+        from dataclasses import replace
+
+        facts_of = hooks.facts_of
+
+        def before(*arguments: Any) -> Any:
+            return replace(facts_of(*arguments), checkpoint_files=None, checkpoint_dtype=None)
+
+        def run() -> dict[str, Any]:
+            with mock.patch.object(hooks, "facts_of", before):
+                return bench.load("m", directory)
+
+        return run
+
+    yield "only .bin files, from the hub", from_hub("bin")
+    yield "another dtype, from the hub", from_hub("bf16")
+    yield "from the hub", from_hub("llama")
+
+    def no_config(*_: Any) -> Any:
+        raise ConfigError("m is not a readable checkpoint")
+
+    yield "no readable config.json", patched(hooks, "checkpoint_facts", no_config)
+
+    def autotuned() -> dict[str, Any]:
+        options = {"compilation_config": {"inductor_compile_config": {"max_autotune": True}}}
+        with mock.patch.object(bench.server, "arguments", options):
+            return bench.load("m")
+
+    yield "max_autotune on a CPU", autotuned
 
     def endpoint_broken() -> dict[str, Any]:
         import vllm.plugins
