@@ -1,4 +1,4 @@
-"""Everything that touches vLLM's internals.
+"""Everything that replaces a function of vLLM; besides, only `stats.py` imports it, for the base class of its plugin.
 
     vLLM                                          here
     ──────────────────────────────────────────    ────────────────────────────────────────────────────────────────
