@@ -91,13 +91,21 @@ class Runtime:
         self.registry = Registry(self.client, settings.model_name)
         self.dirty = Dirty(self.client, settings.model_name)
         self.weights_lock = threading.RLock()
-        self.lifecycle = Lifecycle(settings.model_runtime_dir, on_attached=self._on_attached, on_lost=self._on_lost)
+        self._changed = threading.Event()
+        self.lifecycle = Lifecycle(
+            settings.model_runtime_dir,
+            on_attached=self._on_attached,
+            on_lost=self._on_lost,
+            on_change=self._changed.set,
+        )
         self._live: Live | None = None
         self._saver: Saver | None = None  # outlives vLLM: the directory stays open, and so locked
         self._stop_file = stop_file
         self._parent = os.getppid()
         self._ending = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="hogwild-watch", daemon=True)
+        self._beater = threading.Thread(target=self._beat, name="hogwild-beat", daemon=True)
+        self._beating = threading.Lock()  # two threads report; the later one's look must be the later report
         self._asked_due_at = 0.0
         self._task_ends_at = math.inf
         self._status: dict[str, Any] = {}
@@ -115,9 +123,19 @@ class Runtime:
         self.ledger.reconcile(self.worker_id, grace_s=0)
         self.operations.reconcile(self.worker_id)
         self._watcher.start()
+        self._beater.start()
+
+    def _beat(self) -> None:
+        """Say that this worker lives, and each change of its state, however long attaching or saving takes."""
+        while not self._ending.is_set():
+            self._changed.clear()
+            try:
+                self.heartbeat()
+            except Exception:  # whatever happens to Redis or to what is looked at: the next beat tries again
+                logger.exception("while reporting")
+            self._changed.wait(HEARTBEAT_S)
 
     def _watch(self) -> None:
-        beat_at = 0.0
         while not self._ending.wait(WATCH_S):
             try:
                 if self.weights_lock.acquire(blocking=False):
@@ -131,9 +149,6 @@ class Runtime:
                         self._poll()
                     finally:
                         self.weights_lock.release()
-                if time.monotonic() >= beat_at:
-                    beat_at = time.monotonic() + HEARTBEAT_S
-                    self.heartbeat()
             except Exception:  # the watcher must outlive every hiccup of Redis, the disk or vLLM
                 logger.exception("while watching")
                 _end_if_cuda_is_broken()
@@ -470,6 +485,11 @@ class Runtime:
 
     def heartbeat(self) -> None:
         """Publish how this worker is; what `GET /train/status` shows as `worker`."""
+        with self._beating:
+            if not self._ending.is_set():  # a worker that ends unregisters, and counts as gone from then on
+                self.registry.heartbeat(self.worker_id, self._describe())
+
+    def _describe(self) -> dict[str, Any]:
         status: dict[str, Any] = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -489,7 +509,7 @@ class Runtime:
                 pace=live.governor.status(),
                 optimizer=optimizer and {"kind": optimizer.kind, "state_bytes": optimizer.allocated_bytes()},
             )
-        self.registry.heartbeat(self.worker_id, {**status, **self._status})
+        return {**status, **self._status}
 
 
 def _end_if_cuda_is_broken() -> None:
