@@ -28,7 +28,7 @@ import psutil
 import redis as redis_client
 
 from hogwild.config import Settings, url_host
-from hogwild.errors import ConfigError, HogwildError
+from hogwild.errors import ConfigError, HogwildError, ManifestError
 from hogwild.manifest import Refusal, refusal_path
 from hogwild.mps import Mps
 from hogwild.runtime_files import boot_id, private_dir, process_alive, write_private
@@ -210,7 +210,10 @@ class Stack:
         refused_at = None
         while not self.ready():
             self.watch()
-            if refusal := Refusal.load(refusal_path(self.settings.model_runtime_dir)):
+            refusal = None
+            with suppress(ManifestError):  # damaged: what an earlier vLLM left is taken away by the one that starts
+                refusal = Refusal.load(refusal_path(self.settings.model_runtime_dir))
+            if refusal is not None:
                 reasons = "; ".join(text for _, text in refusal.reasons)
                 raise StackError(f"vLLM's weights can't be trained: {reasons}")
             weights = self._worker().get("lifecycle") or {}
