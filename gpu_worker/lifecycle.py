@@ -20,7 +20,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from hogwild.errors import ExporterGone, HogwildError
+from hogwild.errors import ExporterGone, HogwildError, ManifestError
 from hogwild.frontend import Frontend
 from hogwild.gpu_worker.attach import Attachment, Verification, attach
 from hogwild.manifest import Manifest, Refusal, manifest_path, refusal_path
@@ -46,6 +46,8 @@ class Lifecycle:
 
     `on_attached(attachment)` is called with verified views and may raise an error of ours to refuse them after all.
     `on_lost(attachment)` is called while the memory is still mapped; it must close the attachment.
+    `on_change()` is called at each change of state or reason, those within one `poll` included, and must not take long:
+    what it may be told of is weights that have yet to be saved.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Lifecycle:
         *,
         on_attached: Callable[[Attachment], None],
         on_lost: Callable[[Attachment], None],
+        on_change: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.runtime_dir = runtime_dir
@@ -63,6 +66,7 @@ class Lifecycle:
         self._verification: Verification | None = None
         self._on_attached = on_attached
         self._on_lost = on_lost
+        self._on_change = on_change
         self._clock = clock
         self._since = time.time()
         self._refused: tuple[int, float] | None = None  # inode of the manifest, when to try again
@@ -122,13 +126,16 @@ class Lifecycle:
 
     def close(self) -> None:
         """Let go of the weights, if attached, without calling `on_lost`."""
-        if self.attachment is not None:
-            self.attachment.close()
-            self.attachment = None
+        attachment, self.attachment = self.attachment, None
+        if attachment is not None:
+            attachment.close()
         self._go(State.DETACHED, "closed")
 
     def _why_no_manifest(self) -> str:
-        refusal = Refusal.load(refusal_path(self.runtime_dir))
+        try:
+            refusal = Refusal.load(refusal_path(self.runtime_dir))
+        except ManifestError as error:
+            return f"vLLM's weights can't be shared, and its report of that can't be read: {error.message}"
         if refusal is not None:
             return "vLLM's weights can't be shared: " + "; ".join(text for _, text in refusal.reasons)
         return f"no vLLM has exported its weights to {self.runtime_dir}"
@@ -141,6 +148,7 @@ class Lifecycle:
         level = logging.WARNING if state in (State.REFUSED, State.LOST) else logging.INFO
         logger.log(level, "weights: %s → %s%s", self.state, state, f" ({reason})" if reason else "")
         self.state, self.reason = state, reason
+        self._on_change()
 
     def describe(self) -> dict[str, Any]:
         """For `GET /train/status`: seconds and bytes."""

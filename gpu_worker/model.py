@@ -114,6 +114,8 @@ def _why_not(part: Composition | None, manifest: Manifest) -> str | None:
         record = manifest.tensors[name]
         if record.status != "shared":
             return f"{name} is {record.status} ({record.reason})"
+        if record.slices is not None:
+            return f"vLLM holds only {list(record.shape)} of {name}'s {list(record.full_shape or ())}"
     return None
 
 

@@ -44,6 +44,8 @@ ITEM_BYTES: Mapping[str, int] = {
     "uint8": 1,
     "bool": 1,
 }
+# What JSON that doesn't hold what is expected makes Python raise; an integer too large for a float overflows.
+_MALFORMED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 STATUSES = ("shared", "derived", "unequal", "ignored")
 Status = Literal["shared", "derived", "unequal", "ignored"]
 
@@ -214,7 +216,7 @@ class Refusal:
                 process_start_time=float(meta["process_start_time"]),
                 boot_id=str(meta["boot_id"]),
             )
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except _MALFORMED as error:
             raise ManifestError(f"{path} is not a refusal report: {error!r}") from error
         alive = refusal.boot_id == boot_id() and process_alive(refusal.pid, refusal.process_start_time)
         return refusal if alive else None
@@ -252,14 +254,14 @@ def sweep(runtime_dir: Path) -> list[Path]:
             meta = json.loads(path.read_bytes())["__metadata__"]
             alive = meta["boot_id"] == boot_id() and process_alive(int(meta["pid"]), float(meta["process_start_time"]))
             exports |= {str(meta["export_id"])} if not alive and "export_id" in meta else set()
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, *_MALFORMED):
             alive = False
         if not alive:
             gone.append(path)
     try:
         front = json.loads((runtime_dir / "frontend.json").read_bytes())
         alive = process_alive(int(front["pid"]), float(front["process_start_time"]))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, *_MALFORMED):
         alive = False
     if not alive:
         gone.append(runtime_dir / "frontend.json")
@@ -317,6 +319,13 @@ def _ints(value: Any, where: str, low: int = 0) -> tuple[int, ...]:
     return tuple(_int(n, where, low) for n in value)
 
 
+def _seconds(data: Any, key: str, where: str) -> float:
+    value = _get(data, key, (int, float), where)
+    if not abs(value) < MAX_INTEGER:
+        raise _Invalid(f"{where}{key!r} must be a number of seconds, not {_brief(value)}")
+    return float(value)
+
+
 def _brief(value: Any) -> str:
     text = repr(value) if not isinstance(value, (list, dict)) else type(value).__name__
     return text if len(text) <= 80 else text[:77] + "..."
@@ -364,14 +373,14 @@ def _parse(cls: type[ManifestT], data: Any) -> ManifestT:
         pid=pid,
         boot_id=text["boot_id"],
         dtype=text["dtype"],
-        process_start_time=float(_get(meta, "process_start_time", (int, float), where)),
+        process_start_time=_seconds(meta, "process_start_time", where),
         device="cuda" if device == "cuda" else "cpu",
         gpu_uuid=gpu_uuid,
         tensor_parallel_rank=rank,
         tensor_parallel_size=size,
         max_model_len=_int(meta.get("max_model_len"), "__metadata__.max_model_len", 1, 1 << 31),
         vocab_size=_int(meta.get("vocab_size"), "__metadata__.vocab_size", 1, 1 << 31),
-        created_at=float(_get(meta, "created_at", (int, float), where)),
+        created_at=_seconds(meta, "created_at", where),
         trust_remote_code=bool(_get(meta, "trust_remote_code", bool, where)),
         allocations=allocations,
         tensors=tensors,
@@ -426,12 +435,12 @@ def _tensor(name: str, raw: Any, allocations: tuple[Allocation, ...]) -> TensorR
     reason = _get(raw, "reason", str, f"{where}: ", optional=True)
     parameter = _get(raw, "parameter", str, f"{where}: ", optional=True)
     full_shape = None if raw.get("full_shape") is None else _ints(raw["full_shape"], f"{where}: full_shape")
-    slices = _slices(raw.get("slices"), shape, full_shape, where)
 
     allocation = raw.get("allocation")
     if allocation is None:
         if status == "shared":
             raise _Invalid(f"{where} is shared but has no allocation")
+        slices = _slices(raw.get("slices"), shape, full_shape, where)
         return TensorRecord(
             status=status,
             shape=shape,
@@ -457,6 +466,7 @@ def _tensor(name: str, raw: Any, allocations: tuple[Allocation, ...]) -> TensorR
     end = offset + span(shape, stride) * item
     if end > allocations[index].size:
         raise _Invalid(f"{where} ends at byte {end} of an allocation of {allocations[index].size} bytes")
+    slices = _slices(raw.get("slices"), shape, full_shape, where)
     return TensorRecord(
         status=status,
         shape=shape,
@@ -476,6 +486,8 @@ def _slices(
     raw: Any, shape: tuple[int, ...], full_shape: tuple[int, ...] | None, where: str
 ) -> tuple[tuple[int, int, int], ...] | None:
     if raw is None:
+        if full_shape not in (None, shape):
+            raise _Invalid(f"{where}: shape {shape} is not the full_shape {full_shape}, and there are no slices")
         return None
     if not isinstance(raw, list) or len(raw) > MAX_DIMS or full_shape is None or len(full_shape) != len(shape):
         raise _Invalid(f"{where}: slices must be a list and come with a full_shape of as many dimensions as shape")
@@ -488,4 +500,7 @@ def _slices(
         if length != shape[dim] or start + length > full_shape[dim]:
             raise _Invalid(f"{where}: slice {list(numbers)} does not fit shape {list(full_shape)}")
         slices.append((dim, start, length))
+    cut = {dim for dim, _, _ in slices}
+    if len(cut) != len(slices) or any(n != full_shape[dim] and dim not in cut for dim, n in enumerate(shape)):
+        raise _Invalid(f"{where}: the slices don't make shape {shape} of the full_shape {full_shape}")
     return tuple(slices)

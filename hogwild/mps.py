@@ -352,7 +352,7 @@ def _recorded(home: Path) -> tuple[int, float] | None:
     try:
         record = json.loads((home / Mps.RECORD).read_text())
         pid, started = int(record["pid"]), float(record["process_start_time"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
     return (pid, started) if process_alive(pid, started) else None
 

@@ -38,6 +38,7 @@ class Facts:
     device: str = "cuda"  # cuda, cpu, or another of vLLM's platforms
     quantization: str | None = None
     sleep_mode: bool = False
+    cumem_allocator: bool = False
     load_format: str = "auto"
     default_loader: bool = True  # vLLM's DefaultModelLoader reads the checkpoint
     checkpoint_dtype: str | None = None
@@ -67,9 +68,11 @@ def quantised(facts: Facts) -> str | None:
 
 def sleep_mode(facts: Facts) -> str | None:
     """The cumem allocator's memory has no IPC handle, and sleeping takes the weights away."""
-    if not facts.sleep_mode:
-        return None
-    return "sleep mode is on: start vLLM without --enable-sleep-mode (its allocator's memory can't be shared)"
+    if facts.sleep_mode:
+        return "sleep mode is on: start vLLM without --enable-sleep-mode (its allocator's memory can't be shared)"
+    if facts.cumem_allocator:
+        return "the cumem allocator is on, and its memory can't be shared: start vLLM without --enable-cumem-allocator"
+    return None
 
 
 def expandable_segments(facts: Facts) -> str | None:
@@ -83,7 +86,15 @@ def freezing(facts: Facts) -> str | None:
     """Inductor's freezing turns weights into constants of the compiled graph."""
     if not facts.freezing:
         return None
-    return "inductor freezing copies the weights into the compiled code: unset TORCHINDUCTOR_FREEZING and max_autotune"
+    return (
+        "inductor freezing copies the weights into the compiled code: unset TORCHINDUCTOR_FREEZING, and leave freezing "
+        "and (on a CPU) max_autotune out of --compilation-config's inductor_compile_config"
+    )
+
+
+def options_freeze(options: Mapping[str, Any], device: str) -> bool:
+    """Whether vLLM's `inductor_compile_config` switches freezing on; for max_autotune, its CPU runner does."""
+    return bool(options.get("freezing")) or (device == "cpu" and bool(options.get("max_autotune")))
 
 
 def permuting_moe_backend(facts: Facts) -> str | None:

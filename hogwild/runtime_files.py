@@ -15,6 +15,10 @@ from hogwild.errors import ManifestError
 
 # The largest file read whole: 1,000 layers of 512 experts have under 2 million tensors of about 300 bytes each.
 MAX_BYTES = 1 << 30
+TICKS_PER_S = os.sysconf("SC_CLK_TCK")  # of the start times in /proc
+# A start time from here on counts from 1970, as where there is no /proc and in older files; below, from the machine's
+# start, which no running machine had 31 years ago.
+SINCE_1970 = 1e9
 
 
 def remove_at_exit(path: Path) -> None:
@@ -43,18 +47,38 @@ def boot_id() -> str:
 
 
 def process_start_time(pid: int) -> float:
-    """When a process started, in seconds since the epoch."""
-    return float(psutil.Process(pid).create_time())
+    """When a process started: seconds since the machine's start, or since 1970 where there is no /proc.
+
+    The first does not move when somebody sets the clock.
+
+    Raises:
+        psutil.Error: there is no such process.
+    """
+    stat = _proc_stat(pid)
+    return float(psutil.Process(pid).create_time()) if stat is None else stat[1] / TICKS_PER_S
 
 
 def process_alive(pid: int, start_time: float) -> bool:
     """True when that very process runs: same pid and same start, and not a zombie."""
+    stat = _proc_stat(pid)
+    if stat is not None and start_time < SINCE_1970:
+        return stat[0] not in "ZX" and abs(start_time * TICKS_PER_S - stat[1]) < 0.5
     try:
         process = psutil.Process(pid)
         # Two readers of /proc derive the start from the same tick count; a clock adjustment may shift it by a little.
         return abs(process.create_time() - start_time) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
     except (psutil.Error, OverflowError, ValueError):
         return False
+
+
+def _proc_stat(pid: int) -> tuple[str, int] | None:
+    """State and start (ticks since the machine's start) of a process; None without /proc or without the process."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except (OSError, ValueError):
+        return None
+    fields = text.rpartition(")")[2].split()  # proc_pid_stat(5): from field 3, after a name that may hold anything
+    return fields[0], int(fields[19])
 
 
 def private_dir(path: Path) -> Path:

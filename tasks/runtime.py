@@ -95,7 +95,13 @@ class Runtime:
         self.dirty = Dirty(self.client, settings.model_name)
         self.prefix_cache = PrefixCache(settings.model_runtime_dir)
         self.weights_lock = threading.RLock()
-        self.lifecycle = Lifecycle(settings.model_runtime_dir, on_attached=self._on_attached, on_lost=self._on_lost)
+        self._changed = threading.Event()
+        self.lifecycle = Lifecycle(
+            settings.model_runtime_dir,
+            on_attached=self._on_attached,
+            on_lost=self._on_lost,
+            on_change=self._changed.set,
+        )
         self.asked_to_stop = False  # by a signal: no lock may be needed to set it
         self._live: Live | None = None
         self._saver: Saver | None = None  # outlives vLLM: the directory stays open, and so locked
@@ -106,6 +112,7 @@ class Runtime:
         self._beater = threading.Thread(target=self._beat, name="hogwild-heartbeat", daemon=True)
         self._weight_bytes = 0  # of the vLLM that was attached last
         self._unsaved = ""  # what the last sync is about, for the log
+        self._beating = threading.Lock()  # two threads report; the later one's look must be the later report
         self._asked_due_at = 0.0
         self._task_ends_at = math.inf
         self._status: dict[str, Any] = {}
@@ -150,12 +157,15 @@ class Runtime:
                 _end_if_cuda_is_broken()
 
     def _beat(self) -> None:
-        """Say that this worker lives, also while it saves what a vLLM left, or before it ends."""
-        while not self._ended.wait(HEARTBEAT_S):
+        """Say that this worker lives, and each change of its state: also while it attaches, saves what a vLLM left, or
+        is about to end."""
+        while not self._ended.is_set():
+            self._changed.clear()
             try:
                 self.heartbeat()
             except Exception:  # of Redis, or of what is just being attached or let go
                 logger.exception("while reporting")
+            self._changed.wait(HEARTBEAT_S)
 
     def _poll(self) -> None:
         """One look at vLLM; attaches or detaches. The caller holds `weights_lock`."""
@@ -179,6 +189,9 @@ class Runtime:
         if last.is_alive():
             logger.error("the last sync took longer than %.0f s: ending without its end; %s", seconds, self._unsaved)
         self._ended.set()
+        self._changed.set()
+        if self._beating.acquire(timeout=ENDING_S):  # a report that began before comes before this
+            self._beating.release()
         self.registry.unregister_worker(self.worker_id)
 
     def _last_sync(self, until: float) -> None:
@@ -525,6 +538,11 @@ class Runtime:
 
     def heartbeat(self) -> None:
         """Publish how this worker is; what `GET /train/status` shows as `worker`."""
+        with self._beating:
+            if not self._ended.is_set():  # a worker that ends unregisters, and counts as gone from then on
+                self.registry.heartbeat(self.worker_id, self._describe())
+
+    def _describe(self) -> dict[str, Any]:
         status: dict[str, Any] = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -545,7 +563,7 @@ class Runtime:
                 pace=live.governor.status(),
                 optimizer=optimizer and {"kind": optimizer.kind, "state_bytes": optimizer.allocated_bytes()},
             )
-        self.registry.heartbeat(self.worker_id, {**status, **self._status})
+        return {**status, **self._status}
 
 
 def _end_if_cuda_is_broken() -> None:

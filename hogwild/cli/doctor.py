@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,9 +27,17 @@ from rich.table import Table
 
 from hogwild import mps
 from hogwild.config import Settings, load_settings
-from hogwild.errors import HogwildError
+from hogwild.errors import ConfigError, HogwildError
 from hogwild.manifest import Manifest, Refusal
-from hogwild.preflight import CHECKS, SUPPORTED_VLLM, Facts, checkpoint_facts, environment_facts, problems
+from hogwild.preflight import (
+    CHECKS,
+    SUPPORTED_VLLM,
+    Facts,
+    checkpoint_facts,
+    environment_facts,
+    options_freeze,
+    problems,
+)
 from hogwild.runtime_files import private_dir
 from hogwild.tasks import persistence
 
@@ -235,37 +244,59 @@ def checkpoint(path: Path, device: str, arguments: list[str]) -> Iterator[Findin
         yield Finding(area=area, check="directory", verdict="problem", message=f"{path} is not a directory")
         return
     try:
-        facts = Facts(
-            **{**environment_facts(), **checkpoint_facts(path), **argument_facts(arguments), "device": device}
-        )
+        decided = argument_facts(arguments, device)
+    except ConfigError as error:
+        yield Finding(area=area, check="arguments", verdict="problem", message=error.message)
+        return
+    ranks = decided.pop("tensor_parallel_size")
+    try:
+        known = {**environment_facts(), **checkpoint_facts(path)}
     except HogwildError as error:
         yield Finding(area=area, check="directory", verdict="problem", message=error.message)
         return
+    decided["freezing"] |= known["freezing"]
+    facts = Facts(**{**known, **decided, "device": device})
     if facts.serving_dtype is None and facts.checkpoint_dtype == "float32":
         facts = Facts(**{**asdict(facts), "serving_dtype": "bfloat16"})  # what vLLM makes of float32 by itself
     wrong = {problem.check: problem.message for problem in problems(facts)}
     for check in CHECKS:
         message = wrong.get(check)
         yield Finding(area=area, check=check, verdict="problem" if message else "ok", message=message or "fine")
+    if ranks > 1:  # no check of the plugin's: it exports every rank, and the worker refuses
+        text = f"training across {ranks} GPUs is not supported yet: use --tensor-parallel-size 1"
+        yield Finding(area=area, check="tensor-parallel", verdict="problem", message=text)
 
 
-def argument_facts(arguments: list[str]) -> dict[str, Any]:
-    """What vLLM's own arguments decide."""
+def argument_facts(arguments: list[str], device: str) -> dict[str, Any]:
+    """What vLLM's own arguments decide; besides the names of `Facts`, `tensor_parallel_size`.
+
+    Raises:
+        ConfigError: vLLM won't take them either.
+    """
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--dtype")
     parser.add_argument("--quantization", "-q")
     parser.add_argument("--load-format", default="auto")
     parser.add_argument("--moe-backend")
     parser.add_argument("--cpu-offload-gb", type=float, default=0.0)
+    parser.add_argument("--offload-group-size", type=int, default=0)
+    parser.add_argument("--tensor-parallel-size", "-tp", type=int, default=1)
     parser.add_argument("--pipeline-parallel-size", "-pp", type=int, default=1)
     parser.add_argument("--data-parallel-size", "-dp", type=int, default=1)
-    for flag in ("--enable-sleep-mode", "--enable-expert-parallel", "--enable-eplb"):
-        parser.add_argument(flag, action="store_true")
-    known, _ = parser.parse_known_args([part for a in arguments for part in _spelled(a)])
+    for flag in ("--enable-sleep-mode", "--enable-cumem-allocator", "--enable-expert-parallel", "--enable-eplb"):
+        short = ["-ep"] if flag == "--enable-expert-parallel" else []
+        parser.add_argument(flag, *short, action=argparse.BooleanOptionalAction, default=False)
+    try:
+        known, _ = parser.parse_known_args([part for a in arguments for part in _spelled(a)])
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"the arguments for vLLM are wrong: {error}") from error
     formats = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "mistral", "npcache", "pt", "dummy")
     facts = {
         "sleep_mode": known.enable_sleep_mode, "load_format": known.load_format, "moe_backend": known.moe_backend,
-        "default_loader": known.load_format in formats, "cpu_offload_gb": known.cpu_offload_gb,
+        "default_loader": known.load_format in formats, "cumem_allocator": known.enable_cumem_allocator,
+        "cpu_offload_gb": known.cpu_offload_gb or float(known.offload_group_size),
+        "tensor_parallel_size": known.tensor_parallel_size,
+        "freezing": options_freeze(inductor_options(arguments), device),
         "pipeline_parallel_size": known.pipeline_parallel_size, "data_parallel_size": known.data_parallel_size,
         "expert_parallel": known.enable_expert_parallel, "eplb": known.enable_eplb,
     }  # fmt: skip
@@ -274,6 +305,34 @@ def argument_facts(arguments: list[str]) -> dict[str, Any]:
     if known.quantization:
         facts["quantization"] = known.quantization
     return facts
+
+
+COMPILATION = re.compile(r"(?:--compilation[-_]config|-cc)((?:\.[^=.]+)*)(?:=(.*))?", re.DOTALL)
+
+
+def inductor_options(arguments: list[str]) -> dict[str, Any]:
+    """`inductor_compile_config` of vLLM's `--compilation-config`, given as JSON or key by key after dots.
+
+    Raises:
+        ConfigError: a value is missing.
+    """
+    options: dict[str, Any] = {}
+    for argument, following in zip_longest(arguments, arguments[1:]):
+        found = COMPILATION.fullmatch(argument)
+        if found is None:
+            continue
+        text = found[2] if found[2] is not None else following
+        if text is None:
+            raise ConfigError(f"the arguments for vLLM are wrong: {argument} has no value")
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text  # as vLLM takes it: a word
+        for key in reversed(found[1].split(".")[1:]):
+            value = {key: value}
+        inner = value.get("inductor_compile_config") if isinstance(value, dict) else None
+        options |= inner if isinstance(inner, dict) else {}
+    return options
 
 
 def running(settings: Settings) -> Iterator[Finding]:
@@ -298,6 +357,8 @@ def _export(name: str, path: Path) -> Finding:
     if not manifest.exporter_alive():
         return Finding(area=area, check=name, verdict="note", message="the manifest of a vLLM that is gone")
     shared = sum(record.status == "shared" for record in manifest.tensors.values())
+    if manifest.device == "cuda" and (unseen := _not_seen(manifest.gpu_uuid or "")):
+        return Finding(area=area, check=name, verdict="problem", message=unseen)
     rank = f"rank {manifest.tensor_parallel_rank}, pid {manifest.pid}"
     text = f"{rank}: {shared} of {len(manifest.tensors)} tensors shared"
     single = manifest.tensor_parallel_size == 1
@@ -306,8 +367,19 @@ def _export(name: str, path: Path) -> Finding:
     return Finding(area=area, check=name, verdict="ok" if single else "problem", message=text)
 
 
-# --- helpers
-# -----------------------------------------------------------------------------------------------------------
+def _not_seen(gpu_uuid: str) -> str | None:
+    """Why a worker started from here could not reach that GPU, asked as the worker asks; None when it could."""
+    code = (
+        "import sys\nfrom hogwild.errors import AttachRefused\nfrom hogwild.gpu_worker.cuda_ipc import local_device\n"
+        "try:\n    local_device(sys.argv[1])\nexcept AttachRefused as error:\n    print(error.message)"
+    )
+    # In a process of its own: it loads torch and CUDA.
+    done = subprocess.run([sys.executable, "-c", code, gpu_uuid], capture_output=True, text=True, check=False)
+    last = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()[-1:]
+    return last[0] if last else None
+
+
+# --- helpers -------------------------------------------------------------------------------------------------------
 
 
 def installed(name: str) -> str | None:

@@ -28,7 +28,7 @@ import psutil
 import redis as redis_client
 
 from hogwild.config import Settings, url_host
-from hogwild.errors import ConfigError, HogwildError
+from hogwild.errors import ConfigError, HogwildError, ManifestError
 from hogwild.manifest import Refusal, refusal_path
 from hogwild.mps import Mps
 from hogwild.runtime_files import boot_id, private_dir, process_alive, write_private
@@ -217,7 +217,10 @@ class Stack:
         refused_at = None
         while not self.ready():
             self.watch()
-            if refusal := Refusal.load(refusal_path(self.settings.model_runtime_dir)):
+            refusal = None
+            with suppress(ManifestError):  # damaged: what an earlier vLLM left is taken away by the one that starts
+                refusal = Refusal.load(refusal_path(self.settings.model_runtime_dir))
+            if refusal is not None:
                 reasons = "; ".join(text for _, text in refusal.reasons)
                 raise StackError(f"vLLM's weights can't be trained: {reasons}")
             weights = self._worker().get("lifecycle") or {}
@@ -462,7 +465,7 @@ def only_exported_model(runtime_dir: Path) -> str:
     """
     names = set()
     for path in runtime_dir.glob("*/rank0.json"):
-        with suppress(OSError, ValueError, KeyError, TypeError):
+        with suppress(OSError, ValueError, KeyError, TypeError, OverflowError):
             meta = json.loads(path.read_text())["__metadata__"]
             # What a killed vLLM left is not served.
             if meta["boot_id"] == boot_id() and process_alive(int(meta["pid"]), float(meta["process_start_time"])):

@@ -8,7 +8,7 @@ import logging
 import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -19,7 +19,7 @@ from hogwild.manifest import Allocation, Status, TensorRecord
 from hogwild.strided import Layout, fit
 from hogwild.tensors import digest, layout_of, storage_key
 from hogwild.vllm_plugin.arena import Arena
-from hogwild.vllm_plugin.trace import Landing, LoadTrace, tensors_in
+from hogwild.vllm_plugin.trace import A_COPY, Landing, LoadTrace, tensors_in
 
 PROGRESS_S = 5.0  # how often a long comparison says where it is
 
@@ -70,7 +70,7 @@ def resolve(
     landings: dict[str, list[Landing]] = defaultdict(list)
     for landing in trace.landings:
         landings[landing.name].append(landing)
-    private = private_copies(model)
+    private, elsewhere = private_copies(model), _Elsewhere(model, trace)
     resolved: dict[str, Resolved] = {}
     started = said = time.monotonic()
     for count, (name, seen) in enumerate(trace.tensors.items()):
@@ -84,6 +84,8 @@ def resolve(
             live, label, group = _served(model, landings.get(name, []), places, layouts)
             if label in private:
                 raise _NotShared("derived", private[label], label)
+            if (other := elsewhere.find(name, live, group)) is not None:
+                raise _NotShared("derived", f"vLLM serves it through {other}", label)
             resolved[name] = _compare(seen.shape, live, label, group, places, layouts)
         except _NotShared as error:
             record = TensorRecord(
@@ -202,6 +204,42 @@ def _compare(
         hash=whole,
     )
     return Resolved(record=record, view=view)
+
+
+class _Elsewhere:
+    """What the model holds that was made of checkpoint tensors or parameters, and isn't where they landed."""
+
+    def __init__(self, model: torch.nn.Module, trace: LoadTrace) -> None:
+        landed = {landing.storage for landing in trace.landings}
+        self._by_source: dict[int, list[tuple[int, str]]] = defaultdict(list)  # storage → (storage made of it, what)
+        self._by_name: dict[str, list[tuple[int, str]]] = defaultdict(list)
+        for label, tensor in _held(model):
+            key = storage_key(tensor)
+            for source, how in trace.made_of(tensor).items():
+                self._by_source[source].append((key, f"{label}, {how}"))
+            for origin in trace.origins_of(tensor) if key not in landed else ():
+                self._by_name[origin.name].append((key, f"{label}, {origin.changed or A_COPY}"))
+
+    def find(self, name: str, live: torch.Tensor, group: Sequence[Landing]) -> str | None:
+        """Where else a checkpoint tensor with this live memory is served from, and what was done to it."""
+        own = {storage_key(live), *(landing.storage for landing in group)}
+        candidates = [entry for key in own for entry in self._by_source.get(key, ())] + self._by_name.get(name, [])
+        return next((what for key, what in candidates if key not in own), None)
+
+
+def _held(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor that a module holds: parameters, buffers, plain attributes, and those of a plain object in one."""
+    for name, module in model.named_modules():
+        found = [*module._parameters.items(), *module._buffers.items()]
+        for key, value in vars(module).items():
+            if key in _MODULE_DICTS or isinstance(value, torch.nn.Module | type):
+                continue
+            found += [(key, tensor) for tensor in tensors_in(value)]
+            for inner, held in getattr(value, "__dict__", {}).items():
+                found += [(f"{key}.{inner}", tensor) for tensor in tensors_in(held)]
+        for key, tensor in found:
+            if tensor is not None and tensor.device.type != "meta" and tensor.layout == torch.strided:
+                yield ".".join(filter(None, (name, key))), tensor
 
 
 def private_copies(model: torch.nn.Module) -> dict[str, str]:

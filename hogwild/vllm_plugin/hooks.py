@@ -1,10 +1,11 @@
-"""Everything that touches vLLM's internals.
+"""Everything that replaces a function of vLLM; besides, only `stats.py` imports it, for the base class of its plugin.
 
     vLLM                                          here
     ──────────────────────────────────────────    ────────────────────────────────────────────────────────────────
     BaseModelLoader.load_model                    a Load begins: draft models and models that preflight refuses are
       │                                           passed through
-      ├─ DefaultModelLoader.load_weights          CPU parameters move into shared memory; the trace starts
+      ├─ DefaultModelLoader.load_weights          CPU parameters move into shared memory; the trace starts, and goes on
+      │    │                                      to the end of load_model
       │    └─ DefaultModelLoader.get_all_weights  each checkpoint tensor is announced to the trace by name
       ├─ dispatch_cpu_unquantized_gemm (CPU)      linear layers stay on F.linear instead of a private packed copy
       └─ returns                                  every landing is resolved and compared; the manifest is written
@@ -25,8 +26,8 @@ import secrets
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,7 +37,15 @@ from hogwild import config
 from hogwild.config import load_settings, slug
 from hogwild.errors import HogwildError
 from hogwild.manifest import Manifest, Refusal, manifest_path, refusal_path
-from hogwild.preflight import SUPPORTED_VLLM, Facts, Problem, checkpoint_facts, environment_facts, problems
+from hogwild.preflight import (
+    SUPPORTED_VLLM,
+    Facts,
+    Problem,
+    checkpoint_facts,
+    environment_facts,
+    options_freeze,
+    problems,
+)
 from hogwild.runtime_files import boot_id, private_dir, process_start_time, remove_at_exit
 from hogwild.strided import Layout
 from hogwild.tensors import BackgroundDigests, release_staging
@@ -226,9 +235,10 @@ def _load_weights(original: Callable[..., Any], self: Any, model: Any, *args: An
         for export in _exported:
             _guarded(export, export.overwritten, model, default=None)
         return original(self, model, *args, **kwargs)
-    untraced: AbstractContextManager[Any] = nullcontext()
-    with _guarded(load, load.prepare, model, default=untraced):
-        return original(self, model, *args, **kwargs)
+    _guarded(load, load.prepare, model, default=None)
+    loaded = original(self, model, *args, **kwargs)
+    _guarded(load, load.loaded, default=None)
+    return loaded
 
 
 def _get_all_weights(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
@@ -270,17 +280,20 @@ class Load:
         self.rank, self.size = tensor_parallel()
         self.export_id = secrets.token_hex(16) if self.size == 1 else shared_export_id()
         self.seconds = 0.0  # what sharing added to vLLM's load, less the hashing beside it
+        self.facts = Facts()  # what preflight was asked with
         self.failed: BaseException | None = None
         self._arena: Arena | None = None
         self._prefault: Prefault | None = None
         self._trace: LoadTrace | None = None
+        self._tracing = ExitStack()
         self._digests: BackgroundDigests | None = None
         self._places: dict[int, list[Place]] = {}
         self._layouts: dict[Place, Layout] = {}
         self._model: weakref.ReferenceType[Any] | None = None  # once exported
 
-    def prepare(self, model: Any) -> AbstractContextManager[Any]:
-        """Before the weights arrive: shared memory on CPU, then the trace to load under."""
+    def prepare(self, model: Any) -> None:
+        """Before the weights arrive: shared memory on CPU, then the trace begins; it goes on until `release`."""
+        self._tracing.close()
         started = time.monotonic()
         with torch.no_grad():
             if any(parameter.device.type == "cpu" for parameter in model.parameters()):
@@ -295,12 +308,17 @@ class Load:
 
         self._trace = LoadTrace(landed)
         self.seconds += time.monotonic() - started
-        return self._trace
+        self._tracing.enter_context(self._trace)
 
     def seen(self, name: str, tensor: Any) -> None:
         """A checkpoint tensor is about to be loaded."""
         if self._trace is not None:
             self._trace.seen(name, tensor)
+
+    def loaded(self) -> None:
+        """The weights have arrived; vLLM post-processes them next."""
+        if self._trace is not None:
+            self._trace.loaded()
 
     def keep_plain_linear(self, layer: Any) -> bool:
         """Give a CPU layer with a two-dimensional weight plain F.linear; False to let vLLM decide."""
@@ -310,7 +328,8 @@ class Load:
         return True
 
     def release(self) -> None:
-        """The load is over, well or not: end the threads beside it. Never raises."""
+        """The load is over, well or not: end the trace and the threads beside it. Never raises."""
+        self._tracing.close()
         if self._prefault is not None:
             self._prefault.finish()
         if self._digests is not None:
@@ -328,6 +347,11 @@ class Load:
             return
         if self._trace.failed is not None:
             raise self._trace.failed
+        if self.facts.checkpoint_files is None:  # a name on the hub, which only this load downloaded
+            refusals = problems(replace(self.facts, **_files_and_dtype(Path(checkpoint_path(self.model_config)))))
+            if refusals:
+                self.refuse(refusals)
+                return
         with torch.no_grad():
             resolved = export.resolve(model, self._trace, self._places, self._layouts, logger)
             memory = export.place(resolved, next(model.parameters()).device, self._arena)
@@ -419,16 +443,34 @@ def _begin(original: Callable[..., Any], loader: Any, args: tuple[Any, ...], kwa
     """The load to watch, or None for a model that is not ours to share."""
     bound = inspect.signature(original).bind(loader, *args, **kwargs)
     vllm_config, model_config = bound.arguments["vllm_config"], bound.arguments["model_config"]
-    if model_config is not vllm_config.model_config:
-        return None  # a draft model for speculative decoding
-    load = Load(model_config, private_dir(model_runtime_dir(vllm_config)))
-    load.void()
-    refusal_path(load.runtime_dir, load.rank).unlink(missing_ok=True)
-    refusals = problems(facts_of(vllm_config, model_config, loader))
-    if refusals:
-        load.refuse(refusals)
+    if is_draft(vllm_config, model_config):
         return None
-    return load
+    load = Load(model_config, private_dir(model_runtime_dir(vllm_config)))
+    try:
+        load.void()
+        refusal_path(load.runtime_dir, load.rank).unlink(missing_ok=True)
+        load.facts = facts_of(vllm_config, model_config, loader)
+        refusals = problems(load.facts)
+        if refusals:
+            load.refuse(refusals)
+    except Exception as error:
+        logger.exception("hogwild: sharing could not begin; vLLM serves, training is off")
+        _report_failure(load, error)
+        return None
+    return None if refusals else load
+
+
+def is_draft(vllm_config: Any, model_config: Any) -> bool:
+    """Whether this is a draft model for speculative decoding and not the model that is served.
+
+    Some proposers load theirs under a copy of the configuration in which it is *the* model, so that its being another
+    than `vllm_config.model_config` is not enough. Without a draft model (n-grams) vLLM calls the target its own draft.
+    """
+    if model_config is not vllm_config.model_config or getattr(model_config, "runner_type", None) == "draft":
+        return True
+    speculative = getattr(vllm_config, "speculative_config", None)
+    draft = getattr(speculative, "draft_model_config", None)
+    return draft is model_config and draft is not getattr(speculative, "target_model_config", None)
 
 
 # --- what vLLM decided ---------------------------------------------------------------------------------------------
@@ -442,34 +484,41 @@ def facts_of(vllm_config: Any, model_config: Any, loader: Any) -> Facts:
     parallel, offload = vllm_config.parallel_config, getattr(vllm_config, "offload_config", None)
     uva, prefetch = getattr(offload, "uva", None), getattr(offload, "prefetch", None)
     path = Path(model_config.model)
-    checkpoint = checkpoint_facts(path) if path.is_dir() else {"checkpoint_dtype": None, "checkpoint_files": None}
+    checkpoint = _files_and_dtype(path) if path.is_dir() else {}
     inductor = getattr(torch._inductor, "config", None) if hasattr(torch, "_inductor") else None
+    options = getattr(vllm_config.compilation_config, "inductor_compile_config", None) or {}
     environment = environment_facts()
+    known = {"cpu": current_platform.is_cpu(), "cuda": current_platform.is_cuda()}
+    device = next((name for name, is_it in known.items() if is_it), current_platform.device_name)
     return Facts(
-        device="cpu"
-        if current_platform.is_cpu()
-        else "cuda"
-        if current_platform.is_cuda()
-        else current_platform.device_name,
+        device=device,
         quantization=model_config.quantization
         or (type(vllm_config.quant_config).__name__ if vllm_config.quant_config else None),
         sleep_mode=bool(getattr(model_config, "enable_sleep_mode", False)),
+        cumem_allocator=bool(getattr(model_config, "enable_cumem_allocator", False)),
         load_format=str(vllm_config.load_config.load_format),
         default_loader=isinstance(loader, DefaultModelLoader),
-        checkpoint_dtype=checkpoint["checkpoint_dtype"],
         serving_dtype=dtype_name(model_config.dtype),
-        checkpoint_files=checkpoint["checkpoint_files"],
         moe=bool(getattr(model_config, "is_moe", False)),
         moe_backend=getattr(getattr(vllm_config, "kernel_config", None), "moe_backend", None),
         allocator_config=environment["allocator_config"],
-        freezing=environment["freezing"] or bool(getattr(inductor, "freezing", False)),
+        freezing=environment["freezing"]
+        or bool(getattr(inductor, "freezing", False))
+        or options_freeze(options, device),
         cpu_offload_gb=float(getattr(uva, "cpu_offload_gb", 0) or getattr(prefetch, "offload_group_size", 0) or 0),
         pipeline_parallel_size=parallel.pipeline_parallel_size,
         data_parallel_size=parallel.data_parallel_size,
         eplb=bool(parallel.enable_eplb),
         expert_parallel=bool(parallel.enable_expert_parallel),
         remote_weights=getattr(model_config, "model_weights", None) or None,
+        **checkpoint,
     )
+
+
+def _files_and_dtype(directory: Path) -> dict[str, Any]:
+    """What only the checkpoint's files tell; the rest of its facts vLLM knows better."""
+    facts = checkpoint_facts(directory)
+    return {name: facts[name] for name in ("checkpoint_files", "checkpoint_dtype")}
 
 
 def model_runtime_dir(vllm_config: Any) -> Path:

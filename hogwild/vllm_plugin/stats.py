@@ -5,6 +5,9 @@ API-server process, after the engine is ready. `record` is called once for every
 hands tokens to the clients, and an exception there would end serving: so nothing may come out of it, and after the
 first failure the logger is silent.
 
+It replaces nothing in vLLM, so it is none of the hooks that `hooks.install` looks for: a statistic of another shape
+costs the pulse and nothing else.
+
 A side effect of vLLM's own: with a stat logger plugin installed, `--disable-log-stats` keeps the per-step statistics on
 (without the log lines).
 """

@@ -6,6 +6,10 @@ transpose, …) stays on that storage; an exact copy (`clone`, `contiguous`, a m
 storage; anything else that reads a known storage makes its results *tainted*: values that come from the tensor but
 are not it. A `copy_` into a parameter from a known storage is a landing: which box of the tensor went where.
 
+A checkpoint tensor that is known to be in a parameter says nothing of what is made of that parameter: vLLM may compute
+another tensor from it and serve that one. So it is also noted which storage was made of which, until the load's
+post-processing is over.
+
 Storages are told apart by the address of their StorageImpl, which a weak reference keeps from being used again. So
 nothing is kept alive here: the trace costs no memory beyond its records.
 """
@@ -39,6 +43,9 @@ EXACT_COPIES = frozenset(
 )
 
 
+A_COPY = "a copy of it"
+
+
 @dataclass(frozen=True, slots=True)
 class Origin:
     """What a known storage holds: the box `piece` of checkpoint tensor `name`, laid out as `base`.
@@ -66,6 +73,10 @@ class Regions:
         at = bisect_right(self._offsets, origin.base.offset)
         self._offsets.insert(at, origin.base.offset)
         self._origins.insert(at, origin)
+
+    def all(self) -> list[Origin]:
+        """All origins."""
+        return list(self._origins)
 
     def find(self, offset: int) -> Origin | None:
         """The origin that begins nearest before this element and reaches it."""
@@ -99,6 +110,9 @@ class Seen:
 class LoadTrace(TorchDispatchMode):
     """Use as a context manager around the load; call `seen` for each checkpoint tensor.
 
+    With `loaded` called where post-processing begins, copies are no landings any more: whether contents were moved by
+    then is found by comparing them. What is made of what is noted up to the end.
+
     `on_landing(landing, source)` is called with the copied values (a tensor of the landing's shape) for each landing
     that may turn out to be a faithful one, before the copy: what it needs later it must take there.
     """
@@ -109,7 +123,9 @@ class LoadTrace(TorchDispatchMode):
         self.landings: list[Landing] = []
         self.duplicates: set[str] = set()
         self._origins: dict[int, Regions] = {}
+        self._made: dict[int, dict[int, str]] = {}  # storage → the storages it was made of, and how
         self._alive: dict[int, StorageWeakRef] = {}
+        self._loading = True
         self._on_landing = on_landing
         self.failed: Exception | None = None  # an error of ours; the load itself goes on untraced
 
@@ -121,6 +137,26 @@ class LoadTrace(TorchDispatchMode):
         layout = layout_of(tensor)
         whole = Piece((0,) * tensor.dim(), layout.shape, 0, layout.stride)
         self._know(tensor, Origin(name, layout, whole, tensor.dtype))
+
+    def loaded(self) -> None:
+        """All checkpoint tensors have passed by; what follows is post-processing."""
+        self._loading = False
+
+    def made_of(self, tensor: torch.Tensor) -> dict[int, str]:
+        """The storages that a tensor's storage was made of, over any number of steps, and how each was used."""
+        found: dict[int, str] = {}
+        todo = [storage_key(tensor)]
+        while todo:
+            for source, how in self._made.get(todo.pop(), {}).items():
+                if source not in found:
+                    found[source] = how
+                    todo.append(source)
+        return found
+
+    def origins_of(self, tensor: torch.Tensor) -> list[Origin]:
+        """What is known of a tensor's storage."""
+        regions = self._origins.get(storage_key(tensor))
+        return [] if regions is None else regions.all()
 
     def __torch_dispatch__(self, func: Any, types: Iterable[type], args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation and note what it did to known storages."""
@@ -141,11 +177,20 @@ class LoadTrace(TorchDispatchMode):
                 self.failed = error
 
     def _know(self, tensor: torch.Tensor, origin: Origin) -> None:
+        self._origins.setdefault(self._keep(tensor), Regions()).add(origin)
+
+    def _keep(self, tensor: torch.Tensor) -> int:
+        """The key of a tensor's storage, which from now on no other storage will have."""
         key = storage_key(tensor)
         if key not in self._alive:
             self._alive[key] = StorageWeakRef(tensor.untyped_storage())
-            self._origins[key] = Regions()
-        self._origins[key].add(origin)
+        return key
+
+    def _make(self, tensor: torch.Tensor, sources: Iterable[torch.Tensor], how: str) -> None:
+        """Note that a tensor's storage now holds something made of those sources, where they are known."""
+        for source in {storage_key(s) for s in sources} - {storage_key(tensor)}:
+            if source in self._alive:
+                self._made.setdefault(self._keep(tensor), {}).setdefault(source, how)
 
     def _find(self, tensor: torch.Tensor) -> Origin | None:
         """The origin of a tensor, when anything is known of its storage."""
@@ -163,12 +208,14 @@ class LoadTrace(TorchDispatchMode):
         return Piece(start, inner.length, inner.offset, inner.stride)
 
     def _copied(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        origin = self._find(source)
+        cast = source.dtype != target.dtype
+        self._make(target, (source,), f"cast from {_short(source.dtype)} to {_short(target.dtype)}" if cast else A_COPY)
+        origin = self._find(source) if self._loading else None
         if origin is None:
             return
         layout = layout_of(target)
         changed = origin.changed
-        if changed is None and source.dtype != target.dtype:
+        if changed is None and cast:
             changed = f"cast from {_short(source.dtype)} to {_short(target.dtype)}"
         if source.shape != target.shape:
             piece = None
@@ -190,11 +237,18 @@ class LoadTrace(TorchDispatchMode):
     def _ran(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         read = list(tensors_in((args, kwargs)))
         keys = {storage_key(t) for t in read}
-        outs = [out for out in tensors_in(result) if out.numel() and out.device.type != "meta"]
         if func._schema.is_mutable:
-            for out in outs:
-                self._mutated(func, out)
+            for tensor in _written(func, args, kwargs):
+                self._make(tensor, read, f"computed by {_name(func)}")
+                if self._loading:
+                    self._mutated(func, tensor)
+        outs = [out for out in tensors_in(result) if out.numel() and out.device.type != "meta"]
         outs = [out for out in outs if storage_key(out) not in keys]  # a view needs no note: it is on the same storage
+        for out in outs if read else ():
+            same = func in EXACT_COPIES and all(out.dtype == t.dtype for t in read)
+            self._make(out, read, A_COPY if same else _describe(func, read[0], out))
+        if not self._loading:
+            return
         origins = [(t, o) for t in read if (o := self._find(t)) is not None] if outs else []
         if not origins:
             return
@@ -231,6 +285,14 @@ def tensors_in(value: Any) -> Iterable[torch.Tensor]:
     elif isinstance(value, dict):
         for item in value.values():
             yield from tensors_in(item)
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
+    """The arguments that an operation writes to, be they returned or not."""
+    named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+    written = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    found = tensors_in([named.get(name) for name in written])
+    return [tensor for tensor in found if tensor.numel() and tensor.device.type != "meta"]
 
 
 def _name(func: Any) -> str:

@@ -287,7 +287,11 @@ class Seen:
     def __init__(self, runtime_dir: Path) -> None:
         self.events: list[str] = []
         self.saved: float | None = None
-        self.lifecycle = Lifecycle(runtime_dir, on_attached=self.attached, on_lost=self.lost, clock=lambda: self.now)
+        self.states: list[State] = []
+        self.lifecycle = Lifecycle(
+            runtime_dir, on_attached=self.attached, on_lost=self.lost, clock=lambda: self.now,
+            on_change=lambda: self.states.append(self.lifecycle.state),
+        )  # fmt: skip
         self.now = 0.0
 
     def attached(self, attachment: Attachment) -> None:
@@ -318,6 +322,7 @@ def test_vllm_comes_goes_and_comes_back(start: Callable[[], Exporter], runtime_d
     first.kill()
     assert seen.poll() is State.DETACHED
     assert seen.events == ["attached", "lost"]
+    assert seen.states == ["detached", "attaching", "verified", "lost", "detached"]  # each that a poll went through
     assert seen.saved == 64.0  # what was trained could be read after vLLM was gone
     assert seen.poll() is State.DETACHED  # the manifest of the dead is not attached to
     assert "not running any more" in seen.lifecycle.reason

@@ -67,7 +67,7 @@ def test_our_error_at_a_hook_leaves_vllm_serving(case: str, rows: Rows) -> None:
     assert "training is off" in log(row)
 
 
-@pytest.mark.parametrize("case", INJECTED[1:9])
+@pytest.mark.parametrize("case", INJECTED[:9])
 def test_our_error_is_reported_where_the_worker_looks(case: str, rows: Rows) -> None:
     assert rows[case]["refused"] == ["internal"]
 
@@ -112,10 +112,30 @@ def test_weights_that_vllm_reloads_end_the_export(rows: Rows) -> None:
     assert "sharing ends until vLLM is restarted" in log(row)
 
 
+def test_what_post_processing_computes_from_a_weight_makes_that_derived(rows: Rows) -> None:
+    row = rows["computed in post-processing"]
+    assert row["norm"] == ["derived", "vLLM serves it through model.norm.A, computed by exp"]
+    assert row["shared"] == 20
+    assert row["traces"] == 0
+
+
 def test_a_draft_model_beside_is_left_alone(rows: Rows) -> None:
     row = rows["draft model beside"]
     assert row.get("error") is None
     assert row["manifest"]
+
+
+def test_a_draft_model_under_a_configuration_of_its_own_is_left_alone(rows: Rows) -> None:
+    row = rows["draft model under a configuration of its own"]
+    assert row.get("error") is None
+    assert row["manifest"]
+    assert not row["written"]
+
+
+def test_a_target_that_is_called_its_own_draft_is_shared(rows: Rows) -> None:
+    row = rows["n-grams instead of a draft model"]
+    assert row.get("error") is None
+    assert row["written"]
 
 
 def test_a_checkpoint_of_another_dtype_is_refused(rows: Rows) -> None:
@@ -130,3 +150,26 @@ def test_a_checkpoint_without_safetensors_is_refused(rows: Rows) -> None:
     assert row["served"]
     assert row["refused"] == ["no-safetensors"]
     assert "save_pretrained" in log(row)
+
+
+@pytest.mark.parametrize(
+    ("case", "check"),
+    [("only .bin files, from the hub", "no-safetensors"), ("another dtype, from the hub", "dtype")],
+)
+def test_a_checkpoint_that_vllm_downloads_is_looked_at_after_that(case: str, check: str, rows: Rows) -> None:
+    assert rows[case]["served"]
+    assert rows[case]["refused"] == [check]
+    assert not rows[case]["manifest"]
+    assert rows["from the hub"]["shared"] == 21
+
+
+def test_a_directory_without_a_readable_config_is_refused_at_once(rows: Rows) -> None:
+    row = rows["no readable config.json"]
+    assert row["served"]
+    assert row["refused"] == ["config"]
+    assert "m is not a readable checkpoint" in log(row)
+
+
+def test_freezing_by_vllms_own_configuration_is_refused(rows: Rows) -> None:
+    assert rows["max_autotune on a CPU"]["served"]
+    assert rows["max_autotune on a CPU"]["refused"] == ["freezing"]

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from hogwild.checkpoint.store import CheckpointStore
 from hogwild.config import Settings
 from hogwild.errors import Conflict
+from hogwild.gpu_worker.lifecycle import State
 from hogwild.stack.services import settings_env
 from hogwild.tasks import runtime
 from hogwild.tasks.dirty import Dirty
@@ -475,3 +477,29 @@ def test_a_task_that_waits_too_long_for_vllm_gives_its_job_back_before_celery_ki
         worker.run_operation(operation)
         assert worker.operations.get(operation).state == "pending"
         assert time.monotonic() - began > 0.9  # its own time, not what was left of the job's
+
+
+def test_a_long_attach_is_shown_and_the_worker_counts_as_alive_meanwhile(
+    redis_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "HEARTBEAT_S", 0.1)
+    url = redis_server.removesuffix("/0") + "/6"
+    settings = Settings(redis_url=url, served_model_name="slow", runtime_dir=tmp_path)
+    worker = runtime.Runtime(settings, stop_file=tmp_path / "stop")
+    attached = threading.Event()
+
+    def attach() -> None:
+        worker.lifecycle._go(State.ATTACHING, "")
+        attached.wait(60)
+
+    monkeypatch.setattr(worker.lifecycle, "poll", attach)
+    with worker.client as client:
+        worker.start()
+        try:
+            until(lambda: worker.registry.worker().get("state") == "attaching", 10, "saying so")
+            client.delete(worker.registry.keys("alive", worker.worker_id))  # as when it expires
+            until(lambda: worker.registry.worker()["alive"], 10, "the next beat")
+        finally:
+            attached.set()
+            worker.shutdown()
+        assert not worker.registry.worker()["alive"]

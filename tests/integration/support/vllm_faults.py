@@ -118,6 +118,7 @@ def cases(bench: Bench) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
     from hogwild import manifest
+    from hogwild.errors import ConfigError
     from hogwild.vllm_plugin import export, hooks, trace
 
     def patched(target: Any, name: str, value: Any = boom) -> Callable[[], dict[str, Any]]:
@@ -201,6 +202,51 @@ def cases(bench: Bench) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
 
     yield "draft model beside", draft
 
+    def replaced(**speculative: Any) -> Callable[[], dict[str, Any]]:
+        """A proposer's load of a draft whose directory is called as the served model is."""
+
+        def run() -> dict[str, Any]:
+            from vllm.config import set_current_vllm_config
+            from vllm.config.utils import replace
+            from vllm.model_executor.model_loader import get_model
+
+            (bench.base / "drafts" / "m").mkdir(parents=True, exist_ok=True)
+            for path in (bench.base / "llama").iterdir():
+                shutil.copy(path, bench.base / "drafts" / "m")
+            row = bench.load("m")
+            path = manifest.manifest_path(bench.runtime / "m")
+            before = manifest.Manifest.load(path).export_id
+            config = _config(bench, "m", speculative_config={"num_speculative_tokens": 2, **speculative})
+            draft = config.speculative_config.draft_model_config
+            draft_config = replace(config, model_config=draft, quant_config=None)
+            with set_current_vllm_config(draft_config):
+                get_model(vllm_config=draft_config, prefix="draft_model")
+            written = path.exists() and manifest.Manifest.load(path).export_id != before
+            return {**row, "manifest": path.exists(), "written": written}
+
+        return run
+
+    yield "draft model under a configuration of its own", replaced(model=str(bench.base / "drafts" / "m"))
+    yield "n-grams instead of a draft model", replaced(method="ngram", prompt_lookup_max=3)
+
+    def post_processed() -> dict[str, Any]:
+        """vLLM's post-processing computes a parameter from a loaded one, which stays as it is."""
+        import torch
+        from vllm.model_executor.model_loader import base_loader
+
+        original = base_loader.process_weights_after_loading
+
+        def process(model: Any, *arguments: Any) -> None:
+            original(model, *arguments)
+            model.model.norm.A = torch.nn.Parameter(-torch.exp(model.model.norm.weight), requires_grad=False)
+
+        with mock.patch.object(base_loader, "process_weights_after_loading", process):
+            row = bench.load("m")
+        record = manifest.Manifest.load(manifest.manifest_path(bench.runtime / "m")).tensors["model.norm.weight"]
+        return {**row, "norm": [record.status, record.reason]}
+
+    yield "computed in post-processing", post_processed
+
     def bf16() -> dict[str, Any]:
         bench.tools.save_model("llama", bench.base / "bf16", "bfloat16")
         return bench.load("m", "bf16")
@@ -218,6 +264,37 @@ def cases(bench: Bench) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
         return bench.load("m", "bin")
 
     yield "only .bin files", only_bin
+
+    def from_hub(directory: str) -> Callable[[], dict[str, Any]]:
+        """The files are not there before vLLM's loader has downloaded them."""
+        from dataclasses import replace
+
+        facts_of = hooks.facts_of
+
+        def before(*arguments: Any) -> Any:
+            return replace(facts_of(*arguments), checkpoint_files=None, checkpoint_dtype=None)
+
+        def run() -> dict[str, Any]:
+            with mock.patch.object(hooks, "facts_of", before):
+                return bench.load("m", directory)
+
+        return run
+
+    yield "only .bin files, from the hub", from_hub("bin")
+    yield "another dtype, from the hub", from_hub("bf16")
+    yield "from the hub", from_hub("llama")
+
+    def no_config(*_: Any) -> Any:
+        raise ConfigError("m is not a readable checkpoint")
+
+    yield "no readable config.json", patched(hooks, "checkpoint_facts", no_config)
+
+    def autotuned() -> dict[str, Any]:
+        options = {"compilation_config": {"inductor_compile_config": {"max_autotune": True}}}
+        with mock.patch.object(bench.server, "arguments", options):
+            return bench.load("m")
+
+    yield "max_autotune on a CPU", autotuned
 
     def endpoint_broken() -> dict[str, Any]:
         import vllm.plugins
@@ -251,12 +328,11 @@ def _both(bench: Bench, manifest: Any) -> dict[str, Any]:
         return bench.load("m")
 
 
-def _config(bench: Bench, name: str) -> Any:
+def _config(bench: Bench, name: str, **arguments: Any) -> Any:
     from vllm.engine.arg_utils import EngineArgs
 
-    arguments = EngineArgs(model=str(bench.base / "llama"), served_model_name=[name], dtype="float32",
-                           enforce_eager=True, max_model_len=128, skip_tokenizer_init=True)  # fmt: skip
-    return arguments.create_engine_config()
+    return EngineArgs(model=str(bench.base / "llama"), served_model_name=[name], dtype="float32", enforce_eager=True,
+                      max_model_len=128, skip_tokenizer_init=True, **arguments).create_engine_config()  # fmt: skip
 
 
 def main() -> None:

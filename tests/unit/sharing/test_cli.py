@@ -40,6 +40,9 @@ def model(tmp_path: Path) -> Path:
     return path
 
 
+FREEZES = '{"inductor_compile_config": {"freezing": true}}'
+
+
 def export(runtime: Path, **changes: Any) -> Manifest:
     pid = os.getpid()
     fields: dict[str, Any] = {
@@ -87,7 +90,19 @@ def test_nothing_in_the_way(model: Path) -> None:
         ("--dtype float32 --load-format tensorizer", "loader", "tensorizer"),
         ("--dtype float32 -pp 2", "parallel", "--pipeline-parallel-size 1"),
         ("--dtype float32 --cpu-offload-gb 4", "offload", "--cpu-offload-gb"),
+        ("--dtype float32 --offload-group-size 2", "offload", "--offload-group-size"),
         ("--dtype float32 --enable-eplb", "parallel", "--enable-eplb"),
+        ("--dtype float32 -ep", "parallel", "--enable-expert-parallel"),
+        ("--dtype float32 --enable-cumem-allocator", "sleep-mode", "--enable-cumem-allocator"),
+        ("--dtype float32 --tensor-parallel-size 2", "tensor-parallel", "--tensor-parallel-size 1"),
+        ("--dtype float32 -tp=2", "tensor-parallel", "across 2 GPUs"),
+        ("--dtype float32 -pp two", "arguments", "invalid int value: 'two'"),
+        ("--dtype float32 -pp", "arguments", "expected one argument"),
+        ("--dtype float32 -cc", "arguments", "-cc has no value"),
+        (f"--dtype float32 -cc '{FREEZES}'", "freezing", "inductor_compile_config"),
+        (f"--dtype float32 --compilation_config='{FREEZES}'", "freezing", "inductor_compile_config"),
+        ("--dtype float32 -cc.inductor_compile_config.freezing true", "freezing", "inductor_compile_config"),
+        ("--dtype float32 --compilation-config.inductor_compile_config.freezing=true", "freezing", "freezing"),
     ],
 )
 def test_vllm_arguments_that_stand_in_the_way(arguments: str, check: str, says: str, model: Path) -> None:
@@ -96,6 +111,28 @@ def test_vllm_arguments_that_stand_in_the_way(arguments: str, check: str, says: 
     wrong = {name: message for name, (verdict, message) in found["model model"].items() if verdict == "problem"}
     assert list(wrong) == [check]
     assert says in wrong[check]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--no-enable-sleep-mode --tensor-parallel-size 1 --offload-group-size 0", "-cc 3 --seed 1",
+        """-cc '{"inductor_compile_config": {"freezing": false}}'""", "-cc.mode none",
+    ],
+)  # fmt: skip
+def test_vllm_arguments_that_do_not(arguments: str, model: Path) -> None:
+    code, found = run_doctor(str(model), "--vllm-args", f"--dtype float32 {arguments}")
+    assert code == 0, found
+
+
+def test_a_gpu_that_this_process_does_not_see(runtime: Path) -> None:
+    handle = bytes(64).hex()
+    memory = Allocation(kind="cuda_ipc", size=1 << 20, handle=handle)
+    export(runtime, device="cuda", gpu_uuid="GPU-of-another-machine", allocations=(memory,))
+    code, found = run_doctor()
+    verdict, message = found["running vLLMs"]["tiny"]
+    assert (code, verdict) == (1, "problem")
+    assert message.startswith("the weights are on GPU-of-another-machine, but the worker sees")
 
 
 def test_environment_that_stands_in_the_way(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,11 +34,15 @@ class Loading:
     def _landed(self, landing: Landing, source: torch.Tensor) -> None:
         landing.digest = self.digests.submit(source)
 
-    def run(self, checkpoint: Checkpoint, load: Callable[[str, torch.Tensor], None]) -> None:
+    def run(self, checkpoint: Checkpoint, load: Callable[[str, torch.Tensor], None],
+            after: Callable[[], Any] = lambda: None) -> None:
+        """`after` is vLLM's post-processing."""
         with torch.no_grad(), self.trace:
             for name, tensor in checkpoint.items():
                 self.trace.seen(name, tensor)
                 load(name, tensor)
+            self.trace.loaded()
+            after()
 
     def resolve(self) -> dict[str, export.Resolved]:
         self.digests.close()
@@ -168,9 +172,7 @@ def status(model: nn.Module, tensors: Checkpoint, load: Callable[[str, torch.Ten
            after: Callable[[], Any] = lambda: None) -> dict[str, tuple[str, str | None]]:
     """Load, do `after`, resolve: name → (status, reason)."""
     loading = Loading(model)
-    loading.run(tensors, load)
-    with torch.no_grad():
-        after()
+    loading.run(tensors, load, after)
     return {name: (e.record.status, e.record.reason) for name, e in loading.resolve().items()}
 
 
@@ -234,6 +236,86 @@ def test_parameter_computed_from_a_parameter_after_loading() -> None:
 
     found = status(model, {"A_log": random(4)}, load)
     assert found["A_log"] == ("derived", "computed by exp while loading")
+
+
+def test_new_parameter_computed_from_one_after_loading() -> None:
+    """`-exp(A_log)` under a name of its own: A_log itself is intact and read by nobody."""
+    model = one(4)
+
+    def compute() -> None:
+        model.A = nn.Parameter(-torch.exp(model.w.data), requires_grad=False)
+
+    found = status(model, {"A_log": random(4)}, lambda _, t: model.w.data.copy_(t), compute)
+    assert found["A_log"] == ("derived", "vLLM serves it through A, computed by exp")
+
+
+def test_new_buffer_copied_from_a_parameter_after_loading() -> None:
+    model = one(4)
+
+    def keep() -> None:
+        model.register_buffer("kept", torch.empty(4))
+        model.kept.copy_(model.w.data)
+
+    found = status(model, {"w": random(4)}, lambda _, t: model.w.data.copy_(t), keep)
+    assert found["w"] == ("derived", "vLLM serves it through kept, a copy of it")
+
+
+def test_parameter_written_by_an_operation_with_an_out_argument_after_loading() -> None:
+    model = one(4)
+    model.register_parameter("A", nn.Parameter(torch.zeros(4), requires_grad=False))
+    found = status(model, {"A_log": random(4)}, lambda _, t: model.w.data.copy_(t),
+                   lambda: torch.exp(model.w.data, out=model.A.data))
+    assert found["A_log"] == ("derived", "vLLM serves it through A, computed by exp")
+
+
+def test_every_tensor_of_a_fused_parameter_that_another_is_computed_from() -> None:
+    model = Layer()
+
+    def absorb() -> None:
+        model.absorbed = nn.Parameter((model.qkv.data * 2).t().contiguous(), requires_grad=False)
+
+    found = status(model, checkpoint(), model.load, absorb)
+    assert {name for name, (state, _) in found.items() if state == "derived"} == set("qkv")
+    assert found["k"][1] == "vLLM serves it through absorbed, computed by mul"
+
+
+def test_copy_in_the_object_that_a_layer_computes_with() -> None:
+    """vLLM's attention layers have an `impl`, no module, that keeps what it made of the weights; here of a vector."""
+    model = one(4, dtype=torch.bfloat16)
+    model.impl = Attention()
+
+    def cast() -> None:
+        model.impl.sinks = model.w.data.float()
+
+    found = status(model, {"sinks": random(4, dtype=torch.bfloat16)}, lambda _, t: model.w.data.copy_(t), cast)
+    assert found["sinks"] == ("derived", "vLLM serves it through impl.sinks, cast from bfloat16 to float32")
+
+
+class Attention:
+    sinks: torch.Tensor
+
+
+def test_new_parameter_computed_from_the_checkpoint_tensor_itself() -> None:
+    model = one(4)
+
+    def load(_: str, tensor: torch.Tensor) -> None:
+        model.w.data.copy_(tensor)
+        model.A = nn.Parameter(-torch.exp(tensor), requires_grad=False)
+
+    found = status(model, {"A_log": random(4)}, load)
+    assert found["A_log"] == ("derived", "vLLM serves it through A, computed by exp")
+
+
+def test_copied_out_and_back_after_loading_stays_shared() -> None:
+    model = Layer()
+
+    def round_trip() -> None:
+        model.qkv.data.copy_(model.qkv.data.clone())
+        model.norm = nn.Parameter(model.norm.data.clone(), requires_grad=False)
+        model.embed.data.abs().max()
+
+    found = status(model, {n: t for n, t in checkpoint().items() if n != "norm"}, model.load, round_trip)
+    assert set(found.values()) == {("shared", None)}
 
 
 def test_contents_permuted_in_place_after_loading() -> None:

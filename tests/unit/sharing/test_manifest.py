@@ -3,19 +3,27 @@
 import copy
 import json
 import os
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.strategies import DataObject
 
 from hogwild.errors import ExporterGone, ManifestError
+from hogwild.gpu_worker.lifecycle import Lifecycle
 from hogwild.manifest import Allocation, Manifest, Refusal, TensorRecord, manifest_path, refusal_path, sweep
-from hogwild.runtime_files import boot_id, private_dir, process_start_time
+from hogwild.runtime_files import boot_id, private_dir, process_alive, process_start_time
 from hogwild.strided import span
 from hogwild.weight_state import FILE_NAME, WeightState
+
+HUGE = 10**400  # too large for a float
 
 
 def make(**changes: Any) -> Manifest:
@@ -132,6 +140,9 @@ def test_another_version_says_what_to_do() -> None:
         ("hash", "xyz", "32 hexadecimal"),
         ("slices", [[0, 2, 3]], "does not fit"),
         ("slices", [[7, 0, 4]], "slice is"),
+        ("full_shape", [8, 8], "no slices"),
+        ("full_shape", [4, 8, 1], "no slices"),
+        ("shape", [2, 8], "no slices"),
     ],
 )
 def test_a_tensor_that_lies(field: str, value: Any, message: str) -> None:
@@ -141,12 +152,21 @@ def test_a_tensor_that_lies(field: str, value: Any, message: str) -> None:
         load(changed)
 
 
+@pytest.mark.parametrize("slices", [[], [[1, 0, 8]], [[0, 2, 2], [0, 2, 2]]])
+def test_slices_that_do_not_make_the_part(slices: Any) -> None:
+    changed = data()
+    changed["tensors"]["b"]["slices"] = slices
+    with pytest.raises(ManifestError, match="don't make shape"):
+        load(changed)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
         ("export_id", "../../etc"), ("pid", 0), ("pid", -1), ("pid", "1"), ("device", "tpu"), ("device", "cuda"),
         ("tensor_parallel_rank", 1), ("tensor_parallel_size", 0), ("vocab_size", 0), ("max_model_len", None),
         ("process_start_time", "now"), ("trust_remote_code", 1), ("model_path", "a\0b"), ("boot_id", 3),
+        ("process_start_time", HUGE), ("created_at", HUGE), ("created_at", -HUGE), ("pid", HUGE),
     ],
 )  # fmt: skip
 def test_metadata_that_lies(field: str, value: Any) -> None:
@@ -186,7 +206,8 @@ def test_a_damaged_cuda_handle_is_not_shown_to_cuda() -> None:
 
 
 scalars = st.one_of(
-    st.none(), st.booleans(), st.integers(-(1 << 70), 1 << 70), st.floats(), st.text(max_size=5),
+    st.none(), st.booleans(), st.integers(-(1 << 70), 1 << 70), st.sampled_from([HUGE, -HUGE]), st.floats(),
+    st.text(max_size=5),
     st.lists(st.integers(-2, 10), max_size=3), st.dictionaries(st.text(max_size=2), st.integers(), max_size=2),
 )  # fmt: skip
 
@@ -204,13 +225,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 @given(st.data())
 def test_a_hostile_manifest_is_a_clear_error_or_a_safe_one(source: Any) -> None:
     """Any value anywhere, several at once: whatever still loads has every view within its allocation."""
-    document = copy.deepcopy(data())
-    for _ in range(source.draw(st.integers(1, 3))):
-        path = source.draw(st.sampled_from(places(document)))
-        where = document
-        for key in path[:-1]:
-            where = where[key]
-        where[path[-1]] = source.draw(scalars)
+    document = spoiled(data(), source)
     try:
         manifest = load(document)
     except ManifestError as error:
@@ -223,6 +238,42 @@ def test_a_hostile_manifest_is_a_clear_error_or_a_safe_one(source: Any) -> None:
             if record.dtype in ("float32", "bfloat16"):
                 assert record.offset >= 0
                 assert record.offset + span(record.shape, record.stride) * item <= size
+
+
+def spoiled(document: Any, source: Any) -> Any:
+    """Any value anywhere, several at once."""
+    document = copy.deepcopy(document)
+    for _ in range(source.draw(st.integers(1, 3))):
+        path = source.draw(st.sampled_from(places(document)))
+        where = document
+        for key in path[:-1]:
+            where = where[key]
+        where[path[-1]] = source.draw(scalars)
+    return document
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.one_of(st.data(), st.binary(max_size=200), scalars))
+def test_a_hostile_refusal_is_a_clear_error_or_a_refusal(source: Any) -> None:
+    """And whoever waits for vLLM goes on waiting."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = refusal_path(Path(folder))
+        refusal().write(path)
+        if isinstance(source, bytes):
+            path.write_bytes(source)
+        elif isinstance(source, DataObject):
+            path.write_text(json.dumps(spoiled(json.loads(path.read_text()), source)))
+        else:
+            path.write_text(json.dumps(source))
+        try:
+            read = Refusal.load(path)
+        except ManifestError as error:
+            assert error.message
+        else:
+            assert read is None or read.pid == os.getpid()
+        waiting = Lifecycle(Path(folder), on_attached=lambda _: None, on_lost=lambda _: None)
+        assert waiting.poll() == "detached"
+        sweep(Path(folder))
 
 
 @settings(max_examples=300, deadline=None)
@@ -247,6 +298,26 @@ def test_a_reused_pid_is_another_process() -> None:
     assert not manifest.exporter_alive()
     with pytest.raises(ExporterGone, match="not running any more"):
         manifest.check_alive()
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="start times come from /proc")
+def test_setting_the_clock_changes_nobodys_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest, real = make(), psutil.Process.create_time
+    monkeypatch.setattr(psutil.Process, "create_time", lambda self: real(self) + 3600)
+    assert manifest.exporter_alive()
+
+
+def test_a_start_since_1970_as_older_files_have_it() -> None:
+    started = psutil.Process().create_time()
+    assert process_alive(os.getpid(), started)
+    assert not process_alive(os.getpid(), started - 60)
+
+
+def test_a_process_that_only_waits_to_be_reaped_is_gone() -> None:
+    with subprocess.Popen([sys.executable, "-c", ""], stdin=subprocess.DEVNULL) as child:
+        started = process_start_time(child.pid)
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        assert not process_alive(child.pid, started)
 
 
 def test_another_boot_is_another_machine() -> None:
@@ -285,20 +356,47 @@ def test_sweep_spares_the_state_of_a_vllm_that_is_just_starting(tmp_path: Path) 
     assert (tmp_path / FILE_NAME).exists()
 
 
-def test_a_refusal_tells_why_while_its_vllm_runs(tmp_path: Path) -> None:
+def refusal(**changes: Any) -> Refusal:
     pid = os.getpid()
-    refusal = Refusal(reasons=(("quantised", "the weights are quantised (fp8)"),), served_model_name="tiny",
-                      vllm_version="0.32.0", pid=pid, process_start_time=process_start_time(pid),
-                      boot_id=boot_id())  # fmt: skip
+    fields: dict[str, Any] = {
+        "reasons": (("quantised", "the weights are quantised (fp8)"),), "served_model_name": "tiny", "pid": pid,
+        "vllm_version": "0.32.0", "process_start_time": process_start_time(pid), "boot_id": boot_id(), **changes,
+    }  # fmt: skip
+    return Refusal(**fields)
+
+
+def test_a_refusal_tells_why_while_its_vllm_runs(tmp_path: Path) -> None:
     assert Refusal.load(refusal_path(tmp_path)) is None
-    refusal.write(refusal_path(tmp_path))
-    assert Refusal.load(refusal_path(tmp_path)) == refusal
+    refusal().write(refusal_path(tmp_path))
+    assert Refusal.load(refusal_path(tmp_path)) == refusal()
     refusal_path(tmp_path).write_text("{}")
     with pytest.raises(ManifestError, match="not a refusal"):
         Refusal.load(refusal_path(tmp_path))
 
 
 def test_the_refusal_of_a_dead_vllm_counts_for_nothing(tmp_path: Path) -> None:
-    Refusal(reasons=(("x", "y"),), served_model_name="tiny", vllm_version="0.32.0", pid=os.getpid(),
-            process_start_time=1.0, boot_id=boot_id()).write(refusal_path(tmp_path))  # fmt: skip
+    refusal(process_start_time=1.0).write(refusal_path(tmp_path))
     assert Refusal.load(refusal_path(tmp_path)) is None
+
+
+@pytest.mark.parametrize("start", ["1e999", "-1e999", "1" + "0" * 400])
+def test_numbers_that_no_clock_shows(start: str, tmp_path: Path) -> None:
+    name = '"process_start_time": '
+    text = make().to_json()
+    before = name + json.dumps(json.loads(text)["__metadata__"]["process_start_time"])
+    with pytest.raises(ManifestError, match="process_start_time"):
+        Manifest.from_json(text.replace(before, name + start))
+    refusal().write(refusal_path(tmp_path))
+    path = refusal_path(tmp_path)
+    path.write_text(path.read_text().replace(before, name + start).replace(f'"pid": {os.getpid()}', '"pid": 1e999'))
+    with pytest.raises(ManifestError, match="not a refusal"):
+        Refusal.load(path)
+    assert sweep(tmp_path) == [path]
+
+
+def test_a_worker_waits_beside_a_damaged_refusal(tmp_path: Path) -> None:
+    refusal().write(refusal_path(tmp_path))
+    refusal_path(tmp_path).write_text("{")
+    waiting = Lifecycle(tmp_path, on_attached=lambda _: None, on_lost=lambda _: None)
+    assert waiting.poll() == "detached"
+    assert "can't be read" in waiting.reason

@@ -5,6 +5,7 @@ The live memory is laid out here as vLLM lays it out on a GPU, so that mixtures 
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -223,6 +224,17 @@ def test_a_derived_vector_is_a_constant_with_the_checkpoints_values(tmp_path: Pa
     assert not model.model.norm.weight.requires_grad
     assert list(model.hogwild_constants) == ["model.norm.weight"]
     same_logits(model, path)
+
+
+def test_a_part_of_a_matrix_is_refused(tmp_path: Path) -> None:
+    """A view with the whole matrix's shape would reach into what lies beside it."""
+    path = save(tmp_path / "llama", "llama")
+    live, name = attachment(path), "model.layers.0.mlp.gate_proj.weight"
+    records = cast(dict[str, TensorRecord], live.manifest.tensors)
+    rows, columns = records[name].shape
+    records[name] = replace(records[name], shape=(2, columns), slices=((0, 0, 2),), full_shape=(rows, columns))
+    with pytest.raises(AttachRefused, match=r"holds only \[2, 32\] of .*gate_proj.weight's \[48, 32\]"):
+        build_model(live)
 
 
 def test_a_matrix_that_nothing_fills_is_refused(tmp_path: Path) -> None:

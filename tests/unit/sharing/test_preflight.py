@@ -4,12 +4,13 @@ from typing import Any
 
 import pytest
 
-from hogwild.preflight import CHECKS, Facts, environment_facts, problems
+from hogwild.preflight import CHECKS, Facts, environment_facts, options_freeze, problems
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("platform", {"device": "rocm"}, "not on rocm"),
     ("quantised", {"quantization": "fp8"}, "quantised (fp8)"),
     ("sleep-mode", {"sleep_mode": True}, "--enable-sleep-mode"),
+    ("sleep-mode", {"cumem_allocator": True}, "--enable-cumem-allocator"),
     ("expandable-segments", {"allocator_config": "backend:native, expandable_segments:True"}, "expandable_segments"),
     ("freezing", {"freezing": True}, "TORCHINDUCTOR_FREEZING"),
     ("moe-backend", {"moe": True, "moe_backend": "flashinfer_cutlass"}, "--moe-backend triton"),
@@ -64,3 +65,14 @@ def test_facts_of_the_environment() -> None:
     facts = environment_facts({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "TORCHINDUCTOR_FREEZING": "1"})
     assert {p.check for p in problems(Facts(**facts))} == {"expandable-segments", "freezing"}  # type: ignore[arg-type]
     assert problems(Facts(**environment_facts({"PYTORCH_ALLOC_CONF": "", "TORCHINDUCTOR_FREEZING": "0"}))) == []  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "device", "freezes"),
+    [
+        ({}, "cpu", False), ({"max_autotune": True}, "cpu", True), ({"max_autotune": False}, "cpu", False),
+        ({"max_autotune": True}, "cuda", False), ({"freezing": True}, "cuda", True),
+    ],
+)  # fmt: skip
+def test_freezing_by_vllms_own_configuration(options: dict[str, Any], device: str, freezes: bool) -> None:
+    assert options_freeze(options, device) is freezes

@@ -358,6 +358,19 @@ def test_refused_weights_end_the_waiting_with_the_reason(tmp_path: Path, monkeyp
         stack.wait_ready(timeout=5)
 
 
+def test_a_damaged_refusal_does_not_end_the_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = Stack(Settings(model=str(tmp_path), served_model_name="tiny", data_dir=tmp_path, runtime_dir=tmp_path))
+    answers = iter([False, False, True])
+    monkeypatch.setattr(stack, "ready", lambda: next(answers))
+    monkeypatch.setattr(stack, "watch", lambda: None)
+    monkeypatch.setattr(stack, "_worker", dict)
+    path = refusal_path(private_dir(tmp_path / "tiny"))
+    path.write_text("{")
+    path.chmod(0o600)
+    stack.wait_ready(timeout=20)
+    assert list(answers) == []
+
+
 def test_a_worker_that_keeps_refusing_ends_the_waiting_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stack = Stack(Settings(model=str(tmp_path), served_model_name="tiny", data_dir=tmp_path, runtime_dir=tmp_path))
     monkeypatch.setattr(stack, "ready", lambda: False)
