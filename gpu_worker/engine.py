@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -65,6 +65,10 @@ class Plan:
     pack_tokens: int
     """Most tokens in a pack. Smaller than asked when memory is short: keep it with the job, so that a restart on a
     machine with another amount of free memory lays out the same steps."""
+    asked_tokens: int
+    """The pack size that the config asks for; 0, as above: one sample a pack."""
+    asked_steps: int
+    """Steps at that size. A job that names `steps` takes more of them in smaller packs, to train as many tokens."""
     budget: Budget
 
     @property
@@ -153,14 +157,24 @@ class Trainer:
         self.trainable(config)
         config = config.for_width(self.forward.head_weight.shape[1])
         lengths = [s.input_tokens for s in samples]
-        size = config.pack_tokens(sum(lengths)) if pack_tokens is None else pack_tokens
-        if not self.forward.abilities.packs:
-            size = 0
+        packs = self.forward.abilities.packs
+        asked = config.pack_tokens(sum(lengths)) if packs else 0
+        size = asked if pack_tokens is None or not packs else pack_tokens
+        if not 0 < size < asked:
+            asked = size
+        whole = plan_steps(lengths, config, asked)
         while True:
-            steps = plan_steps(lengths, config, size)
+            steps, laid_out = whole, config
+            if size != asked:
+                steps, laid_out = _in_smaller_packs(lengths, config, size, whole)
             need = self._budget(samples, steps, config)
             if need.fits:
-                return Plan(config, tuple(samples), steps, size, need)
+                if size != asked:
+                    log.info(
+                        "memory is short: packs of %d tokens instead of %d, and %d steps instead of %d",
+                        size, asked, len(steps), len(whole),
+                    )  # fmt: skip
+                return Plan(laid_out, tuple(samples), steps, size, asked, len(whole), need)
             if pack_tokens is not None or size <= max(lengths):
                 raise need.refuse(f"A pack of {max(size, max(lengths))} tokens")
             size = max(size // 2, max(lengths))
@@ -450,6 +464,17 @@ class Trainer:
 def _eager(config: TrainConfig) -> bool:
     """Whether a job runs layers in a way that they are not compiled for; each such way would compile them again."""
     return config.trainable is not None or not config.context_grad
+
+
+def _in_smaller_packs(
+    lengths: Sequence[int], config: TrainConfig, size: int, whole: Sequence[Step]
+) -> tuple[tuple[Step, ...], TrainConfig]:
+    """The steps of a plan in packs of another size: as many tokens as in the `whole` plan, and its share of warm-up."""
+    tokens = sum(lengths[i] for step in whole for pack in step for i in pack)
+    steps = plan_steps(lengths, config, size, least_tokens=tokens)
+    if config.warmup_steps is None:
+        return steps, config
+    return steps, replace(config, warmup_steps=round(config.warmup_steps * len(steps) / len(whole)))
 
 
 def _load(samples: Sequence[Sample], context_grad: bool, replayed: int) -> Load:

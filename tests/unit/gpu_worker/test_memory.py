@@ -123,12 +123,17 @@ def test_job_that_cannot_fit_is_refused_with_the_numbers() -> None:
     assert details["head"] > 0
 
 
-def test_packs_shrink_until_they_fit_and_a_resumed_job_keeps_their_size() -> None:
-    # Given memory for one sample of 300 tokens at a time, and a pack size of 4096 asked for
+def short_of_memory() -> Trainer:
+    """With memory for one sample of 300 tokens at a time."""
     model = build()
     one = Trainer(model).plan(rows(1, 300), TrainConfig(epochs=1)).budget
     least = one.total - int(1.1 * (one.activations - 300 * LAYERS * WIDTH * 4))
-    trainer = Trainer(model, memory_limit=int(least * 1.02) + (1 << 20))
+    return Trainer(model, memory_limit=int(least * 1.02) + (1 << 20))
+
+
+def test_packs_shrink_until_they_fit_and_a_resumed_job_keeps_their_size() -> None:
+    # Given a pack size of 4096 asked for
+    trainer = short_of_memory()
     plan = trainer.plan(rows(12, 300), TrainConfig(epochs=1))
     assert plan.pack_tokens < 4096
     assert plan.n_steps > 1
@@ -137,6 +142,26 @@ def test_packs_shrink_until_they_fit_and_a_resumed_job_keeps_their_size() -> Non
     trainer.memory_limit = None
     assert trainer.plan(rows(12, 300), TrainConfig(epochs=1)).n_steps == 1
     assert trainer.plan(rows(12, 300), TrainConfig(epochs=1), pack_tokens=plan.pack_tokens).steps == plan.steps
+
+
+def test_a_job_of_so_many_steps_trains_all_its_tokens_in_smaller_packs() -> None:
+    # Given jobs that would be one step of eight samples, and two of them with a warm-up
+    trainer = short_of_memory()
+    data = rows(8, 300)
+    one, two = TrainConfig(steps=1), TrainConfig(steps=2, warmup_steps=1, gradient_accumulation=2, optimizer="sgd")
+    short = [trainer.plan(data, config) for config in (one, two)]
+    trainer.memory_limit = None
+    whole = [trainer.plan(data, config) for config in (one, two)]
+    assert [(p.n_steps, p.asked_steps) for p in whole] == [(1, 1), (2, 2)]
+    assert whole[1].config == two.for_width(WIDTH)
+    # Then in smaller packs none is left out: there are more steps, and the warm-up is as long a part of them
+    assert all(sorted({i for s in p.steps for pack in s for i in pack}) == list(range(8)) for p in short)
+    assert [p.tokens for p in short] == [p.tokens for p in whole]
+    assert all(p.pack_tokens < p.asked_tokens == 4096 and p.n_steps > p.asked_steps for p in short)
+    assert short[1].config.warmup_steps == short[1].n_steps // 2
+    # and resumed with more memory the plans are the same
+    again = [trainer.plan(data, c, pack_tokens=p.pack_tokens) for p, c in zip(short, (one, two), strict=True)]
+    assert [(p.steps, p.config) for p in again] == [(p.steps, p.config) for p in short]
 
 
 def test_state_that_is_already_there_is_not_counted_again() -> None:
