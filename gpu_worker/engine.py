@@ -40,7 +40,19 @@ from hogwild.gpu_worker.config import TrainConfig
 from hogwild.gpu_worker.control import Control, StepReport, TrainResult, Unattended
 from hogwild.gpu_worker.forward import Forward
 from hogwild.gpu_worker.inplace import SUPPORTED_DTYPES
-from hogwild.gpu_worker.memory import Budget, Load, Profile, RowKind, budget, free_bytes, measure
+from hogwild.gpu_worker.memory import (
+    LENGTHS,
+    Budget,
+    Load,
+    Profile,
+    RowKind,
+    T,
+    budget,
+    free_bytes,
+    measure,
+    out_of_memory,
+    within_memory,
+)
 from hogwild.gpu_worker.optim import Optimizer, StepStats, build_optimizer
 from hogwild.gpu_worker.recompute import Recompute
 from hogwild.gpu_worker.replay import TEXT_TOKENS, OwnText
@@ -149,7 +161,7 @@ class Trainer:
 
         Raises:
             InvalidRequest: no samples, ids outside the vocabulary, a pattern that matches nothing.
-            DoesNotFit: more memory is needed than free; `details` has the numbers.
+            DoesNotFit: more memory is needed than free, for the job or for measuring that; `details` has the numbers.
         """
         if not samples:
             raise InvalidRequest("There are no samples to train on.", field="samples")
@@ -211,18 +223,24 @@ class Trainer:
             self.recompute.eager = eager
             if self.recompute.compiles and not eager and not self._compiled:
                 with self._placed():
-                    self._compile()
-            cache = self.forward.cache_bytes_per_token()
+                    self._within_memory(self._compile, "Compiling the decoder layers")
+                self._compiled = True
             row = partial(self.forward.row, samples=2 if kind == "packed" else 1)
-            with self._placed():
-                self._profiles[kind, eager] = measure(
+
+            def measured() -> Profile:
+                cache = self.forward.cache_bytes_per_token()
+                return measure(
                     self.model, self.recompute.layers, row, cache_bytes=cache, frozen=kind == "frozen" and cache > 0
+                )
+
+            with self._placed():
+                self._profiles[kind, eager] = self._within_memory(
+                    measured, f"Measuring the model with rows of {max(LENGTHS)} tokens"
                 )
         return self._profiles[kind, eager]
 
     def _compile(self) -> None:
         """Compile both passes of the layers now, on a short row: what can't be compiled costs speed and not a job."""
-        self._compiled = True
         started = time.perf_counter()
         trained = [p for layer in self.recompute.layers for p in layer.parameters() if p.requires_grad]
         try:
@@ -233,6 +251,8 @@ class Trainer:
                 # One parameter of the first layer: backward then passes through all of them, and keeps no gradient.
                 torch.autograd.grad(hidden.float().sum(), trained[0])
         except Exception as e:  # whatever a compiler can raise
+            if out_of_memory(e):  # says nothing about the model
+                raise
             self.recompute.compiles = False
             why = str(e).split("\n", 1)[0]
             log.warning("torch.compile does not work with this model, training without it: %s", why)
@@ -325,21 +345,21 @@ class Trainer:
         n = self._texts_per_step(config)
         texts = [replay[(step * n + i) % len(replay)] for i in range(n)] if replay else []
         loss, moved, stats = math.nan, math.nan, StepStats(0.0, (), 0)
-        out_of_memory = None
+        said = ""
         try:
             loss, moved = self._passes(plan, step, total_weight, rate, texts, updates, control)
             if math.isfinite(loss + moved):
                 stats = updates.end()
         except torch.OutOfMemoryError as e:
-            out_of_memory = str(e).splitlines()[0]
+            said = out_of_memory(e)
         finally:
             touched = updates.touched
             updates.abort()
-        if out_of_memory is not None:
+        if said:
             # Outside the except block, whose traceback holds the tensors that have to go.
             self._free_cached()
             raise DoesNotFit(
-                f"Step {step} ran out of memory and was given up: {out_of_memory}",
+                f"Step {step} ran out of memory and was given up: {said}",
                 step=step,
                 tokens=sum(s.input_tokens for s in samples),
                 interrupted=touched > 0,
@@ -404,21 +424,21 @@ class Trainer:
 
     def _replay(self, plan: Plan, control: Control) -> list[Replayed]:
         """The texts of the running job, with what the model said on them at its start, or after the last rollback."""
-        per_step = self._texts_per_step(plan.config)
-        if self.own_text is None or per_step == 0:
+        per_step, own_text = self._texts_per_step(plan.config), self.own_text
+        if own_text is None or per_step == 0:
             return []
-        out_of_memory = None
         if self._replayed is None:
-            try:
-                self._replayed = self.own_text.anchored(
+            self._replayed = self._within_memory(
+                lambda: own_text.anchored(
                     self.forward, per_step * plan.n_steps, plan.config.seed, control.between_micro_steps
-                )
-            except torch.OutOfMemoryError as e:
-                out_of_memory = str(e).splitlines()[0]
-        if self._replayed is not None:
-            return self._replayed
-        self._free_cached()
-        raise DoesNotFit(f"Making the text to replay ran out of memory: {out_of_memory}. `replay: 0` trains without.")
+                ),
+                "Making the text to replay",
+                hint="`replay: 0` trains without.",
+            )
+        return self._replayed
+
+    def _within_memory(self, run: Callable[[], T], what: str, **options: Any) -> T:
+        return within_memory(run, what, device=self.device, limit=self.memory_limit, **options)
 
     def _free_cached(self) -> None:
         if self.device.type == "cuda":
@@ -455,9 +475,12 @@ class Trainer:
 
         Raises:
             TrainingError: the file is of another optimizer or another model.
+            DoesNotFit: there is no room for it; the file is as good as before.
         """
         optimizer = build_optimizer(config, self.token_params)
-        optimizer.load(path, self.params)
+        most = optimizer.state_bytes(self.params)
+        what = f"Loading the optimizer's state (up to {most / 1e6:,.0f} MB)"
+        self._within_memory(lambda: optimizer.load(path, self.params), what, optimizer=most)
         self.optimizer = optimizer
 
 

@@ -189,7 +189,7 @@ class Optimizer(ABC):
                     key, name = full.split("/", 1)
                     if name in params:
                         loaded.setdefault(name, {})[key] = f.get_tensor(full).to(params[name].device)
-        except TrainingError:
+        except (TrainingError, torch.OutOfMemoryError):  # the file is good, there is only no room for it
             raise
         except Exception as e:
             raise TrainingError(f"The optimizer state in {path} can't be read: delete it to start afresh.") from e

@@ -3,18 +3,24 @@
 import functools
 import gc
 import weakref
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from hogwild.config import Settings
 from hogwild.errors import DoesNotFit
 from hogwild.gpu_worker.batch import Sample
 from hogwild.gpu_worker.config import TrainConfig
 from hogwild.gpu_worker.engine import Trainer
 from hogwild.gpu_worker.memory import Budget, Load, Profile, RowKind, budget, free_bytes
+from hogwild.gpu_worker.optim import base
 from hogwild.gpu_worker.recompute import ActivationMeter, Recompute
+from hogwild.tasks.saving import Saver
 
 LAYERS, WIDTH = 6, 64
 
@@ -129,6 +135,57 @@ def short_of_memory() -> Trainer:
     one = Trainer(model).plan(rows(1, 300), TrainConfig(epochs=1)).budget
     least = one.total - int(1.1 * (one.activations - 300 * LAYERS * WIDTH * 4))
     return Trainer(model, memory_limit=int(least * 1.02) + (1 << 20))
+
+
+def test_memory_that_runs_out_while_measuring_refuses_the_job_with_numbers_and_not_the_next() -> None:
+    trainer = Trainer(build(), memory_limit=1 << 30)
+
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmany lines")
+
+    handle = trainer.model.model.layers[3].mlp.register_forward_hook(fail)
+    with pytest.raises(DoesNotFit, match=r"Measuring .* ran out of memory: .*2\.00 GiB\. Now 1,074 MB are free") as e:
+        trainer.plan(rows(2, 30), TrainConfig(steps=1))
+    handle.remove()
+    assert e.value.details == {"free": 1 << 30}
+    assert e.value.__context__ is None  # a traceback would keep the tensors alive
+    assert trainer.run(trainer.plan(rows(2, 30), TrainConfig(steps=1))).n_steps == 1
+
+
+def test_saved_state_that_does_not_fit_is_not_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Given saved state, and a device that has no room for it
+    settings = Settings(served_model_name="m", data_dir=tmp_path)
+    path, config = tmp_path / "optimizer" / "m@7.safetensors", TrainConfig(optimizer="adamw", steps=1)
+    trainer = Trainer(build())
+    trainer.run(trainer.plan(rows(1, 10), config))
+    trainer.save_optimizer(path)
+    saved, trainer.optimizer = trainer.optimizer, None
+    assert saved is not None
+
+    class Full:
+        def __init__(self, *_: Any) -> None:
+            self.real = safe_open(path, "pt")
+
+        def __enter__(self) -> Any:
+            return mock.Mock(wraps=self.real, get_tensor=mock.Mock(side_effect=torch.OutOfMemoryError("CUDA: full.")))
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    nothing: Any = None
+    saver = Saver(settings, store=nothing, dirty=nothing, operations=nothing, registry=nothing)
+    with monkeypatch.context() as patch:
+        patch.setattr(base, "safe_open", Full)
+        with pytest.raises(DoesNotFit, match=r"Loading .* MB\) ran out of memory: CUDA: full") as e:
+            saver.load_optimizer(trainer, config, 7)
+    # Then the job that wanted it fails with the numbers, and a later one takes it up
+    assert e.value.details["optimizer"] == saved.allocated_bytes()
+    assert e.value.details["free"] > 0
+    assert e.value.__context__ is None
+    assert trainer.optimizer is None
+    saver.load_optimizer(trainer, config, 7)
+    assert trainer.optimizer is not None
+    assert trainer.optimizer.steps == 1
 
 
 def test_packs_shrink_until_they_fit_and_a_resumed_job_keeps_their_size() -> None:
