@@ -2,15 +2,18 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hogwild.errors import TrainingError
+from hogwild.gpu_worker import inplace
 from hogwild.gpu_worker.config import TrainConfig
 from hogwild.gpu_worker.inplace import as_matrices
-from hogwild.gpu_worker.optim import SGD, AdamW, Apollo, ApolloMini, Optimizer, build_optimizer
+from hogwild.gpu_worker.optim import SGD, AdamW, Apollo, ApolloMini, Optimizer, apollo, build_optimizer
 from hogwild.gpu_worker.optim.apollo import NORM_GROWTH, UPDATE_PROJECTION_EVERY
 
 
@@ -263,6 +266,73 @@ def test_mini_needs_a_small_part_of_adamws_state() -> None:
     p = {"w": torch.empty(4096, 12_288, device="meta"), "e": torch.empty(150_000, 4096, device="meta")}
     mini, adamw = (build_optimizer(TrainConfig(optimizer=k), {"e"}).state_bytes(p) for k in ("apollo-mini", "adamw"))
     assert mini < adamw / 200
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often the memory of one tensor is gone through: operations that are no views, and our kernels."""
+
+    def __init__(self, of: Tensor) -> None:
+        super().__init__()
+        self.storage = of.untyped_storage().data_ptr()
+        self.count = 0
+        self.in_kernel = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view and not self.in_kernel:
+            self.note(args)
+        return func(*args, **(kwargs or {}))
+
+    def note(self, args: Any) -> None:
+        self.count += any(isinstance(a, Tensor) and a.untyped_storage().data_ptr() == self.storage for a in args)
+
+    def kernel(self, torch_code: Any) -> Any:
+        """`torch_code` in place of a kernel that reads its arguments once."""
+
+        def run(*args: Any, **options: Any) -> Any:
+            self.note(args)
+            self.in_kernel = True
+            try:
+                return torch_code(*args, **options)
+            finally:
+                self.in_kernel = False
+
+        return run
+
+
+@pytest.mark.parametrize(
+    ("kind", "matrix", "embedding"), [("sgd", 2, 2), ("adamw", 2, 2), ("apollo-mini", 2, 3), ("apollo", 3, 3)]
+)
+def test_with_kernels_a_gradient_is_read_as_often_as_documented_and_the_weight_once(
+    kind: str, matrix: int, embedding: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given the kernels' places taken by torch code that does the same
+    kernels = pytest.importorskip("hogwild.gpu_worker.kernels")
+    optimizer = build_optimizer(TrainConfig(optimizer=kind), {"embedding"})
+    for name, shape, reads in (("matrix", (64, 80), matrix), ("embedding", (200, 64), embedding), ("norm", (64,), 2)):
+        p, g = torch.randn(shape).bfloat16(), torch.randn(shape).bfloat16()
+        of_gradient, of_weight = Reads(g), Reads(p)
+
+        def put(name: str, torch_code: Any, counts: tuple[Reads, Reads] = (of_gradient, of_weight)) -> None:
+            monkeypatch.setattr(kernels, name, counts[0].kernel(counts[1].kernel(torch_code)))
+
+        def sums(g: Tensor, projection: None) -> tuple[Tensor, None]:
+            return g.float().square().sum(1), None
+
+        def mini(g: Tensor, projection: Tensor | None, state: Any, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
+            return torch.ones(1, 1, 1), g.float().square().sum(), torch.tensor(True)
+
+        put("scaled_update_", lambda p, g, *_: p.sub_(g))
+        put("adamw_update_", lambda p, g, *_, **__: p.sub_(g))
+        put("column_sums", sums)
+        put("mini_coefficient", mini)
+        for module in (apollo, inplace):
+            monkeypatch.setattr(module, "use_kernels", lambda _: True)
+        # When one update is made
+        optimizer.begin_step(1e-3)
+        with of_gradient, of_weight:
+            optimizer.step_param(name, p, g)
+        # Then docs/training.md is right about it
+        assert (of_gradient.count, of_weight.count) == (reads, 1), name
 
 
 def toy_losses(kind: str, lr: float, steps: int = 300) -> list[float]:
