@@ -82,6 +82,10 @@ class Plan:
     asked_steps: int
     """Steps at that size. A job that names `steps` takes more of them in smaller packs, to train as many tokens."""
     budget: Budget
+    layers: int
+    """Of the model; the budget says how many of them keep their activations."""
+    optimizer_state: int
+    """Bytes of the optimizer's state once every parameter has some, whether it is there already or not."""
 
     @property
     def n_steps(self) -> int:
@@ -91,6 +95,25 @@ class Plan:
     def tokens(self) -> int:
         """Input tokens of all steps."""
         return sum(self.samples[i].input_tokens for step in self.steps for pack in step for i in pack)
+
+    def account(self) -> dict[str, Any]:
+        """For whoever sent the job: the size of its packs and the memory it takes, as JSON. Sizes are bytes."""
+        return {
+            "pack_tokens": self.pack_tokens,
+            "asked_pack_tokens": self.asked_tokens,
+            "asked_steps": self.asked_steps,
+            "layers": self.layers,
+            "kept_layers": self.budget.kept_layers,
+            "optimizer_state": self.optimizer_state,
+            "memory": {**self.budget.by_kind, "total": self.budget.total, "free": self.budget.free},
+        }
+
+    def __str__(self) -> str:
+        packs = f"in packs of up to {self.pack_tokens} tokens" if self.pack_tokens else "one sample at a time"
+        return (
+            f"{self.n_steps} steps {packs}, {self.budget.kept_layers} of {self.layers} layers keep their activations, "
+            f"{self.optimizer_state / 1e6:,.0f} MB of optimizer state; needs {self.budget}"
+        )
 
 
 class Trainer:
@@ -186,7 +209,9 @@ class Trainer:
                         "memory is short: packs of %d tokens instead of %d, and %d steps instead of %d",
                         size, asked, len(steps), len(whole),
                     )  # fmt: skip
-                return Plan(laid_out, tuple(samples), steps, size, asked, len(whole), need)
+                state = build_optimizer(config, self.token_params).state_bytes(self.trainable(config))
+                layers = len(self.recompute.layers)
+                return Plan(laid_out, tuple(samples), steps, size, asked, len(whole), need, layers, state)
             if pack_tokens is not None or size <= max(lengths):
                 raise need.refuse(f"A pack of {max(size, max(lengths))} tokens")
             size = max(size // 2, max(lengths))

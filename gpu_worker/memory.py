@@ -100,15 +100,19 @@ class Budget:
     def fits(self) -> bool:
         return self.total <= self.free
 
+    @property
+    def by_kind(self) -> dict[str, int]:
+        """The bytes without `total` and `free`."""
+        return {name: size for name, size in asdict(self).items() if name not in ("total", "free", "kept_layers")}
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {size / 1e6:,.0f} MB" for name, size in self.by_kind.items() if size)
+        return f"{self.total / 1e6:,.0f} MB on top of the weights ({parts}); {self.free / 1e6:,.0f} MB are free"
+
     def refuse(self, what: str) -> DoesNotFit:
         """The error to raise when it doesn't."""
-        parts = ", ".join(
-            f"{name} {value / 1e6:,.0f} MB" for name, value in asdict(self).items()
-            if value and name in ("optimizer", "gradients", "activations", "working", "head", "embedding", "cache")
-        )  # fmt: skip
         return DoesNotFit(
-            f"{what} needs {self.total / 1e6:,.0f} MB on top of the weights ({parts}); "
-            f"{self.free / 1e6:,.0f} MB are free. Send shorter samples, train fewer parameters, choose apollo-mini, "
+            f"{what} needs {self}. Send shorter samples, train fewer parameters, choose apollo-mini, "
             "or give vLLM less (--gpu-memory-utilization).",
             **asdict(self),
         )

@@ -49,9 +49,18 @@ def test_job_is_accepted_and_can_be_polled(client, ledger):
     shown = job.json()
     assert (shown["state"], shown["samples"], shown["tokens"], shown["metadata"]) == ("queued", 1, 5, {"a": "b"})
     assert shown["config"] == {"optimizer": "apollo", "steps": 3, "learning_rate": 1e-3}
+    assert shown["plan"] is None
     lease = ledger.claim(shown["id"], "w")
     [sample] = ledger.samples(lease)
     assert (list(sample.context_ids), list(sample.continuation_ids)) == ([1, 2, 3], [4, 5])
+    # When the worker has planned it, the memory it takes is shown
+    memory = {"optimizer": 5, "gradients": 0, "activations": 7, "working": 3, "head": 2, "embedding": 1, "cache": 0,
+              "total": 20, "free": 100}
+    plan = {"pack_tokens": 64, "asked_pack_tokens": 128, "asked_steps": 3, "layers": 4, "kept_layers": 2,
+            "optimizer_state": 9, "memory": memory}
+    ledger.planned(lease, 6, 64, plan)
+    shown = client.get(f"/train/{shown['id']}").json()
+    assert (shown["plan"], shown["steps"]["total"]) == (plan, 6)
 
 
 @pytest.mark.parametrize(("change", "field", "pointer", "limit"), [

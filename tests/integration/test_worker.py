@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from short_of_memory_worker import NO_MEMORY_SEED
 
+from hogwild.api.schemas import PlanOut
 from hogwild.config import Settings
 from hogwild.errors import Conflict
 from hogwild.stack.services import settings_env
@@ -153,6 +154,10 @@ def test_a_job_trains_is_saved_is_rolled_back_and_rolled_forward_again(site: Sit
     job = site.finished(site.submit())
     assert (job.state, job.steps_applied, job.weight_version_last) == ("succeeded", 3, 3)
     assert job.loss_last < job.loss_first
+    # The plan is stored as the API shows it, and in the log
+    assert PlanOut.model_validate(job.plan).model_dump() == job.plan
+    assert job.plan["memory"]["free"] > job.plan["memory"]["total"] > 0 == job.plan["optimizer_state"]
+    assert f"{job.id}: 3 steps in packs of up to 4096 tokens, 2 of 2 layers" in site.log.read_text()
     assert int((site.settings.model_runtime_dir / "resets").read_text()) == 1  # before the job was reported as done
     assert same(site.disk(), before)  # nothing was saved yet
     assert site.dirty.state().steps == 3

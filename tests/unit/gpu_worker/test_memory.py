@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import json
 import weakref
 from pathlib import Path
 from typing import Any
@@ -90,9 +91,7 @@ def test_profile_matches_what_autograd_keeps(
     for tokens, context in lengths:
         # Then it foretells the bytes of far longer ones, of kept and of checkpointed layers
         run = functools.partial(trainer.forward.row, tokens, context, samples=2 if kind == "packed" else 1)
-        of_layer = (
-            tokens * profile.layer + context * profile.context + tokens * (tokens + context) * profile.pair
-        )
+        of_layer = tokens * profile.layer + context * profile.context + tokens * (tokens + context) * profile.pair
         with ActivationMeter(trainer.model, trainer.recompute.layers) as meter:
             run()
         assert sum(meter.by_layer) == pytest.approx(LAYERS * of_layer, rel=0.05)
@@ -228,6 +227,27 @@ def test_state_that_is_already_there_is_not_counted_again() -> None:
     assert first.budget.optimizer >= 8 * sum(p.numel() for p in trainer.params.values())
     trainer.run(first)
     assert trainer.plan(rows(1, 10), config).budget.optimizer == 0
+
+
+def test_a_plan_accounts_for_its_memory() -> None:
+    # Given a job whose optimizer state is there already, on a device with room for some layers' activations
+    trainer, config = Trainer(build()), TrainConfig(optimizer="adamw", steps=3)
+    trainer.run(trainer.plan(rows(1, 10), config))
+    trainer.memory_limit = trainer.plan(rows(4, 300), config).budget.total - (1 << 20)
+    plan = trainer.plan(rows(4, 300), config)
+    account = json.loads(json.dumps(plan.account()))
+    # Then the account has all of the budget, and the state in full
+    memory = account["memory"]
+    assert memory["optimizer"] == 0
+    assert trainer.optimizer is not None
+    assert account["optimizer_state"] == trainer.optimizer.allocated_bytes()
+    assert 0 < account["kept_layers"] < account["layers"] == LAYERS
+    assert (account["pack_tokens"], account["asked_pack_tokens"], account["asked_steps"]) == (4096, 4096, 3)
+    assert memory["free"] == trainer.memory_limit >= memory["total"] > memory["activations"] + memory["working"] > 0
+    # and the log's line says it in MB
+    assert f"{account['kept_layers']} of {LAYERS} layers" in str(plan)
+    assert f"activations {memory['activations'] / 1e6:,.0f} MB" in str(plan)
+    assert f"{memory['free'] / 1e6:,.0f} MB are free" in str(plan)
 
 
 def test_accumulation_is_charged_with_all_gradients() -> None:
