@@ -66,6 +66,8 @@ class TrainRequest(Strict):
         None, min_length=1, max_length=100, description="Shell patterns over parameter names; default: all.")
     max_tokens_per_step: StrictInt | None = Field(None, ge=1, lt=2**31, description="Input tokens in one step.")
     rank: StrictInt | None = Field(None, ge=1, le=65_536, description="Rank of APOLLO's projection.")
+    scale: FiniteFloat | None = Field(
+        None, gt=0, le=10_000, description="α, APOLLO's factor of each update; default: √(m / r) of each matrix.")
     replay: FiniteFloat | None = Field(
         None, ge=0, le=1000, description="Weight of staying as it was on text of its own (default 1); 0: no replay.")
     replay_tokens: StrictInt | None = Field(

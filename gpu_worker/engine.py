@@ -477,7 +477,7 @@ class Trainer:
         current = self.optimizer
         if current is None or not current.is_like(wanted):
             self.optimizer = current = wanted
-        current.weight_decay = config.weight_decay
+        current.follow(wanted)
         return current
 
     def rolled_back(self) -> None:

@@ -78,6 +78,11 @@ class Apollo(Optimizer):
             "projection_seed": str(self.projection_seed),
         }
 
+    def follow(self, other: Optimizer) -> None:
+        super().follow(other)
+        if isinstance(other, Apollo):
+            self.scale = other.scale
+
     def begin_job(self) -> None:
         for state in self.state.values():
             if "norm" in state:

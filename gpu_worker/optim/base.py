@@ -125,6 +125,10 @@ class Optimizer(ABC):
         """Whether the other could go on with this one's state."""
         return (self.kind, self.settings()) == (other.kind, other.settings())
 
+    def follow(self, other: "Optimizer") -> None:
+        """Take from another of the same kind, made for the next job, what the state does not depend on."""
+        self.weight_decay = other.weight_decay
+
     def new_state(self, name: str, p: Tensor) -> State:
         """Zeroed state for a parameter (B, m, n)."""
         return {
