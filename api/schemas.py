@@ -66,6 +66,8 @@ class TrainRequest(Strict):
         None, min_length=1, max_length=100, description="Shell patterns over parameter names; default: all.")
     max_tokens_per_step: StrictInt | None = Field(None, ge=1, lt=2**31, description="Input tokens in one step.")
     rank: StrictInt | None = Field(None, ge=1, le=65_536, description="Rank of APOLLO's projection.")
+    scale: FiniteFloat | None = Field(
+        None, gt=0, le=10_000, description="α, APOLLO's factor of each update; default: √(m / r) of each matrix.")
     replay: FiniteFloat | None = Field(
         None, ge=0, le=1000, description="Weight of staying as it was on text of its own (default 1); 0: no replay.")
     replay_tokens: StrictInt | None = Field(
@@ -108,6 +110,32 @@ class VersionsOut(BaseModel):
     last: int | None
 
 
+class MemoryOut(BaseModel):
+    """Bytes on top of the weights, by what they are for. Not all of them are there at the same moment."""
+
+    optimizer: int = Field(description="State that was not there yet.")
+    gradients: int = Field(description="Held between the packs of a step.")
+    activations: int
+    working: int = Field(description="Of one layer in backward, with its gradients.")
+    head: int = Field(description="Logits of a chunk, and the head's gradient.")
+    embedding: int = Field(description="The embedding's gradient.")
+    cache: int = Field(description="Keys and values of a context without gradient.")
+    total: int = Field(description="At the worst moment.")
+    free: int = Field(description="When the job was planned.")
+
+
+class PlanOut(BaseModel):
+    """How the worker laid the job out, and what that takes."""
+
+    pack_tokens: int = Field(description="Most tokens in one pass; 0: one sample at a time.")
+    asked_pack_tokens: int = Field(description="The same with enough memory.")
+    asked_steps: int = Field(description="Steps with enough memory.")
+    layers: int
+    kept_layers: int = Field(description="Layers that keep their activations; the others are recomputed.")
+    optimizer_state: int = Field(description="Bytes of the optimizer's whole state.")
+    memory: MemoryOut
+
+
 class JobOut(BaseModel):
     """A job. Times are ISO 8601, UTC."""
 
@@ -124,6 +152,7 @@ class JobOut(BaseModel):
     samples: int
     tokens: int
     steps: StepsOut
+    plan: PlanOut | None = Field(description="Null until a worker has planned the job.")
     tokens_trained: int
     seconds: float
     loss: LossOut

@@ -42,9 +42,9 @@ class Findings:
 
 
 def sample_limit(model: ModelInfo, settings: Settings) -> int:
-    """Most tokens of one sample: what vLLM serves, the worker's memory allows and the operator permits."""
-    return min(limit for limit in (model.max_model_len, model.max_sample_tokens, settings.max_sample_tokens)
-               if limit is not None)
+    """Most tokens of one sample: what vLLM serves and the operator permits. What memory allows depends on the whole
+    job, and on the moment: the worker's plan finds out."""
+    return min(limit for limit in (model.max_model_len, settings.max_sample_tokens) if limit is not None)
 
 
 def check_samples(request: TrainRequest, model: ModelInfo, settings: Settings) -> Payload:

@@ -23,6 +23,7 @@ def job_out(job: Job, losses: Sequence[float | None] | None = None) -> JobOut:
         "finished_at": iso(job.finished_at), "samples": job.samples, "tokens": job.tokens,
         "steps": StepsOut(total=job.steps, begun=job.steps_begun, applied=job.steps_applied,
                           interrupted=job.steps_interrupted),
+        "plan": job.plan,
         "tokens_trained": job.tokens_trained, "seconds": round(job.seconds, 6),
         "loss": LossOut(first=_finite(job.loss_first), last=_finite(job.loss_last)),
         "losses": None if losses is None else list(losses),

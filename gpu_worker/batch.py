@@ -170,16 +170,19 @@ def check_tokens(samples: Sequence[Sample], vocab_size: int, max_tokens: int | N
             )
 
 
-def plan_steps(lengths: Sequence[int], config: TrainConfig, pack_tokens: int) -> tuple[Step, ...]:
+def plan_steps(
+    lengths: Sequence[int], config: TrainConfig, pack_tokens: int, least_tokens: int = 0
+) -> tuple[Step, ...]:
     """Which samples run in which pack of which step.
 
     Args:
         lengths: input tokens of each sample.
         pack_tokens: most tokens in a pack; a longer sample gets a pack to itself; 0: one sample a pack.
+        least_tokens: a job that names `steps` takes more of them until it has trained so many tokens.
     """
     steps: list[Step] = []
     pending: list[Pack] = []
-    epoch = 0
+    epoch = tokens = 0
     while True:
         if epoch == config.epochs:
             break
@@ -187,10 +190,11 @@ def plan_steps(lengths: Sequence[int], config: TrainConfig, pack_tokens: int) ->
             break
         for pack in _packs(lengths, config, epoch, pack_tokens):
             pending.append(pack)
+            tokens += sum(lengths[i] for i in pack)
             if len(pending) == config.gradient_accumulation:
                 steps.append(tuple(pending))
                 pending = []
-                if len(steps) == config.steps:
+                if config.steps is not None and len(steps) >= config.steps and tokens >= least_tokens:
                     return tuple(steps)
         epoch += 1
     if pending:

@@ -81,6 +81,9 @@ class TrainConfig:
     neither epochs nor steps. A single longer sample still forms a pack of its own."""
     rank: int | None = None
     """Rank of APOLLO's projection; None: `DEFAULT_RANK`. Only for `apollo`."""
+    scale: float | None = None
+    """α, APOLLO's factor of every matrix' update; None: √(m / r) of each, with which rates mean what they do for AdamW.
+    The paper's experiments have 1 for `apollo` and 128 for `apollo-mini`. Only for these two."""
     replay: float = 1.0
     """Weight, in the loss of every step, of staying as it was: the mean Kullback-Leibler divergence (nats a token) from
     the model at the job's start, on text of its own. 0: no replay."""
@@ -112,6 +115,12 @@ class TrainConfig:
             raise InvalidRequest("Give either epochs or steps, not both.", field="steps")
         if self.rank is not None and self.optimizer != "apollo":
             raise InvalidRequest(f"rank belongs to the optimizer 'apollo', not to {self.optimizer!r}.", field="rank")
+        if self.scale is not None:
+            _number("scale", self.scale, above=0.0, most=1e4)
+            if self.optimizer not in ("apollo", "apollo-mini"):
+                raise InvalidRequest(
+                    f"scale belongs to 'apollo' and 'apollo-mini', not to {self.optimizer!r}.", field="scale"
+                )
         if self.trainable is not None:
             patterns: Any = self.trainable
             listed = isinstance(patterns, tuple | list) and len(patterns) > 0

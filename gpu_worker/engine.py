@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -40,7 +40,19 @@ from hogwild.gpu_worker.config import TrainConfig
 from hogwild.gpu_worker.control import Control, StepReport, TrainResult, Unattended
 from hogwild.gpu_worker.forward import Forward
 from hogwild.gpu_worker.inplace import SUPPORTED_DTYPES
-from hogwild.gpu_worker.memory import Budget, Load, Profile, RowKind, budget, free_bytes, measure
+from hogwild.gpu_worker.memory import (
+    LENGTHS,
+    Budget,
+    Load,
+    Profile,
+    RowKind,
+    T,
+    budget,
+    free_bytes,
+    measure,
+    out_of_memory,
+    within_memory,
+)
 from hogwild.gpu_worker.optim import Optimizer, StepStats, build_optimizer
 from hogwild.gpu_worker.recompute import Recompute
 from hogwild.gpu_worker.replay import TEXT_TOKENS, OwnText
@@ -65,7 +77,15 @@ class Plan:
     pack_tokens: int
     """Most tokens in a pack. Smaller than asked when memory is short: keep it with the job, so that a restart on a
     machine with another amount of free memory lays out the same steps."""
+    asked_tokens: int
+    """The pack size that the config asks for; 0, as above: one sample a pack."""
+    asked_steps: int
+    """Steps at that size. A job that names `steps` takes more of them in smaller packs, to train as many tokens."""
     budget: Budget
+    layers: int
+    """Of the model; the budget says how many of them keep their activations."""
+    optimizer_state: int
+    """Bytes of the optimizer's state once every parameter has some, whether it is there already or not."""
 
     @property
     def n_steps(self) -> int:
@@ -75,6 +95,25 @@ class Plan:
     def tokens(self) -> int:
         """Input tokens of all steps."""
         return sum(self.samples[i].input_tokens for step in self.steps for pack in step for i in pack)
+
+    def account(self) -> dict[str, Any]:
+        """For whoever sent the job: the size of its packs and the memory it takes, as JSON. Sizes are bytes."""
+        return {
+            "pack_tokens": self.pack_tokens,
+            "asked_pack_tokens": self.asked_tokens,
+            "asked_steps": self.asked_steps,
+            "layers": self.layers,
+            "kept_layers": self.budget.kept_layers,
+            "optimizer_state": self.optimizer_state,
+            "memory": {**self.budget.by_kind, "total": self.budget.total, "free": self.budget.free},
+        }
+
+    def __str__(self) -> str:
+        packs = f"in packs of up to {self.pack_tokens} tokens" if self.pack_tokens else "one sample at a time"
+        return (
+            f"{self.n_steps} steps {packs}, {self.budget.kept_layers} of {self.layers} layers keep their activations, "
+            f"{self.optimizer_state / 1e6:,.0f} MB of optimizer state; needs {self.budget}"
+        )
 
 
 class Trainer:
@@ -145,7 +184,7 @@ class Trainer:
 
         Raises:
             InvalidRequest: no samples, ids outside the vocabulary, a pattern that matches nothing.
-            DoesNotFit: more memory is needed than free; `details` has the numbers.
+            DoesNotFit: more memory is needed than free, for the job or for measuring that; `details` has the numbers.
         """
         if not samples:
             raise InvalidRequest("There are no samples to train on.", field="samples")
@@ -153,14 +192,26 @@ class Trainer:
         self.trainable(config)
         config = config.for_width(self.forward.head_weight.shape[1])
         lengths = [s.input_tokens for s in samples]
-        size = config.pack_tokens(sum(lengths)) if pack_tokens is None else pack_tokens
-        if not self.forward.abilities.packs:
-            size = 0
+        packs = self.forward.abilities.packs
+        asked = config.pack_tokens(sum(lengths)) if packs else 0
+        size = asked if pack_tokens is None or not packs else pack_tokens
+        if not 0 < size < asked:
+            asked = size
+        whole = plan_steps(lengths, config, asked)
         while True:
-            steps = plan_steps(lengths, config, size)
+            steps, laid_out = whole, config
+            if size != asked:
+                steps, laid_out = _in_smaller_packs(lengths, config, size, whole)
             need = self._budget(samples, steps, config)
             if need.fits:
-                return Plan(config, tuple(samples), steps, size, need)
+                if size != asked:
+                    log.info(
+                        "memory is short: packs of %d tokens instead of %d, and %d steps instead of %d",
+                        size, asked, len(steps), len(whole),
+                    )  # fmt: skip
+                state = build_optimizer(config, self.token_params).state_bytes(self.trainable(config))
+                layers = len(self.recompute.layers)
+                return Plan(laid_out, tuple(samples), steps, size, asked, len(whole), need, layers, state)
             if pack_tokens is not None or size <= max(lengths):
                 raise need.refuse(f"A pack of {max(size, max(lengths))} tokens")
             size = max(size // 2, max(lengths))
@@ -197,18 +248,24 @@ class Trainer:
             self.recompute.eager = eager
             if self.recompute.compiles and not eager and not self._compiled:
                 with self._placed():
-                    self._compile()
-            cache = self.forward.cache_bytes_per_token()
+                    self._within_memory(self._compile, "Compiling the decoder layers")
+                self._compiled = True
             row = partial(self.forward.row, samples=2 if kind == "packed" else 1)
-            with self._placed():
-                self._profiles[kind, eager] = measure(
+
+            def measured() -> Profile:
+                cache = self.forward.cache_bytes_per_token()
+                return measure(
                     self.model, self.recompute.layers, row, cache_bytes=cache, frozen=kind == "frozen" and cache > 0
+                )
+
+            with self._placed():
+                self._profiles[kind, eager] = self._within_memory(
+                    measured, f"Measuring the model with rows of {max(LENGTHS)} tokens"
                 )
         return self._profiles[kind, eager]
 
     def _compile(self) -> None:
         """Compile both passes of the layers now, on a short row: what can't be compiled costs speed and not a job."""
-        self._compiled = True
         started = time.perf_counter()
         trained = [p for layer in self.recompute.layers for p in layer.parameters() if p.requires_grad]
         try:
@@ -219,6 +276,8 @@ class Trainer:
                 # One parameter of the first layer: backward then passes through all of them, and keeps no gradient.
                 torch.autograd.grad(hidden.float().sum(), trained[0])
         except Exception as e:  # whatever a compiler can raise
+            if out_of_memory(e):  # says nothing about the model
+                raise
             self.recompute.compiles = False
             why = str(e).split("\n", 1)[0]
             log.warning("torch.compile does not work with this model, training without it: %s", why)
@@ -311,21 +370,21 @@ class Trainer:
         n = self._texts_per_step(config)
         texts = [replay[(step * n + i) % len(replay)] for i in range(n)] if replay else []
         loss, moved, stats = math.nan, math.nan, StepStats(0.0, (), 0)
-        out_of_memory = None
+        said = ""
         try:
             loss, moved = self._passes(plan, step, total_weight, rate, texts, updates, control)
             if math.isfinite(loss + moved):
                 stats = updates.end()
         except torch.OutOfMemoryError as e:
-            out_of_memory = str(e).splitlines()[0]
+            said = out_of_memory(e)
         finally:
             touched = updates.touched
             updates.abort()
-        if out_of_memory is not None:
+        if said:
             # Outside the except block, whose traceback holds the tensors that have to go.
             self._free_cached()
             raise DoesNotFit(
-                f"Step {step} ran out of memory and was given up: {out_of_memory}",
+                f"Step {step} ran out of memory and was given up: {said}",
                 step=step,
                 tokens=sum(s.input_tokens for s in samples),
                 interrupted=touched > 0,
@@ -354,6 +413,7 @@ class Trainer:
         totals = (0.0, 0.0)
         for n, pack in enumerate(packs):
             control.between_micro_steps()
+            control.begin_pack()
             last = n == len(packs) - 1
             with self._placed():  # each pack on a part of the device that is chosen for it
                 losses = self._losses(plan, pack, total_weight, texts if last else [])
@@ -391,21 +451,21 @@ class Trainer:
 
     def _replay(self, plan: Plan, control: Control) -> list[Replayed]:
         """The texts of the running job, with what the model said on them at its start, or after the last rollback."""
-        per_step = self._texts_per_step(plan.config)
-        if self.own_text is None or per_step == 0:
+        per_step, own_text = self._texts_per_step(plan.config), self.own_text
+        if own_text is None or per_step == 0:
             return []
-        out_of_memory = None
         if self._replayed is None:
-            try:
-                self._replayed = self.own_text.anchored(
+            self._replayed = self._within_memory(
+                lambda: own_text.anchored(
                     self.forward, per_step * plan.n_steps, plan.config.seed, control.between_micro_steps
-                )
-            except torch.OutOfMemoryError as e:
-                out_of_memory = str(e).splitlines()[0]
-        if self._replayed is not None:
-            return self._replayed
-        self._free_cached()
-        raise DoesNotFit(f"Making the text to replay ran out of memory: {out_of_memory}. `replay: 0` trains without.")
+                ),
+                "Making the text to replay",
+                hint="`replay: 0` trains without.",
+            )
+        return self._replayed
+
+    def _within_memory(self, run: Callable[[], T], what: str, **options: Any) -> T:
+        return within_memory(run, what, device=self.device, limit=self.memory_limit, **options)
 
     def _free_cached(self) -> None:
         if self.device.type == "cuda":
@@ -419,7 +479,7 @@ class Trainer:
         current = self.optimizer
         if current is None or not current.is_like(wanted):
             self.optimizer = current = wanted
-        current.weight_decay = config.weight_decay
+        current.follow(wanted)
         return current
 
     def rolled_back(self) -> None:
@@ -442,15 +502,29 @@ class Trainer:
 
         Raises:
             TrainingError: the file is of another optimizer or another model.
+            DoesNotFit: there is no room for it; the file is as good as before.
         """
         optimizer = build_optimizer(config, self.token_params)
-        optimizer.load(path, self.params)
+        most = optimizer.state_bytes(self.params)
+        what = f"Loading the optimizer's state (up to {most / 1e6:,.0f} MB)"
+        self._within_memory(lambda: optimizer.load(path, self.params), what, optimizer=most)
         self.optimizer = optimizer
 
 
 def _eager(config: TrainConfig) -> bool:
     """Whether a job runs layers in a way that they are not compiled for; each such way would compile them again."""
     return config.trainable is not None or not config.context_grad
+
+
+def _in_smaller_packs(
+    lengths: Sequence[int], config: TrainConfig, size: int, whole: Sequence[Step]
+) -> tuple[tuple[Step, ...], TrainConfig]:
+    """The steps of a plan in packs of another size: as many tokens as in the `whole` plan, and its share of warm-up."""
+    tokens = sum(lengths[i] for step in whole for pack in step for i in pack)
+    steps = plan_steps(lengths, config, size, least_tokens=tokens)
+    if config.warmup_steps is None:
+        return steps, config
+    return steps, replace(config, warmup_steps=round(config.warmup_steps * len(steps) / len(whole)))
 
 
 def _load(samples: Sequence[Sample], context_grad: bool, replayed: int) -> Load:

@@ -1,10 +1,10 @@
 """Serving first: decides how long training steps aside so that vLLM keeps the inter-token latency the user asked for.
 
-Training calls `Governor.yield_point()` between micro-steps and, through `hogwild.gpu_worker.yield_points`, before
-every layer. The governor sees to it that training uses a share `duty` of the device: for each pack it picks the
-smallest part of the multiprocessors that holds `duty`, where they can be divided (`hogwild.gpu_worker.partition`), and
-in the yield points it sleeps for the rest. What `duty` should be is decided by `Controller`, which is pure: readings
-of vLLM's pulse and the time go in, a number comes out.
+Training calls `Governor.yield_point()` between micro-steps and, through `hogwild.gpu_worker.yield_points`, before every
+layer, and `begin_pack()` before each pack. The governor sees to it that training uses a share `duty` of the device: for
+each pack it picks the smallest part of the multiprocessors that holds `duty`, where they can be divided
+(`hogwild.gpu_worker.partition`), and in the yield points it sleeps for the rest. What `duty` should be is decided by
+`Controller`, which is pure: readings of vLLM's pulse and the time go in, a number comes out.
 
 THE RULE
 
@@ -457,9 +457,8 @@ class Governor:
         if self._enabled:
             self._owed_s += self._account(self._clock()) * _rest_per_work(self._working_share())
 
-    def between_micro_steps(self) -> None:
-        """Before each pack: yield, then choose the part of the device that the pack runs on."""
-        self.yield_point()
+    def begin_pack(self) -> None:
+        """Choose the part of the device that the next pack runs on."""
         if not self._enabled or not self._place.parts:
             return
         pack_s, self._pack_began_s = self.active_s - self._pack_began_s, self.active_s

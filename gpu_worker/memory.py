@@ -18,7 +18,7 @@ frozen context a layer that keeps its activations also has the context's keys an
 
 from collections.abc import Callable, Mapping, Set
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import psutil
 import torch
@@ -36,6 +36,10 @@ RESERVE = 0.05
 
 # Row lengths of the measurement, evenly spaced and multiples of 16, to which some kernels pad their masks.
 LENGTHS = (16, 48, 80)
+
+GIVE_LESS = "Give vLLM less (--gpu-memory-utilization)."
+
+T = TypeVar("T")
 
 RowKind = Literal["one", "packed", "frozen"]
 """One sample; several of them side by side; one behind a context that runs without gradient."""
@@ -96,15 +100,19 @@ class Budget:
     def fits(self) -> bool:
         return self.total <= self.free
 
+    @property
+    def by_kind(self) -> dict[str, int]:
+        """The bytes without `total` and `free`."""
+        return {name: size for name, size in asdict(self).items() if name not in ("total", "free", "kept_layers")}
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {size / 1e6:,.0f} MB" for name, size in self.by_kind.items() if size)
+        return f"{self.total / 1e6:,.0f} MB on top of the weights ({parts}); {self.free / 1e6:,.0f} MB are free"
+
     def refuse(self, what: str) -> DoesNotFit:
         """The error to raise when it doesn't."""
-        parts = ", ".join(
-            f"{name} {value / 1e6:,.0f} MB" for name, value in asdict(self).items()
-            if value and name in ("optimizer", "gradients", "activations", "working", "head", "embedding", "cache")
-        )  # fmt: skip
         return DoesNotFit(
-            f"{what} needs {self.total / 1e6:,.0f} MB on top of the weights ({parts}); "
-            f"{self.free / 1e6:,.0f} MB are free. Send shorter samples, train fewer parameters, choose apollo-mini, "
+            f"{what} needs {self}. Send shorter samples, train fewer parameters, choose apollo-mini, "
             "or give vLLM less (--gpu-memory-utilization).",
             **asdict(self),
         )
@@ -120,6 +128,42 @@ def free_bytes(device: torch.device, limit: int | None) -> int:
         return available if limit is None else min(available, limit - allocated)
     available = int(psutil.virtual_memory().available * (1 - RESERVE))
     return available if limit is None else min(available, limit)
+
+
+def out_of_memory(error: BaseException | None) -> str:
+    """What the device's allocator said, when that is behind this error (a compiler wraps what it meets); else ''."""
+    while error is not None and not isinstance(error, torch.OutOfMemoryError):
+        error = getattr(error, "inner_exception", None) or error.__cause__
+    return "" if error is None else str(error).split("\n", 1)[0] or "out of memory"
+
+
+def within_memory(
+    run: Callable[[], T], what: str, *, device: torch.device, limit: int | None, hint: str = GIVE_LESS, **details: Any
+) -> T:
+    """What `run` returns.
+
+    Args:
+        what: does `run`, in words that "ran out of memory" can follow.
+        hint: what the user can do about it.
+        details: more numbers for the error.
+
+    Raises:
+        DoesNotFit: it ran out of memory, and its tensors and the allocator's cache were freed. `free`: bytes there are
+            now.
+    """
+    try:
+        return run()
+    except Exception as e:
+        said = out_of_memory(e)
+        if not said:
+            raise
+    # Outside the except block, whose traceback holds the tensors that have to go.
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    free = free_bytes(device, limit)
+    raise DoesNotFit(
+        f"{what} ran out of memory: {said} Now {free / 1e6:,.0f} MB are free. {hint}", free=free, **details
+    )
 
 
 def measure(

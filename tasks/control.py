@@ -114,7 +114,7 @@ class JobControl:
         Raises JobCancelled, TimeLimit; WorkerStopping only where no step has begun: one that has would count as
         interrupted.
         """
-        self._live.governor.between_micro_steps()
+        self._live.governor.yield_point()
         now = time.monotonic()
         if now - self._looked_at < LOOK_S:
             return
@@ -125,6 +125,10 @@ class JobControl:
             raise WorkerStopping
         if self._runtime.ledger.requested(self._lease.job_id) == "cancel":
             raise JobCancelled
+
+    def begin_pack(self) -> None:
+        """The governor's choice of where the pack runs."""
+        self._live.governor.begin_pack()
 
     def _check_time(self, seconds: float) -> None:
         limit = self._runtime.settings.job_time_limit_s

@@ -22,6 +22,7 @@ class Job:
     samples: int
     tokens: int  # in the samples: one pass
     steps: int | None  # of the plan; None until a worker planned the job
+    plan: dict[str, Any] | None  # the size of its packs and the memory it takes (`Plan.account` of the engine)
     steps_begun: int
     steps_applied: int
     steps_interrupted: int  # begun, not applied: a worker died in them; never repeated
@@ -55,6 +56,7 @@ class Job:
             id=h["id"], seq=int(h["seq"]), state=h["state"], kind=h["kind"], created_at=float(h["created_at"]),
             queued_at=float(h["queued_at"]), started_at=_float(h, "started_at"), finished_at=_float(h, "finished_at"),
             priority=int(h["priority"]), samples=int(h["samples"]), tokens=int(h["tokens"]), steps=_int(h, "steps"),
+            plan=json.loads(h["plan"]) if h.get("plan") else None,
             steps_begun=int(h["begun"]), steps_applied=int(h["applied"]), steps_interrupted=int(h["interrupted"]),
             tokens_trained=int(h.get("tokens_trained", 0)), seconds=float(h.get("seconds", 0)),
             loss_first=_float(h, "loss_first"), loss_last=_float(h, "loss_last"),

@@ -233,10 +233,15 @@ class Ledger:
         """The samples of a claimed job. Raises NotFound, HogwildError (damaged)."""
         return load(self.client, self.keys, lease.payload)
 
-    def planned(self, lease: Lease, steps: int, pack_tokens: int | None = None) -> None:
-        """Record how many steps the job will take, and the size of their packs. Raises Conflict (lease lost)."""
+    def planned(self, lease: Lease, steps: int, pack_tokens: int | None = None,
+                account: Mapping[str, Any] | None = None) -> None:
+        """Record how many steps the job will take, and the size of their packs. Raises Conflict (lease lost).
+
+        `account`: what the plan says about memory, as it is shown; JSON.
+        """
         size = "" if pack_tokens is None else pack_tokens
-        self._held(self._call("PLANNED", lease.job_id, lease.fence, steps, size), lease)
+        shown = "" if account is None else json.dumps(dict(account))
+        self._held(self._call("PLANNED", lease.job_id, lease.fence, steps, size, shown), lease)
 
     def begin_step(self, lease: Lease, step: int, *, weight_version: int | None = None) -> None:
         """Durably record that step `step` (0-based) begins; return only then. Raises Conflict (lease lost).

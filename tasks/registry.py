@@ -31,7 +31,6 @@ class ModelInfo:
     parameters: int = 0
     optimizer: str = ""  # of jobs that name none
     learning_rate: float | None = None  # of jobs that name none
-    max_sample_tokens: int | None = None  # what the worker's memory allows, when that is less than max_model_len
     vllm_url: str = ""  # for /tokenize
 
     def public(self) -> dict[str, Any]:

@@ -399,7 +399,8 @@ class Runtime:
         if live.trainer.optimizer is None:
             live.saver.load_optimizer(live.trainer, config, live.attachment.weights.version)
         plan = live.trainer.plan(samples, config, pack_tokens=lease.pack_tokens)
-        self.ledger.planned(lease, plan.n_steps, plan.pack_tokens)
+        logger.info("%s: %s", lease.job_id, plan)
+        self.ledger.planned(lease, plan.n_steps, plan.pack_tokens, plan.account())
         send_progress(task, lease.first_step, plan.n_steps)
         control = JobControl(self, live, task, lease, n_steps=plan.n_steps)
         live.governor.begin_work()  # before the text to replay is made

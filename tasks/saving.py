@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from hogwild.checkpoint.records import Commit
 from hogwild.checkpoint.store import CheckpointStore
 from hogwild.config import LAST_SYNC_RATE, Settings
-from hogwild.errors import AttachRefused, CheckpointError, HogwildError
+from hogwild.errors import AttachRefused, CheckpointError, DoesNotFit, HogwildError
 from hogwild.gpu_worker.config import TrainConfig
 from hogwild.gpu_worker.engine import Trainer
 from hogwild.tasks.dirty import Dirty
@@ -544,12 +544,17 @@ class Saver:
 
     def load_optimizer(self, trainer: Trainer, config: TrainConfig, weight_version: int) -> None:
         """Before the first job after attaching. A few steps too old is better than none: moments move slowly. A state
-        from a later version than the weights' belongs to other weights, and so does one from before a rollback."""
+        from a later version than the weights' belongs to other weights, and so does one from before a rollback.
+
+        Raises DoesNotFit: the state is good, and not given up because something else has the memory at the moment.
+        """
         turns = [g.weight_version for g in self.store.generations() if g.kind in NOT_TRAINED]
         for version, path in self._optimizer_files():
             if max(turns, default=0) <= version <= weight_version:
                 try:
                     trainer.load_optimizer(path, config)
+                except DoesNotFit:
+                    raise
                 except HogwildError as error:
                     logger.info("optimizer state starts empty: %s", error)
                 else:

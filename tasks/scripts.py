@@ -149,10 +149,10 @@ event(id, 'running', '{"first_step":' .. f[3] .. ',"attempt":' .. get(id, 'attem
 return redis.call('HGETALL', key)
 """
 
-# ARGV: id, fence, steps of the plan, size of its packs or ''
+# ARGV: id, fence, steps of the plan, size of its packs or '', its account (JSON) or ''
 PLANNED = PRELUDE + """
 if not held(ARGV[1], ARGV[2]) then return 'stale' end
-redis.call('HSET', job_key(ARGV[1]), 'steps', ARGV[3], 'pack_tokens', ARGV[4])
+redis.call('HSET', job_key(ARGV[1]), 'steps', ARGV[3], 'pack_tokens', ARGV[4], 'plan', ARGV[5])
 return 'ok'
 """
 

@@ -21,6 +21,6 @@ def build_optimizer(config: TrainConfig, token_params: Collection[str] = ()) -> 
         case "adamw":
             return AdamW(**options)
         case "apollo":
-            return Apollo(rank=config.projection_rank, **options)
+            return Apollo(rank=config.projection_rank, scale=config.scale, **options)
         case _:
-            return ApolloMini(**options)
+            return ApolloMini(scale=config.scale, **options)

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from hogwild.gpu_worker.inplace import scaled_update_, use_kernels
 from hogwild.gpu_worker.optim.adamw import BETAS, EPS, adamw_step
-from hogwild.gpu_worker.optim.base import Optimizer, State, measured
+from hogwild.gpu_worker.optim.base import Optimizer, State
 
 # Section 5 and appendix of the paper: projection re-drawn every 200 steps, growth limit 1.01.
 UPDATE_PROJECTION_EVERY = 200
@@ -78,6 +78,11 @@ class Apollo(Optimizer):
             "projection_seed": str(self.projection_seed),
         }
 
+    def follow(self, other: Optimizer) -> None:
+        super().follow(other)
+        if isinstance(other, Apollo):
+            self.scale = other.scale
+
     def begin_job(self) -> None:
         for state in self.state.values():
             if "norm" in state:
@@ -105,18 +110,19 @@ class Apollo(Optimizer):
         transposed = p.shape[1] > p.shape[2]
         columns = g.mT if transposed else g
         if use_kernels(p) and self.is_tensor_wise(name):
-            coefficient, squares, ok = self._kernel_coefficient(name, columns, state)
+            coefficient, total, ok = self._kernel_coefficient(name, columns, state)
         else:
-            squares, ok = measured(g)
+            squares = self._squares_of(name, columns)
+            total = squares.sum()
+            ok = total.isfinite()  # a sum of squares is finite exactly when the gradient can be used
             if not use_kernels(p) and not bool(ok):
-                return squares
-            r = self._project(name, columns)
-            coefficient = self._coefficient(r, columns, state, ok, self.is_tensor_wise(name))
+                return total
+            coefficient = self._coefficient(self._project(name, columns), squares, state, ok)
         small = columns.shape[1]
         scale = self.scale if self.scale is not None else math.sqrt(small / min(self.rank_of(name), small))
         coefficient = coefficient.mul_(self.lr * scale)
         scaled_update_(p, g, coefficient.mT if transposed else coefficient, self.lr * weight_decay, key, ok)
-        return squares
+        return total
 
     def projection(self, name: str, small: int, like: Tensor) -> Tensor:
         """P, (r, small) float32 on `like`'s device: drawn from its seed every time, so that it is never stored."""
@@ -133,8 +139,21 @@ class Apollo(Optimizer):
         projection = self.projection(name, g.shape[1], g).to(g.dtype)
         return torch.matmul(projection, g).float()
 
-    def _coefficient(self, r: Tensor, g: Tensor, state: State, ok: Tensor, tensor_wise: bool) -> Tensor:
-        """Update the moments with R (B, r, n); returns limited factors, (B, 1, n) or (B, 1, 1). All guarded by `ok`."""
+    def _squares_of(self, name: str, g: Tensor) -> Tensor:
+        """Σ g² of (B, m, n), float32, over what has one factor: (B, 1, 1) matrices or (B, 1, n) channels."""
+        squares: Tensor
+        if self.is_tensor_wise(name):
+            squares = torch.linalg.vector_norm(g, dim=(1, 2), keepdim=True, dtype=torch.float32).square_()
+        elif use_kernels(g):
+            from hogwild.gpu_worker import kernels
+
+            squares = kernels.column_sums(g, None)[0][:, None]
+        else:
+            squares = torch.linalg.vector_norm(g, dim=1, keepdim=True, dtype=torch.float32).square_()
+        return squares
+
+    def _coefficient(self, r: Tensor, squares: Tensor, state: State, ok: Tensor) -> Tensor:
+        """Update the moments with R (B, r, n); returns limited factors of `squares`' shape. All guarded by `ok`."""
         m, v, step = state["m"], state["v"], state["step"]
         step.add_(ok)
         # lerp towards itself leaves a value bit for bit as it was: that is how a bad gradient passes by.
@@ -142,13 +161,9 @@ class Apollo(Optimizer):
         v.lerp_(torch.where(ok, r * r, v), 1.0 - BETAS[1])
         beta1, beta2 = (torch.full_like(step, b) for b in BETAS)
         adapted = (m / (1.0 - beta1**step)) / ((v / (1.0 - beta2**step)).sqrt_().add_(EPS))
-        dims = (1, 2) if tensor_wise else (1,)
+        dims = (1, 2) if squares.shape[2] == 1 else (1,)
         before, after = r.square().sum(dims, keepdim=True).sqrt_(), adapted.square().sum(dims, keepdim=True).sqrt_()
         factor = torch.where(before > 0, after / before, 0.0)
-        if tensor_wise:
-            squares = torch.linalg.vector_norm(g, dim=(1, 2), dtype=torch.float32).square_()[:, None, None]
-        else:
-            squares = torch.linalg.vector_norm(g, dim=1, keepdim=True, dtype=torch.float32).square_()
         norm = (factor.square() * squares).sum((1, 2)).sqrt_()
         return factor * self._limit(norm, state["norm"], ok)[:, None, None]
 

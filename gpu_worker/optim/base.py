@@ -125,6 +125,10 @@ class Optimizer(ABC):
         """Whether the other could go on with this one's state."""
         return (self.kind, self.settings()) == (other.kind, other.settings())
 
+    def follow(self, other: "Optimizer") -> None:
+        """Take from another of the same kind, made for the next job, what the state does not depend on."""
+        self.weight_decay = other.weight_decay
+
     def new_state(self, name: str, p: Tensor) -> State:
         """Zeroed state for a parameter (B, m, n)."""
         return {
@@ -189,7 +193,7 @@ class Optimizer(ABC):
                     key, name = full.split("/", 1)
                     if name in params:
                         loaded.setdefault(name, {})[key] = f.get_tensor(full).to(params[name].device)
-        except TrainingError:
+        except (TrainingError, torch.OutOfMemoryError):  # the file is good, there is only no room for it
             raise
         except Exception as e:
             raise TrainingError(f"The optimizer state in {path} can't be read: delete it to start afresh.") from e

@@ -328,7 +328,8 @@ def _one(job: "Job") -> RenderableType:
     table.add_column(style="dim")
     table.add_column(overflow="fold")
     for name in ("id", "state", "paused", "priority", "created_at", "started_at", "finished_at", "samples", "tokens",
-                 "steps", "tokens_trained", "seconds", "weight_version", "attempts", "config", "metadata", "error"):
+                 "steps", "plan", "tokens_trained", "seconds", "weight_version", "attempts", "config", "metadata",
+                 "error"):
         value = job.data.get(name)
         if value not in (None, {}, False):
             table.add_row(name, json.dumps(value) if isinstance(value, dict) else str(value))

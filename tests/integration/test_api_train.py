@@ -41,17 +41,27 @@ def assert_problem(response, status, slug=None):
 
 
 def test_job_is_accepted_and_can_be_polled(client, ledger):
-    response = client.post("/train", json={**BODY, "steps": 3, "learning_rate": 1e-3, "metadata": {"a": "b"}})
+    options = {"steps": 3, "learning_rate": 1e-3, "scale": 1.5}
+    response = client.post("/train", json={**BODY, **options, "metadata": {"a": "b"}})
     assert response.status_code == 202
     assert response.headers["location"] == f"/train/{response.json()['id']}"
     job = client.get(response.headers["location"])
     assert job.headers["retry-after"] == "1"
     shown = job.json()
     assert (shown["state"], shown["samples"], shown["tokens"], shown["metadata"]) == ("queued", 1, 5, {"a": "b"})
-    assert shown["config"] == {"optimizer": "apollo", "steps": 3, "learning_rate": 1e-3}
+    assert shown["config"] == {"optimizer": "apollo", **options}
+    assert shown["plan"] is None
     lease = ledger.claim(shown["id"], "w")
     [sample] = ledger.samples(lease)
     assert (list(sample.context_ids), list(sample.continuation_ids)) == ([1, 2, 3], [4, 5])
+    # When the worker has planned it, the memory it takes is shown
+    memory = {"optimizer": 5, "gradients": 0, "activations": 7, "working": 3, "head": 2, "embedding": 1, "cache": 0,
+              "total": 20, "free": 100}
+    plan = {"pack_tokens": 64, "asked_pack_tokens": 128, "asked_steps": 3, "layers": 4, "kept_layers": 2,
+            "optimizer_state": 9, "memory": memory}
+    ledger.planned(lease, 6, 64, plan)
+    shown = client.get(f"/train/{shown['id']}").json()
+    assert (shown["plan"], shown["steps"]["total"]) == (plan, 6)
 
 
 @pytest.mark.parametrize(("change", "field", "pointer", "limit"), [
@@ -75,6 +85,8 @@ def test_job_is_accepted_and_can_be_polled(client, ledger):
     ({"steps": 3, "epochs": 3}, "steps", "/steps", None),
     ({"optimizer": "adam"}, "optimizer", "/optimizer", None),
     ({"rank": 4, "optimizer": "sgd"}, "rank", "/rank", None),
+    ({"scale": 1.0, "optimizer": "adamw"}, "scale", "/scale", None),
+    ({"scale": 0}, "scale", "/scale", 0),
     ({"priority": 10}, "priority", "/priority", 9),
     ({"metadata": {"a": 1}}, "a", "/metadata/a", None),
     ({"metadata": {str(i): "" for i in range(17)}}, "metadata", "/metadata", 16),

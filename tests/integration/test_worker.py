@@ -15,7 +15,9 @@ import pytest
 import redis
 import torch
 from safetensors.torch import load_file
+from short_of_memory_worker import NO_MEMORY_SEED
 
+from hogwild.api.schemas import PlanOut
 from hogwild.checkpoint.store import CheckpointStore
 from hogwild.config import Settings
 from hogwild.errors import Conflict
@@ -28,6 +30,7 @@ from hogwild.tasks.metrics import counters
 from hogwild.tasks.operations import Operations
 from hogwild.tasks.payloads import Sample, pack
 from hogwild.tasks.registry import Registry
+from hogwild.weight_state import FILE_NAME, WeightState
 
 HERE = Path(__file__).parent
 SLOW = {"steps": 400, "optimizer": "sgd", "learning_rate": 1e-5}  # still running when something is done to it
@@ -64,10 +67,10 @@ class Site:
              str(self.settings.model_runtime_dir)], env=self.env, stdout=subprocess.PIPE, text=True)  # fmt: skip
         assert self.exporter.stdout.readline().strip() == "exported"
 
-    def start_worker(self) -> None:
+    def start_worker(self, app: str = "hogwild.tasks.worker:app") -> None:
         with self.log.open("ab") as log:
             self.worker = subprocess.Popen(
-                [sys.executable, "-m", "celery", "-A", "hogwild.tasks.worker:app", "worker", "-Q", self.settings.queue,
+                [sys.executable, "-m", "celery", "-A", app, "worker", "-Q", self.settings.queue,
                  "-c", "1", "--pool", "prefork", "-E", "--loglevel", "INFO", "-n", "tiny@%h"],
                 env=self.env, stdout=log, stderr=log, start_new_session=True)  # fmt: skip
 
@@ -154,6 +157,10 @@ def test_a_job_trains_is_saved_is_rolled_back_and_rolled_forward_again(site: Sit
     job = site.finished(site.submit())
     assert (job.state, job.steps_applied, job.weight_version_last) == ("succeeded", 3, 3)
     assert job.loss_last < job.loss_first
+    # The plan is stored as the API shows it, and in the log
+    assert PlanOut.model_validate(job.plan).model_dump() == job.plan
+    assert job.plan["memory"]["free"] > job.plan["memory"]["total"] > 0 == job.plan["optimizer_state"]
+    assert f"{job.id}: 3 steps in packs of up to 4096 tokens, 2 of 2 layers" in site.log.read_text()
     assert int((site.settings.model_runtime_dir / "resets").read_text()) == 1  # before the job was reported as done
     assert same(site.disk(), before)  # nothing was saved yet
     assert site.dirty.state().steps == 3
@@ -236,6 +243,35 @@ def test_cancelling_between_the_packs_of_a_step_writes_nothing_of_it(site: Site)
     assert same(site.disk(), before)
     # and the gradients that were thrown away are not in the next job's step
     assert site.finished(site.submit()).state == "succeeded"
+
+
+def test_out_of_memory_within_a_step_fails_the_job_and_the_same_worker_runs_the_next(site: Site) -> None:
+    # Given a worker whose memory runs out in backward of a job's third step
+    before_it = site.child()
+    site.worker.terminate()
+    site.worker.wait(120)
+    site.env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(HERE / "support"), os.environ.get("PYTHONPATH"))))
+    site.start_worker("short_of_memory_worker:app")
+    until(lambda: site.attached() and site.child() != before_it, 100, "attaching")
+    weights = WeightState.open(site.settings.model_runtime_dir / FILE_NAME)
+    before, child = weights.version, site.child()
+    job = site.finished(site.submit(**SLOW, seed=NO_MEMORY_SEED))
+    # Then the job has failed for that reason, with the two steps before it, and the third may be partly in the weights
+    assert (job.state, job.error["type"]) == ("failed", "does-not-fit")
+    assert (job.error["step"], job.error["interrupted"]) == (2, True)
+    assert "2.00 GiB" in job.error["message"]
+    assert (job.steps_begun, job.steps_applied, job.steps_interrupted) == (3, 2, 1)
+    assert (job.weight_version_first, job.weight_version_last) == (before + 1, before + 2)
+    # and nothing else: the weights' own account is closed, vLLM runs, the same process trains the next job
+    until(lambda: not weights.torn, 10, "the end of the torn step")
+    assert (weights.version, weights.begun) == (before + 2, before + 2)
+    assert site.exporter.poll() is None
+    after = site.finished(site.submit())
+    assert (after.state, after.steps_applied) == ("succeeded", 3)
+    assert (after.weight_version_first, after.weight_version_last) == (before + 3, before + 5)
+    assert weights.version == before + 5
+    assert site.child() == child
+    assert child.is_running()
 
 
 @pytest.mark.parametrize("victim", ["child", "parent"])

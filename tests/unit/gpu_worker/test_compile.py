@@ -7,8 +7,10 @@ import pytest
 import torch
 import torch._dynamo
 from tiny_models import SMALL, build, samples
+from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.utils import counters
 
+from hogwild.errors import DoesNotFit
 from hogwild.gpu_worker.config import TrainConfig
 from hogwild.gpu_worker.engine import Trainer
 
@@ -58,6 +60,31 @@ def test_a_model_that_cannot_be_compiled_is_trained_without(
     assert losses(trainer) == expected
     assert not trainer.recompute.compiles
     assert "training without it: no C compiler" in caplog.text and "many lines" not in caplog.text
+
+
+def test_memory_that_runs_out_while_compiling_fails_the_job_and_the_next_one_is_compiled(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Given a compiler that finds no memory the first time; what it raises comes wrapped in an error of torch's
+    short = [True]
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        if short:
+            short.pop()
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmany lines")
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile.func, backend=backend))  # type: ignore[attr-defined]
+    trainer = Trainer(build(), compile_layers=True)
+    with pytest.raises(DoesNotFit, match=r"Compiling .* ran out of memory: .* 2\.00 GiB\. Now [\d,]+ MB are free") as e:
+        losses(trainer)
+    assert e.value.details["free"] > 0
+    assert e.value.__context__ is None  # a traceback would keep the tensors alive
+    assert "does not work" not in caplog.text
+    # Then the next job's layers are compiled
+    assert losses(trainer) == pytest.approx(losses(Trainer(build())), rel=1e-4)
+    assert trainer.recompute.compiles
+    assert counters["stats"]["unique_graphs"] >= 2
 
 
 def test_the_plan_counts_all_gradients_of_a_compiled_layer() -> None:

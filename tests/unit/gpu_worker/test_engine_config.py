@@ -27,6 +27,8 @@ from hogwild.gpu_worker.config import DEFAULT_LEARNING_RATE, OPTIMIZERS, REFEREN
         ("max_tokens_per_step", 0),
         ("max_nonfinite_steps", 0),
         ("rank", 0),
+        ("scale", 0.0),
+        ("scale", 1e5),
         ("replay", -1.0),
         ("replay_tokens", 0),
         ("learning_rate_multiplier", 0.0),
@@ -41,6 +43,14 @@ def test_field_out_of_bounds_is_refused_by_name(field: str, value: object) -> No
 def test_rank_without_the_optimizer_that_it_belongs_to_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="'apollo'"):
         TrainConfig(optimizer="sgd", rank=4)
+
+
+def test_scale_belongs_to_both_apollos() -> None:
+    for optimizer in ("apollo", "apollo-mini"):
+        assert TrainConfig.from_dict({"optimizer": optimizer, "scale": 128}).scale == 128
+    with pytest.raises(InvalidRequest, match="not to 'adamw'") as e:
+        TrainConfig(optimizer="adamw", scale=1.0)
+    assert e.value.details["field"] == "scale"
 
 
 def test_unknown_option_is_refused() -> None:

@@ -31,6 +31,21 @@ def test_random_bits_are_uniform_and_uncorrelated_between_steps() -> None:
     assert abs(float(correlation)) < 0.02
 
 
+def test_random_bits_and_what_is_rounded_with_them_are_those_on_record() -> None:
+    # A replay of a job on another version must write the same weights: these numbers never change
+    key = rounding_key(3, 7, "model.norm.weight")
+    assert key == 2692166982197296853
+    index = torch.tensor([0, 1, 2, 1000, 2**32 + 1, 10**12])
+    bits = random_bits(index, key)
+    assert bits.tolist() == [1087035156, 3602274236, 1404920730, 493655045, 3602274236, 2398738949]
+    # 1 + 2**-9 lies a quarter of the way to bf16's next number, 1 + 2**-7: the low 16 bits decide, from 0xC000 up
+    x = torch.tensor([1.0, -1.0]).repeat_interleave(4) * (1 + 2**-9)
+    given = torch.tensor([0, 0xBFFF, 0xC000, 0x1FFFF] * 2)
+    high = 1 + 2**-7
+    assert stochastic_round(x, given).tolist() == [1.0, 1.0, high, high, -1.0, -1.0, -high, -high]
+    assert stochastic_round(x[:1].repeat(6), bits).tolist() == [high, 1.0, 1.0, 1.0, 1.0, high]
+
+
 @pytest.mark.parametrize("value", [1.00001, -1.003, 3.14159e-3, -7.77e20, 1e-39])
 def test_stochastic_rounding_is_right_on_average(value: float) -> None:
     # Given one value between two bf16 neighbours, rounded 200,000 times

@@ -1,10 +1,17 @@
 """The fused and chunked losses against torch's cross-entropy on whole logits."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_models import VOCAB, build
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from hogwild.gpu_worker import loss
+from hogwild.gpu_worker.batch import Replayed, Sample, collate
+from hogwild.gpu_worker.engine import Trainer
 from hogwild.gpu_worker.loss import Anchor, chunk_rows, chunked_losses, linear_losses
 
 P, H, V = 13, 8, 29
@@ -89,6 +96,39 @@ def test_head_with_more_than_a_matrix_is_run_in_chunks(rows: int) -> None:
 def test_logits_of_a_chunk_stay_within_256_mb() -> None:
     assert 4 * 151_936 * chunk_rows(151_936) <= 256 << 20
     assert chunk_rows(10**12) == 1
+
+
+class LargestLogits(TorchDispatchMode):
+    """Remembers the most elements of a tensor with a vocabulary's side that is no weight's or its gradient's."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(t, Tensor) and VOCAB in t.shape and self.width not in t.shape:
+                self.largest = max(self.largest, t.numel())
+        return out
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "gemma2"])
+def test_logits_of_a_whole_row_never_exist(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Given chunks of 7 rows, and a row of 60 positions with a target token and 40 replayed ones
+    rows = 7
+    monkeypatch.setattr(loss, "CHUNK_BYTES", 4 * VOCAB * rows + 3)
+    forward = Trainer(build(name)).forward
+    ids, k = list(range(60)), 5
+    said = torch.rand(40, VOCAB).softmax(-1).topk(k)
+    text = Replayed(ids[:40], said.indices, said.values)
+    batch = collate([Sample(ids[:30], ids)], forward.device, [text])
+    # When both losses are made and differentiated
+    with LargestLogits(width=32) as seen:
+        forward.losses([batch], 60.0, 1.0).sum().backward()
+    # Then there were logits, and at no time more of them than a chunk's
+    assert seen.largest == rows * VOCAB
 
 
 def anchored(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Anchor]:

@@ -2,19 +2,26 @@
 
 import functools
 import gc
+import json
 import weakref
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from hogwild.config import Settings
 from hogwild.errors import DoesNotFit
 from hogwild.gpu_worker.batch import Sample
 from hogwild.gpu_worker.config import TrainConfig
 from hogwild.gpu_worker.engine import Trainer
 from hogwild.gpu_worker.memory import Budget, Load, Profile, RowKind, budget, free_bytes
+from hogwild.gpu_worker.optim import base
 from hogwild.gpu_worker.recompute import ActivationMeter, Recompute
+from hogwild.tasks.saving import Saver
 
 LAYERS, WIDTH = 6, 64
 
@@ -84,9 +91,7 @@ def test_profile_matches_what_autograd_keeps(
     for tokens, context in lengths:
         # Then it foretells the bytes of far longer ones, of kept and of checkpointed layers
         run = functools.partial(trainer.forward.row, tokens, context, samples=2 if kind == "packed" else 1)
-        of_layer = (
-            tokens * profile.layer + context * profile.context + tokens * (tokens + context) * profile.pair
-        )
+        of_layer = tokens * profile.layer + context * profile.context + tokens * (tokens + context) * profile.pair
         with ActivationMeter(trainer.model, trainer.recompute.layers) as meter:
             run()
         assert sum(meter.by_layer) == pytest.approx(LAYERS * of_layer, rel=0.05)
@@ -123,12 +128,68 @@ def test_job_that_cannot_fit_is_refused_with_the_numbers() -> None:
     assert details["head"] > 0
 
 
-def test_packs_shrink_until_they_fit_and_a_resumed_job_keeps_their_size() -> None:
-    # Given memory for one sample of 300 tokens at a time, and a pack size of 4096 asked for
+def short_of_memory() -> Trainer:
+    """With memory for one sample of 300 tokens at a time."""
     model = build()
     one = Trainer(model).plan(rows(1, 300), TrainConfig(epochs=1)).budget
     least = one.total - int(1.1 * (one.activations - 300 * LAYERS * WIDTH * 4))
-    trainer = Trainer(model, memory_limit=int(least * 1.02) + (1 << 20))
+    return Trainer(model, memory_limit=int(least * 1.02) + (1 << 20))
+
+
+def test_memory_that_runs_out_while_measuring_refuses_the_job_with_numbers_and_not_the_next() -> None:
+    trainer = Trainer(build(), memory_limit=1 << 30)
+
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmany lines")
+
+    handle = trainer.model.model.layers[3].mlp.register_forward_hook(fail)
+    with pytest.raises(DoesNotFit, match=r"Measuring .* ran out of memory: .*2\.00 GiB\. Now 1,074 MB are free") as e:
+        trainer.plan(rows(2, 30), TrainConfig(steps=1))
+    handle.remove()
+    assert e.value.details == {"free": 1 << 30}
+    assert e.value.__context__ is None  # a traceback would keep the tensors alive
+    assert trainer.run(trainer.plan(rows(2, 30), TrainConfig(steps=1))).n_steps == 1
+
+
+def test_saved_state_that_does_not_fit_is_not_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Given saved state, and a device that has no room for it
+    settings = Settings(served_model_name="m", data_dir=tmp_path)
+    path, config = tmp_path / "optimizer" / "m@7.safetensors", TrainConfig(optimizer="adamw", steps=1)
+    trainer = Trainer(build())
+    trainer.run(trainer.plan(rows(1, 10), config))
+    trainer.save_optimizer(path)
+    saved, trainer.optimizer = trainer.optimizer, None
+    assert saved is not None
+
+    class Full:
+        def __init__(self, *_: Any) -> None:
+            self.real = safe_open(path, "pt")
+
+        def __enter__(self) -> Any:
+            return mock.Mock(wraps=self.real, get_tensor=mock.Mock(side_effect=torch.OutOfMemoryError("CUDA: full.")))
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    nothing: Any = None
+    saver = Saver(settings, store=nothing, dirty=nothing, operations=nothing, registry=nothing)
+    with monkeypatch.context() as patch:
+        patch.setattr(base, "safe_open", Full)
+        with pytest.raises(DoesNotFit, match=r"Loading .* MB\) ran out of memory: CUDA: full") as e:
+            saver.load_optimizer(trainer, config, 7)
+    # Then the job that wanted it fails with the numbers, and a later one takes it up
+    assert e.value.details["optimizer"] == saved.allocated_bytes()
+    assert e.value.details["free"] > 0
+    assert e.value.__context__ is None
+    assert trainer.optimizer is None
+    saver.load_optimizer(trainer, config, 7)
+    assert trainer.optimizer is not None
+    assert trainer.optimizer.steps == 1
+
+
+def test_packs_shrink_until_they_fit_and_a_resumed_job_keeps_their_size() -> None:
+    # Given a pack size of 4096 asked for
+    trainer = short_of_memory()
     plan = trainer.plan(rows(12, 300), TrainConfig(epochs=1))
     assert plan.pack_tokens < 4096
     assert plan.n_steps > 1
@@ -139,6 +200,26 @@ def test_packs_shrink_until_they_fit_and_a_resumed_job_keeps_their_size() -> Non
     assert trainer.plan(rows(12, 300), TrainConfig(epochs=1), pack_tokens=plan.pack_tokens).steps == plan.steps
 
 
+def test_a_job_of_so_many_steps_trains_all_its_tokens_in_smaller_packs() -> None:
+    # Given jobs that would be one step of eight samples, and two of them with a warm-up
+    trainer = short_of_memory()
+    data = rows(8, 300)
+    one, two = TrainConfig(steps=1), TrainConfig(steps=2, warmup_steps=1, gradient_accumulation=2, optimizer="sgd")
+    short = [trainer.plan(data, config) for config in (one, two)]
+    trainer.memory_limit = None
+    whole = [trainer.plan(data, config) for config in (one, two)]
+    assert [(p.n_steps, p.asked_steps) for p in whole] == [(1, 1), (2, 2)]
+    assert whole[1].config == two.for_width(WIDTH)
+    # Then in smaller packs none is left out: there are more steps, and the warm-up is as long a part of them
+    assert all(sorted({i for s in p.steps for pack in s for i in pack}) == list(range(8)) for p in short)
+    assert [p.tokens for p in short] == [p.tokens for p in whole]
+    assert all(p.pack_tokens < p.asked_tokens == 4096 and p.n_steps > p.asked_steps for p in short)
+    assert short[1].config.warmup_steps == short[1].n_steps // 2
+    # and resumed with more memory the plans are the same
+    again = [trainer.plan(data, c, pack_tokens=p.pack_tokens) for p, c in zip(short, (one, two), strict=True)]
+    assert [(p.steps, p.config) for p in again] == [(p.steps, p.config) for p in short]
+
+
 def test_state_that_is_already_there_is_not_counted_again() -> None:
     trainer = Trainer(build())
     config = TrainConfig(optimizer="adamw", steps=1)
@@ -146,6 +227,27 @@ def test_state_that_is_already_there_is_not_counted_again() -> None:
     assert first.budget.optimizer >= 8 * sum(p.numel() for p in trainer.params.values())
     trainer.run(first)
     assert trainer.plan(rows(1, 10), config).budget.optimizer == 0
+
+
+def test_a_plan_accounts_for_its_memory() -> None:
+    # Given a job whose optimizer state is there already, on a device with room for some layers' activations
+    trainer, config = Trainer(build()), TrainConfig(optimizer="adamw", steps=3)
+    trainer.run(trainer.plan(rows(1, 10), config))
+    trainer.memory_limit = trainer.plan(rows(4, 300), config).budget.total - (1 << 20)
+    plan = trainer.plan(rows(4, 300), config)
+    account = json.loads(json.dumps(plan.account()))
+    # Then the account has all of the budget, and the state in full
+    memory = account["memory"]
+    assert memory["optimizer"] == 0
+    assert trainer.optimizer is not None
+    assert account["optimizer_state"] == trainer.optimizer.allocated_bytes()
+    assert 0 < account["kept_layers"] < account["layers"] == LAYERS
+    assert (account["pack_tokens"], account["asked_pack_tokens"], account["asked_steps"]) == (4096, 4096, 3)
+    assert memory["free"] == trainer.memory_limit >= memory["total"] > memory["activations"] + memory["working"] > 0
+    # and the log's line says it in MB
+    assert f"{account['kept_layers']} of {LAYERS} layers" in str(plan)
+    assert f"activations {memory['activations'] / 1e6:,.0f} MB" in str(plan)
+    assert f"{memory['free'] / 1e6:,.0f} MB are free" in str(plan)
 
 
 def test_accumulation_is_charged_with_all_gradients() -> None:

@@ -1,16 +1,21 @@
 """Optimizers against slow references: APOLLO's algorithm in float64, torch's AdamW, and each other on a toy task."""
 
 import math
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hogwild.errors import TrainingError
+from hogwild.gpu_worker import inplace
 from hogwild.gpu_worker.config import TrainConfig
 from hogwild.gpu_worker.inplace import as_matrices
-from hogwild.gpu_worker.optim import SGD, AdamW, Apollo, ApolloMini, Optimizer, build_optimizer
+from hogwild.gpu_worker.optim import SGD, AdamW, Apollo, ApolloMini, Optimizer, apollo, build_optimizer
 from hogwild.gpu_worker.optim.apollo import NORM_GROWTH, UPDATE_PROJECTION_EVERY
 
 
@@ -69,6 +74,17 @@ def test_apollo_follows_the_papers_algorithm(shape: tuple[int, int], tensor_wise
     expected = reference_apollo(Apollo(rank=rank), w, grads, lr, tensor_wise=tensor_wise, rank=rank, decay=decay)
     got = run(optimizer, w.clone(), grads, lr)
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["apollo", "apollo-mini"])
+def test_scale_of_a_job_is_the_factor_of_its_updates(kind: str) -> None:
+    # Given updates without a constant: √(m / r) is 4 at rank 1 of 16 rows, 1 where nothing is projected
+    moved = {}
+    for scale in (None, 1.0, 128.0):
+        optimizer = build_optimizer(TrainConfig(optimizer=kind, scale=scale))
+        moved[scale] = run(optimizer, torch.zeros(16, 40), gradients((16, 40), 2), 1e-3)
+    torch.testing.assert_close(moved[128.0], 128 * moved[1.0])
+    torch.testing.assert_close(moved[None], moved[1.0] * (4 if kind == "apollo-mini" else 1))
 
 
 def test_projection_is_gaussian_of_variance_one_over_rank_and_redrawn() -> None:
@@ -265,9 +281,76 @@ def test_mini_needs_a_small_part_of_adamws_state() -> None:
     assert mini < adamw / 200
 
 
-def toy_losses(kind: str, lr: float, steps: int = 300) -> list[float]:
+class Reads(TorchDispatchMode):
+    """Counts how often the memory of one tensor is gone through: operations that are no views, and our kernels."""
+
+    def __init__(self, of: Tensor) -> None:
+        super().__init__()
+        self.storage = of.untyped_storage().data_ptr()
+        self.count = 0
+        self.in_kernel = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view and not self.in_kernel:
+            self.note(args)
+        return func(*args, **(kwargs or {}))
+
+    def note(self, args: Any) -> None:
+        self.count += any(isinstance(a, Tensor) and a.untyped_storage().data_ptr() == self.storage for a in args)
+
+    def kernel(self, torch_code: Any) -> Any:
+        """`torch_code` in place of a kernel that reads its arguments once."""
+
+        def run(*args: Any, **options: Any) -> Any:
+            self.note(args)
+            self.in_kernel = True
+            try:
+                return torch_code(*args, **options)
+            finally:
+                self.in_kernel = False
+
+        return run
+
+
+@pytest.mark.parametrize(
+    ("kind", "matrix", "embedding"), [("sgd", 2, 2), ("adamw", 2, 2), ("apollo-mini", 2, 3), ("apollo", 3, 3)]
+)
+def test_with_kernels_a_gradient_is_read_as_often_as_documented_and_the_weight_once(
+    kind: str, matrix: int, embedding: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given the kernels' places taken by torch code that does the same
+    kernels = pytest.importorskip("hogwild.gpu_worker.kernels")
+    optimizer = build_optimizer(TrainConfig(optimizer=kind), {"embedding"})
+    for name, shape, reads in (("matrix", (64, 80), matrix), ("embedding", (200, 64), embedding), ("norm", (64,), 2)):
+        p, g = torch.randn(shape).bfloat16(), torch.randn(shape).bfloat16()
+        of_gradient, of_weight = Reads(g), Reads(p)
+
+        def put(name: str, torch_code: Any, counts: tuple[Reads, Reads] = (of_gradient, of_weight)) -> None:
+            monkeypatch.setattr(kernels, name, counts[0].kernel(counts[1].kernel(torch_code)))
+
+        def sums(g: Tensor, projection: None) -> tuple[Tensor, None]:
+            return g.float().square().sum(1), None
+
+        def mini(g: Tensor, projection: Tensor | None, state: Any, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
+            return torch.ones(1, 1, 1), g.float().square().sum(), torch.tensor(True)
+
+        put("scaled_update_", lambda p, g, *_: p.sub_(g))
+        put("adamw_update_", lambda p, g, *_, **__: p.sub_(g))
+        put("column_sums", sums)
+        put("mini_coefficient", mini)
+        for module in (apollo, inplace):
+            monkeypatch.setattr(module, "use_kernels", lambda _: True)
+        # When one update is made
+        optimizer.begin_step(1e-3)
+        with of_gradient, of_weight:
+            optimizer.step_param(name, p, g)
+        # Then docs/training.md is right about it
+        assert (of_gradient.count, of_weight.count) == (reads, 1), name
+
+
+def toy_losses(kind: str, lr: float, steps: int = 300, seed: int = 0) -> list[float]:
     """A two-layer network learns a fixed smooth function of 16 variables; the same data for every optimizer."""
-    g = torch.Generator().manual_seed(0)
+    g = torch.Generator().manual_seed(seed)
     teacher = [torch.randn(16, 64, generator=g) / 4, torch.randn(64, 4, generator=g) / 8]
     student = {
         "first": (torch.randn(64, 16, generator=g) / 4).requires_grad_(),
@@ -288,13 +371,31 @@ def toy_losses(kind: str, lr: float, steps: int = 300) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("kind", ["apollo", "apollo-mini"])
-def test_apollo_learns_a_toy_task_about_as_well_as_adamw(kind: str) -> None:
-    # Given the best of three rates for each, as anybody would choose; the mean of the last 50 of 300 losses
-    best = {k: min(sum(toy_losses(k, lr)[-50:]) / 50 for lr in (1e-3, 3e-3, 1e-2)) for k in ("adamw", kind)}
-    # Then it is within a factor of two of AdamW's loss, which itself is far below where both began
-    assert best["adamw"] < 0.2 * toy_losses("adamw", 1e-3, 1)[0]
-    assert best[kind] < 2.0 * best["adamw"]
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Matrices this small are faster without others, and a busy machine makes the waiting long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@cache
+def best_toy_loss(kind: str, seed: int) -> float:
+    """At the best of three rates, as anybody would choose: the mean of the last 50 of 300 losses."""
+    return min(sum(toy_losses(kind, lr, seed=seed)[-50:]) / 50 for lr in (1e-2, 3e-2, 1e-1))
+
+
+# Of eight seeds: the mean ratio of losses was 1.33 with a standard deviation of 0.14 for APOLLO, and 1.99 with 0.33 for
+# Mini. The bands are three standard errors of the mean of four seeds to either side: what leaves them is no accident.
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(("kind", "band"), [("apollo", (1.12, 1.55)), ("apollo-mini", (1.49, 2.49))])
+def test_apollo_learns_a_toy_task_about_as_well_as_adamw(kind: str, band: tuple[float, float]) -> None:
+    seeds = range(4)
+    ratios = [best_toy_loss(kind, seed) / best_toy_loss("adamw", seed) for seed in seeds]
+    assert band[0] < sum(ratios) / len(ratios) < band[1], ratios
+    # and AdamW's loss itself is far below where it began
+    assert all(best_toy_loss("adamw", seed) < 0.1 * toy_losses("adamw", 1e-3, 1, seed)[0] for seed in seeds)
 
 
 def test_tensors_of_any_rank_are_seen_as_stacks_of_matrices() -> None:
