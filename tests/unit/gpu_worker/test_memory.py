@@ -172,7 +172,8 @@ def test_saved_state_that_does_not_fit_is_not_given_up(tmp_path: Path, monkeypat
             pass
 
     nothing: Any = None
-    saver = Saver(settings, store=nothing, dirty=nothing, operations=nothing, registry=nothing)
+    store: Any = mock.Mock(generations=lambda: [])
+    saver = Saver(settings, store=store, dirty=nothing, operations=nothing, registry=nothing)
     with monkeypatch.context() as patch:
         patch.setattr(base, "safe_open", Full)
         with pytest.raises(DoesNotFit, match=r"Loading .* MB\) ran out of memory: CUDA: full") as e:
