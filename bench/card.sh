@@ -5,7 +5,7 @@
 #
 # OUT gets a log and the results of each part; TOKENIZER is a directory with a tokenizer for the random models; after
 # SECONDS everything that still runs is ended. With two cards the first measures serving beside training, the second does
-# the rest; with one, one after the other. About 35 minutes in all.
+# the rest; with one, one after the other. About an hour in all; ONLY=stack,train,… runs just those parts.
 set -uo pipefail
 out=$(realpath -m "${1:?usage: bench/card.sh OUT TOKENIZER [SECONDS]}"); tok=$(realpath "$2"); limit=${3:-7200}
 mkdir -p "$out"; cd "$(dirname "$0")/.."
@@ -15,6 +15,7 @@ end=$((SECONDS + limit)); tests=(python3 -m pytest -q -p no:valkey -p no:cachepr
 
 part() { # NAME SECONDS COMMAND…: a line in OUT/parts.txt says how it ended
   local name=$1 most=$2 start=$SECONDS; shift 2
+  [[ -z ${ONLY:-} || ,$ONLY, == *,$name,* ]] || return 0
   local left=$((end - SECONDS)); ((left < most)) && most=$left
   if ((most < 20)); then echo "$name: not run, no time" >> "$out/parts.txt"; return; fi
   timeout -k 15 "$most" "$@" > "$out/$name.log" 2>&1 < /dev/null
@@ -24,8 +25,8 @@ part() { # NAME SECONDS COMMAND…: a line in OUT/parts.txt says how it ended
 serving() { # of one card
   export CUDA_VISIBLE_DEVICES=$1
   local coserve=(python3 bench/coserve.py --device cuda --shape qwen3-8b --model "$tok" --seconds 6 --out "$out/coserve.json")
-  part coserve 900 "${coserve[@]}" --parts share,pace,reload
-  part timeslice 400 "${coserve[@]}" --parts timeslice --append --streams 16
+  part coserve 1300 "${coserve[@]}" --parts share,pace,reload
+  part timeslice 500 "${coserve[@]}" --parts timeslice --append --streams 16
 }
 
 functions() {
@@ -33,12 +34,12 @@ functions() {
   local waited=()
   part architectures 240 python3 tests/acceptance/architectures.py --device cuda --json "$out/architectures.json" \
     --table "$out/architectures.md" & waited+=($!)
-  part units 300 "${tests[@]}" tests/gpu/test_engine_gpu.py tests/gpu/test_checkpoint_gpu.py \
+  part units 600 "${tests[@]}" tests/gpu/test_engine_gpu.py tests/gpu/test_checkpoint_gpu.py \
     tests/gpu/test_cuda_ipc.py & waited+=($!)
   wait "${waited[@]}"
-  part partition-tests 120 "${tests[@]}" tests/gpu/test_partition_gpu.py
+  part partition-tests 180 "${tests[@]}" tests/gpu/test_partition_gpu.py
   part mps 180 "${tests[@]}" tests/gpu/test_mps.py
-  part stack 500 "${tests[@]}" tests/gpu/test_stack_gpu.py
+  part stack 900 "${tests[@]}" tests/gpu/test_stack_gpu.py
 }
 
 speed() {
@@ -54,7 +55,7 @@ speed() {
 cp docs/architectures.md "$out/"
 first=${cards[0]} last=${cards[-1]}
 if [ "$first" != "$last" ]; then
-  CUDA_VISIBLE_DEVICES=$last,$first part two-cards 60 "${tests[@]}" tests/gpu/test_cuda_ipc.py -k uuid
+  CUDA_VISIBLE_DEVICES=$last,$first part two-cards 90 "${tests[@]}" tests/gpu/test_cuda_ipc.py -k uuid
   serving "$first" & others=$!
   functions "$last"; speed "$last"
   wait "$others"
