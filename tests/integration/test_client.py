@@ -329,7 +329,7 @@ def test_status_says_why_a_worker_does_not_train_and_how_it_is_paced(cli, redis_
     Registry(redis_client, "tiny").heartbeat("w", said)
     shown = " ".join(cli("status").split())
     assert "refused: qkv was rearranged" in shown
-    assert "pacing, training 25% of the time: vLLM alone is above the budget" in shown
+    assert "pacing, training at 25% of the device: vLLM alone is above the budget" in shown
 
 
 def test_new_key_is_printed_once_and_its_line_holds_the_hash(cli, tmp_path):
