@@ -48,7 +48,7 @@ class Placement:
             return cls(device)
         try:
             streams = _streams(torch.cuda.current_device() if device.index is None else device.index)
-        except NoParts as error:
+        except (NoParts, AttributeError) as error:  # AttributeError: cuda-bindings without one of the names used here
             logger.info("training always runs on the whole card: %s", error)
             return cls(device)
         return cls(device, streams)

@@ -44,16 +44,18 @@ def test_the_cpu_has_no_parts():
         pass
 
 
-def test_a_driver_without_green_contexts_is_no_error(monkeypatch):
+def missing(*_):
     """What cuda-bindings raises when the driver is older than 12.4."""
-    def missing(*_):
-        raise RuntimeError('Function "cuDeviceGetDevResource" not found')
+    raise RuntimeError('Function "cuDeviceGetDevResource" not found')
 
+
+@pytest.mark.parametrize("name", ["cuDeviceGetDevResource", "nothing_at_all"])  # an old driver, old bindings
+def test_a_driver_without_green_contexts_is_no_error(monkeypatch, name):
     driver = SimpleNamespace(
         CUresult=SimpleNamespace(CUDA_SUCCESS=0), CUdevResourceType=SimpleNamespace(CU_DEV_RESOURCE_TYPE_SM=1),
         CUdevice_attribute=SimpleNamespace(CU_DEVICE_ATTRIBUTE_MPS_ENABLED=133),
         cuDeviceGet=lambda index: (0, index), cuDeviceGetAttribute=lambda what, card: (0, 1),
-        cuDeviceGetDevResource=missing)  # fmt: skip
+        **{name: missing})  # fmt: skip
     monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))
     monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(driver=driver))
     monkeypatch.setattr(torch.cuda, "init", lambda: None)
