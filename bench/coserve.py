@@ -349,11 +349,10 @@ def part_share(bed: Bed, report: Report, args: argparse.Namespace, part: str = "
         if part != "share":
             return
         together(bed, report, part, "both", training, rate=rate)
-        middle = args.streams[len(args.streams) // 2]
         turns = Turns(bed)
-        together(bed, report, part, "in turns", training, streams=middle, during=lambda: turns.take(args))
+        together(bed, report, part, "in turns", training, streams=middle(args), during=lambda: turns.take(args))
         syncs: list[dict[str, Any]] = []
-        together(bed, report, part, "both, with syncs", training, streams=middle,
+        together(bed, report, part, "both, with syncs", training, streams=middle(args),
                  during=lambda: syncs.extend(sync_for(bed, args.seconds)))["syncs"] = syncs  # fmt: skip
     frontend = Frontend.load(bed.stack.settings.model_runtime_dir)
     if frontend is not None:
@@ -363,14 +362,13 @@ def part_share(bed: Bed, report: Report, args: argparse.Namespace, part: str = "
 def prefix_cache(bed: Bed, report: Report, args: argparse.Namespace, part: str, frontend: Frontend) -> None:
     """What a reset costs: the call itself, under load (where vLLM may refuse it) and at rest, and the next request
     with a long prompt that was cached."""
-    times, done = [], []
+    times: list[float] = []
+    done: list[bool] = []
 
     def reset() -> None:
         time.sleep(args.warmup)
         while len(times) < 5:
-            began = time.perf_counter()
-            done.append(frontend.reset_prefix_cache())
-            times.append((time.perf_counter() - began) * 1e3)
+            times.append(milliseconds(lambda: done.append(frontend.reset_prefix_cache())))
             time.sleep(0.3)
 
     load = bed.load(streams=args.streams[-1], during=reset)
@@ -379,9 +377,7 @@ def prefix_cache(bed: Bed, report: Report, args: argparse.Namespace, part: str, 
     for _ in range(5):
         frontend.reset_prefix_cache()
         for found in (again, cached):
-            began = time.perf_counter()
-            token(bed.stack.vllm_url, prompt)
-            found.append((time.perf_counter() - began) * 1e3)
+            found.append(milliseconds(lambda: token(bed.stack.vllm_url, prompt)))
     report.add(part, "prefix-cache resets", load, prefix_cache_reset_ms=round(statistics.median(times), 2),
                resets_asked=len(done), resets_done=sum(done), prompt_tokens=len(prompt),
                first_token_cached_ms=round(statistics.median(cached), 2),
@@ -390,13 +386,30 @@ def prefix_cache(bed: Bed, report: Report, args: argparse.Namespace, part: str, 
 
 def alone(bed: Bed, report: Report, args: argparse.Namespace, part: str) -> float:
     """Serving with nothing beside it. Returns a Poisson rate that half fills the largest closed loop."""
-    rate = 1.0
     for streams in args.streams:
-        load = report.add(part, "serving alone", bed.load(streams=streams))["load"]
-        rate = max(0.1, 0.5 * load["output_tokens_per_s"] / args.output_tokens)
+        report.add(part, "serving alone", bed.load(streams=streams))
+    rate = poisson_rate(report, args)
     if part == "share":
         report.add(part, "serving alone", bed.load(rate=rate))
     return rate
+
+
+def poisson_rate(report: Report, args: argparse.Namespace) -> float:
+    """Requests a second that half fill the largest closed loop, by what it made alone."""
+    load = report.alone[f"{args.streams[-1]} streams"]["load"]
+    return max(0.1, 0.5 * float(load["output_tokens_per_s"]) / args.output_tokens)
+
+
+def middle(args: argparse.Namespace) -> int:
+    """The number of streams that stands for all where one has to do."""
+    return int(args.streams[len(args.streams) // 2])
+
+
+def milliseconds(call: Callable[[], object]) -> float:
+    """How long a call takes."""
+    began = time.perf_counter()
+    call()
+    return (time.perf_counter() - began) * 1e3
 
 
 def measure_alone(bed: Bed, report: Report, args: argparse.Namespace, part: str) -> None:
@@ -455,8 +468,7 @@ def part_pace(bed: Bed, report: Report, args: argparse.Namespace) -> None:
     part = "pace"
     measure_alone(bed, report, args, part)
     learn = max(args.warmup, 5.0)  # the first seconds at a load are spent on learning it
-    most = args.streams[-1]
-    rate = max(0.1, 0.5 * report.alone[f"{most} streams"]["load"]["output_tokens_per_s"] / args.output_tokens)
+    rate = poisson_rate(report, args)
     for share in args.serve_share:
         bed.pace(serve_share=share)
         with bed.training() as training:
@@ -470,14 +482,13 @@ def part_pace(bed: Bed, report: Report, args: argparse.Namespace) -> None:
             for streams in args.streams:
                 together(bed, report, part, f"share {args.serve_share[0]}, whole card", training, streams=streams,
                          warmup=learn)  # fmt: skip
-    middle = args.streams[len(args.streams) // 2]
-    idle = report.alone[f"{middle} streams"]["load"]["itl_ms"]
+    idle = report.alone[f"{middle(args)} streams"]["load"]["itl_ms"]
     # Tokens that arrive in bursts have a median gap of nothing: then the mean stands for it.
     budget = BUDGET * (idle["p50"] if idle["p50"] > idle["mean"] / 2 else idle["mean"])
     bed.pace(itl_budget_ms=budget)
     with bed.training() as training:
-        entry = together(bed, report, part, "budget 1.25 × p50", training, streams=middle, seconds=3 * args.seconds,
-                         warmup=learn)  # fmt: skip
+        entry = together(bed, report, part, "budget 1.25 × p50", training, streams=middle(args),
+                         seconds=3 * args.seconds, warmup=learn)  # fmt: skip
         load = entry["load"]
         entry["itl_budget_ms"] = budget
         entry["windows_held"] = windows_held(load["windows"], budget, int(load["seconds"]))
