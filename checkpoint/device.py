@@ -8,6 +8,7 @@ inputs once a round; three rounds end with a scramble, the last with the merge. 
 Triton's interpreter).
 """
 
+from collections import Counter
 from functools import lru_cache
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from hogwild.checkpoint.constants import BLOCK
 from hogwild.checkpoint.fingerprints import Bytes, Table, fingerprints
 from hogwild.checkpoint.layout import Layout, TensorSpec
-from hogwild.checkpoint.stage import Stage
+from hogwild.checkpoint.stage import Arena, Stage
 from hogwild.checkpoint.views import DEVICE_PIECE, flat_bytes, pieces
 
 _SECRET = bytes.fromhex(
@@ -161,6 +162,28 @@ def pinned(nbytes: int) -> Bytes:
     return array
 
 
+def reserve(views: dict[str, Tensor], arena: Arena) -> None:
+    """Everything that a first `stage_changed` would have to make while training waits: kernels and host memory."""
+    blocks: Counter[torch.device] = Counter()
+    for view in views.values():
+        blocks[view.device] += -(-view.numel() * view.element_size() // BLOCK)
+    for where, count in blocks.items():
+        with torch.cuda.device(where):
+            _numbers(arena, where, count)
+            data = torch.zeros(2 * BLOCK, dtype=torch.uint8, device=where)
+            now = torch.empty((2, 2), dtype=torch.int64, device=where)
+            hash_blocks(data, now)
+            changed = (now != now.flip(0)).any(dim=1).nonzero().flatten()
+            data.view(-1, BLOCK).index_select(0, torch.zeros(1, dtype=torch.int64, device=where))
+            now[changed].cpu()
+
+
+def _numbers(arena: Arena, where: torch.device, blocks: int) -> tuple[Tensor, Tensor]:
+    """Page-locked memory for the fingerprints (blocks, 2) and numbers (blocks,) of changed blocks of a device."""
+    rows = torch.from_numpy(arena.scratch(f"{where} rows", 16 * blocks)).view(torch.int64).view(-1, 2)
+    return rows, torch.from_numpy(arena.scratch(f"{where} numbers", 8 * blocks)).view(torch.int64)
+
+
 def stage_changed(layout: Layout, views: dict[str, Tensor], table: Table, stage: Stage) -> None:
     """Fingerprint CUDA views on their devices and copy the blocks that differ from `table` to the host."""
     by_device: dict[torch.device, list[TensorSpec]] = {}
@@ -183,17 +206,35 @@ def _stage_device(
     for spec, end in zip(specs, ends.tolist(), strict=True):
         _hash_view(views[spec.name], now[end - spec.blocks : end], tails)
     _hash_tails(tails)
-    old_rows = np.concatenate([table[spec.first_block : spec.first_block + spec.blocks] for spec in specs])
-    old = torch.from_numpy(old_rows.view(np.int64)).to(where)
+    # Nothing here takes fresh host memory: its first touch would cost more than the copies.
+    old = torch.empty_like(now)
+    for start, end, first in _stretches(specs):
+        old[start:end].copy_(torch.from_numpy(table[first : first + end - start].view(np.int64)))
     changed = (now != old).any(dim=1).nonzero().flatten()
-    rows = now[changed].cpu().numpy().view(np.uint64)
-    numbers = changed.cpu().numpy()
+    host_rows, host_numbers = (host[: len(changed)] for host in _numbers(stage.arena, where, len(now)))
+    host_rows.copy_(now[changed], non_blocking=True)
+    host_numbers.copy_(changed, non_blocking=True)
+    torch.cuda.synchronize(where)
+    rows, numbers = host_rows.numpy().view(np.uint64), host_numbers.numpy()
     for spec, end in zip(specs, ends.tolist(), strict=True):
         here = slice(*np.searchsorted(numbers, (end - spec.blocks, end)).tolist())
         if here.start == here.stop:
             continue
         _copy_blocks(spec, views[spec.name], numbers[here] - (end - spec.blocks), rows[here], stage)
     torch.cuda.synchronize(where)
+
+
+def _stretches(specs: list[TensorSpec]) -> list[tuple[int, int, int]]:
+    """Tensors whose rows follow each other in the checkpoint's table: (start, end) in a device's, first row in that."""
+    found: list[tuple[int, int, int]] = []
+    end = 0
+    for spec in specs:
+        if found and found[-1][2] + found[-1][1] - found[-1][0] == spec.first_block:
+            found[-1] = (found[-1][0], end + spec.blocks, found[-1][2])
+        else:
+            found.append((end, end + spec.blocks, spec.first_block))
+        end += spec.blocks
+    return found
 
 
 def _copy_blocks(spec: TensorSpec, view: Tensor, blocks: Any, rows: Table, stage: Stage) -> None:

@@ -24,7 +24,7 @@ import xxhash
 
 from hogwild.checkpoint.constants import COMMIT_MAGIC, HASH_NAME, RECORD_VERSION, RECORDS_READ
 from hogwild.checkpoint.durable import FileIo
-from hogwild.checkpoint.fingerprints import Indices, Table, table_digest
+from hogwild.checkpoint.fingerprints import Indices, Table
 from hogwild.checkpoint.layout import Layout
 from hogwild.errors import CheckpointCorrupt, CheckpointError
 
@@ -63,9 +63,8 @@ class Commit:
         return tuple(sorted(dict(today.items() ^ self.files.items())))
 
 
-def new_commit(layout: Layout, table: Table, generation: int, parent: int, kind: Kind, weight_version: int) -> Commit:
-    """The record of a generation with the contents of `table`, of which nothing has changed yet."""
-    digest = table_digest(table)
+def new_commit(layout: Layout, digest: str, generation: int, parent: int, kind: Kind, weight_version: int) -> Commit:
+    """The record of a generation with the contents that `digest` names (`table_digest`); nothing has changed yet."""
     return Commit(
         generation=generation, parent=parent, kind=kind, time=datetime.now(UTC).isoformat(timespec="milliseconds"),
         weight_version=weight_version, jobs=(), blocks_changed=0, blocks_total=layout.blocks, bytes_changed=0,

@@ -17,6 +17,7 @@ import numpy as np
 from hogwild.checkpoint.blockfile import file_table
 from hogwild.checkpoint.clone import refuse_links
 from hogwild.checkpoint.durable import FileIo
+from hogwild.checkpoint.fingerprints import table_digest
 from hogwild.checkpoint.history import History
 from hogwild.checkpoint.layout import Layout
 from hogwild.checkpoint.records import Commit, new_commit, read_record
@@ -57,7 +58,7 @@ def begin_anew(io: FileIo, directory: Path, generations: Path) -> tuple[int, ...
     # Files of a generation that never came to be have higher numbers than the last record: no name is used twice.
     last = max(int(match[1]) for path in generations.iterdir() if (match := _NUMBERED.fullmatch(path.name)))
     version = max((commit.weight_version for commit in readable), default=0)
-    commit = new_commit(layout, table, last + 1, last + 1, "adopt", version + 1)
+    commit = new_commit(layout, table_digest(table), last + 1, last + 1, "adopt", version + 1)
     if readable:
         commit = replace(commit, base_model=readable[-1].base_model)
     History(io, generations, []).add(commit, np.arange(len(table)), table)
@@ -82,7 +83,7 @@ def _finish(io: FileIo, directory: Path, generations: Path, layout: Layout, last
     if not redo and not replaced:
         return
     history = History(io, generations, [])
-    unfinished = replace(new_commit(layout, np.empty((0, 2), np.uint64), last, last, "sync", 0), replaced=replaced)
+    unfinished = replace(new_commit(layout, "", last, last, "sync", 0), replaced=replaced)
     try:
         apply_again(io, directory, history, layout, unfinished)
     except CheckpointCorrupt as error:

@@ -43,6 +43,7 @@ class Arena:
         self._chunks: list[Bytes] = []
         self._chunk = 0
         self._used = 0
+        self._scratch: dict[str, Bytes] = {}
         self.allocate: Callable[[int], Bytes] = lambda nbytes: np.empty(nbytes, np.uint8)
 
     def take(self, nbytes: int) -> Bytes | None:  # (nbytes,)
@@ -65,6 +66,12 @@ class Arena:
             chunk[::4096] = 0  # a page
             self._chunks.append(chunk)
 
+    def scratch(self, name: str, nbytes: int) -> Bytes:  # (nbytes,)
+        """A buffer beside the budget, the same at each call for a name: for what is known of blocks, not in them."""
+        if len(self._scratch.get(name, b"")) < nbytes:
+            self._scratch[name] = self.allocate(nbytes)
+        return self._scratch[name][:nbytes]
+
     def reset(self) -> None:
         """Take every buffer back."""
         self._chunk = self._used = 0
@@ -77,7 +84,7 @@ class Arena:
     @property
     def allocated(self) -> int:
         """Bytes held."""
-        return sum(map(len, self._chunks))
+        return sum(map(len, (*self._chunks, *self._scratch.values())))
 
 
 @dataclass
@@ -99,7 +106,7 @@ class Stage:
         self.frames: list[StagedFrame] = []
         self.nbytes = 0
         self.blocks = 0
-        self._arena = arena
+        self.arena = arena
         self._io = io
         self._spill_path = spill_path
         self._spill: Handle | None = None
@@ -110,10 +117,10 @@ class Stage:
         for start in range(0, len(blocks), FRAME_BLOCKS):
             part = blocks[start : start + FRAME_BLOCKS]
             nbytes = bytes_of(spec, part)
-            buffer = self._arena.take(nbytes)
+            buffer = self.arena.take(nbytes)
             frame = StagedFrame(spec, part, table[start : start + FRAME_BLOCKS], nbytes, buffer)
             if buffer is None:
-                buffer = self._arena.bounce[:nbytes]
+                buffer = self.arena.bounce[:nbytes]
                 yield frame, buffer
                 self._write_spill(frame, buffer)
             else:
@@ -140,7 +147,7 @@ class Stage:
     def close(self) -> None:
         """Forget everything; the memory goes back to the arena."""
         self.frames = []
-        self._arena.reset()
+        self.arena.reset()
         if self._spill is not None:
             self._spill.close()
             self._io.unlink(self._spill_path)

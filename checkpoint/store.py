@@ -43,7 +43,7 @@ from hogwild.checkpoint.reports import RestoreReport, RollbackReport, SyncReport
 from hogwild.checkpoint.salvage import begin_anew, damage_explained
 from hogwild.checkpoint.snapshot import Snapshot, stage_difference
 from hogwild.checkpoint.stage import Arena, Stage, available_memory
-from hogwild.checkpoint.transaction import Written, apply, apply_again, write_logs
+from hogwild.checkpoint.transaction import Written, apply, apply_again, staged_by_file, write_logs
 from hogwild.errors import CheckpointCorrupt, CheckpointError, CheckpointForeign, Conflict, NotFound
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ class CheckpointStore:
         table = file_table(self._io, self.directory, self.layout)
         self._known.keep_all(self.layout, stamps)
         self._history = History(self._io, self._generations, [])
-        self._history.add(new_commit(self.layout, table, 0, 0, "clone", 0), np.arange(len(table)), table)
+        self._history.add(new_commit(self.layout, table_digest(table), 0, 0, "clone", 0), np.arange(len(table)), table)
 
     def _recover(self, patience: float = math.inf) -> None:
         """Read the generations; put the last one's contents in place if they are not; remove what was not committed."""
@@ -276,6 +276,10 @@ class CheckpointStore:
         live.check_views(self.layout, views)
         self._pin_memory(views)
         self._arena.reserve(sum(self.layout.by_name[name].nbytes for name in views))
+        if on_device := {name: view for name, view in views.items() if view.device.type == "cuda"}:
+            from hogwild.checkpoint import device
+
+            device.reserve(on_device, self._arena)
 
     def _pin_memory(self, views: "Views") -> None:
         """Staging memory that a GPU copies into, unless there is some already."""
@@ -364,8 +368,8 @@ class CheckpointStore:
 
     def _next(self, kind: Kind, weight_version: int) -> Commit:
         """The record of the generation after the head, before its contents are known."""
-        head = self.head.generation
-        return new_commit(self.layout, self._table, head + 1, head, kind, weight_version)
+        head = self.head
+        return new_commit(self.layout, head.fingerprints, head.generation + 1, head.generation, kind, weight_version)
 
     def _new_stage(self) -> Stage:
         return Stage(self._arena, self._io, self._generations / "stage.spill")
@@ -426,12 +430,9 @@ class CheckpointStore:
         self._table = table
         with self._readers.alone() as alone:
             if alone:
-                frames = (
-                    (frame.spec, frame.blocks, stage.read(frame))
-                    for frame in stage.frames
-                    if frame.spec.file not in logs.replaced
+                done.bytes += apply(
+                    self._io, self.directory, self._generations, commit, staged_by_file(stage, logs.replaced)
                 )
-                done.bytes += apply(self._io, self.directory, self._generations, commit, frames)
                 self._io.unlink(self._history.path(commit.generation, "redo"))
                 done.applied = True
                 self._known.note_written(self.directory, self.layout, stage.frames, logs.known)
@@ -646,7 +647,7 @@ class CheckpointStore:
                     return head
                 generation = head.generation + 1
                 version = head.weight_version + 1 if weight_version is None else weight_version
-                commit = new_commit(layout, table, generation, generation, "adopt", version)
+                commit = new_commit(layout, table_digest(table), generation, generation, "adopt", version)
                 self._stale = True
                 self._history.add(replace(commit, base_model=head.base_model), np.arange(len(table)), table)
                 self._recover()

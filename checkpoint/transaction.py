@@ -19,12 +19,12 @@ import functools
 import os
 import stat
 import struct
-import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import xxhash
@@ -35,13 +35,16 @@ from hogwild.checkpoint.constants import BLOCK, REDO_MAGIC, REPLACE_SHARE, UNDO_
 from hogwild.checkpoint.durable import FileIo, Handle
 from hogwild.checkpoint.filesystem import FileSystem
 from hogwild.checkpoint.fingerprints import Bytes, Indices, Table
-from hogwild.checkpoint.frames import FrameFile, FrameWriter
+from hogwild.checkpoint.frames import FrameFile, FrameInfo, FrameWriter
 from hogwild.checkpoint.history import History
 from hogwild.checkpoint.known import KnownFiles
 from hogwild.checkpoint.layout import Layout, TensorSpec
 from hogwild.checkpoint.records import Commit
 from hogwild.checkpoint.stage import Stage, StagedFrame
 from hogwild.errors import CheckpointForeign
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 ENCODERS = min(8, os.cpu_count() or 1)
 """Threads that read and compress old contents, about 0.5 GB/s each: eight keep up with a fast NVMe disk."""
@@ -195,7 +198,8 @@ def write_logs(
             redo.finish()
             logs.redo = True
             logs.bytes_written += redo.bytes
-        fsync_all(to_sync)
+        # At once: the file system can then put them into one journal commit.
+        side_by_side(lambda handle: handle.fsync(), to_sync)
         # The names too: nothing says that the commit record's name, made later, becomes durable later.
         io.fsync_dir(generations)
     finally:
@@ -218,32 +222,31 @@ def check_header(handle: Handle, size: int, header: str) -> None:
         )
 
 
-def fsync_all(handles: list[Handle]) -> None:
-    """fsync several files at once: the file system can then put them into one journal commit."""
-    if len(handles) == 1:
-        handles[0].fsync()
-        return
-    failures: list[BaseException] = []
-
-    def sync(handle: Handle) -> None:
-        try:
-            handle.fsync()
-        except BaseException as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=sync, args=(handle,)) for handle in handles]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise failures[0]
+def side_by_side(work: Callable[[T], R], items: Collection[T]) -> list[R]:
+    """`work` on each item, in threads of their own; raises what one of them raised when all are done."""
+    if len(items) < 2:
+        return [work(item) for item in items]
+    with ThreadPoolExecutor(min(len(items), 16)) as pool:
+        return list(pool.map(work, items))
 
 
 def of_file(frames: Iterable[StagedFrame], name: str) -> list[StagedFrame]:
     """The frames of a file, in the order of their places in it."""
     mine = (frame for frame in frames if frame.spec.file == name)
     return sorted(mine, key=lambda frame: (frame.spec.number, frame.blocks[0]))
+
+
+def staged_by_file(
+    stage: Stage, without: Collection[str]
+) -> dict[str, Iterator[tuple[TensorSpec, Indices, Bytes]]]:
+    """What `apply` writes in place: file → tensor, block numbers and new contents; not for files in `without`."""
+    names = {frame.spec.file for frame in stage.frames} - set(without)
+
+    def contents(name: str) -> Iterator[tuple[TensorSpec, Indices, Bytes]]:
+        for frame in of_file(stage.frames, name):
+            yield frame.spec, frame.blocks, stage.read(frame)
+
+    return {name: contents(name) for name in sorted(names)}
 
 
 def _checked(old: Handle, table: Table, frame: StagedFrame, out: Bytes) -> Bytes:
@@ -301,26 +304,25 @@ def apply(
     directory: Path,
     generations: Path,
     commit: Commit,
-    frames: Iterable[tuple[TensorSpec, Indices, Bytes]],
+    in_place: Mapping[str, Iterable[tuple[TensorSpec, Indices, Bytes]]],
 ) -> int:
     """Bring a committed generation into the checkpoint's files and fsync them; the number of bytes written.
 
-    `frames`: tensor, block numbers and new contents of everything that is written in place. Doing it again is harmless.
-    Old files that undo data is still to be made of get their second name before their first one is taken.
+    `in_place`: by file, tensor, block numbers and new contents of everything that is written there; files side by side.
+    Doing it again is harmless. Old files that undo data is still to be made of get their second name before their first
+    one is taken.
     """
-    handles: dict[str, Handle] = {}
-    written = 0
-    try:
-        for spec, blocks, data in frames:
-            if spec.file not in handles:
-                handles[spec.file] = _own(io, directory / spec.file, generations / f"{spec.file}.tmp")
-            write_blocks(handles[spec.file], spec, blocks, data)
-            written += len(data)
-        if handles:
-            fsync_all(list(handles.values()))
-    finally:
-        for handle in handles.values():
-            handle.close()
+
+    def write(file: str) -> int:
+        written = 0
+        with _own(io, directory / file, generations / f"{file}.tmp") as handle:
+            for spec, blocks, data in in_place[file]:
+                write_blocks(handle, spec, blocks, data)
+                written += len(data)
+            handle.fsync()
+        return written
+
+    written = sum(side_by_side(write, in_place))
     pending = {file: temp for file, temp in commit.replaced.items() if (generations / temp).exists()}
     kept = {file: commit.deferred[file] for file in pending if file in commit.deferred}
     for file, name in kept.items():
@@ -356,10 +358,16 @@ def apply_again(io: FileIo, directory: Path, history: History, layout: Layout, c
     redo_path = history.path(commit.generation, "redo")
     if redo_path.exists():
         with FrameFile(io, redo_path, REDO_MAGIC, commit.generation, commit.layout) as redo:
-            frames = (
-                (layout.tensors[info.tensor], info.numbers, np.frombuffer(payload, np.uint8)) for info, payload in redo
-            )
-            apply(io, directory, redo_path.parent, commit, frames)
+            by_file: dict[str, list[FrameInfo]] = {}
+            for info in redo.frames:
+                by_file.setdefault(layout.tensors[info.tensor].file, []).append(info)
+
+            def contents(infos: list[FrameInfo]) -> Iterator[tuple[TensorSpec, Indices, Bytes]]:
+                for info in infos:
+                    yield layout.tensors[info.tensor], info.numbers, np.frombuffer(redo.load(info), np.uint8)
+
+            in_place = {file: contents(infos) for file, infos in by_file.items()}
+            apply(io, directory, redo_path.parent, commit, in_place)
     else:
-        apply(io, directory, redo_path.parent, commit, ())
+        apply(io, directory, redo_path.parent, commit, {})
     io.unlink(redo_path)
