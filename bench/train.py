@@ -139,7 +139,8 @@ def run_ours(args: argparse.Namespace, model: Any, kind: str, options: set[str],
 
 
 def kernels_of(trainer: Any, samples: list[Any], config: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """What one more step spends the device's time on: the most expensive kernels, with the sum of all."""
+    """What one more step spends the device's time on: the most expensive kernels, with the sum of all; on CUDA also when
+    it had nothing to do, by what came after."""
     from torch.profiler import ProfilerActivity, profile
 
     cuda = args.device == "cuda"
@@ -150,7 +151,23 @@ def kernels_of(trainer: Any, samples: list[Any], config: Any, args: argparse.Nam
     times = [(getattr(e, field), e.count, e.key) for e in found.key_averages()]
     rows = sorted(times, reverse=True)[: args.kernels]
     all_of_them = (sum(t for t, _, _ in times), sum(n for _, n, _ in times), "all")
-    return [{"name": name[:160], "ms": t / 1e3, "count": n} for t, n, name in (all_of_them, *rows)]
+    rows = [all_of_them, *rows, *(idle_before(found.events()) if cuda else [])]
+    return [{"name": name[:160], "ms": t / 1e3, "count": n} for t, n, name in rows]
+
+
+def idle_before(events: Any) -> list[tuple[float, int, str]]:
+    """(µs, times, name) of the ten longest idle times of the device, by the kernel that ended them, after their sum."""
+    on_device = sorted(
+        (e.time_range.start, e.time_range.end, e.name) for e in events if e.device_type == torch.autograd.DeviceType.CUDA
+    )
+    idle: dict[str, list[float]] = {}
+    until = on_device[0][0] if on_device else 0.0
+    for start, end, name in on_device:
+        if start > until:
+            idle.setdefault(name, []).append(start - until)
+        until = max(until, end)
+    rows = sorted(((sum(gaps), len(gaps), f"idle before {name}") for name, gaps in idle.items()), reverse=True)
+    return [(sum(t for t, _, _ in rows), sum(n for _, n, _ in rows), "idle"), *rows[:10]]
 
 
 def hf_batch(args: argparse.Namespace, row: list[list[int]]) -> dict[str, list[int]]:

@@ -18,9 +18,12 @@ from hogwild.gpu_worker.inplace import MIX_1, MIX_2
 
 # Elements of a tile: enough loads in flight for each thread to hide memory latency, few enough to stay in registers.
 TILE = 4096
-# Programs of the measuring kernel, about: four waves on 132 multiprocessors. Fewer would leave the card idle, more
-# would make adding up the partial sums a cost of its own.
-MEASURE_PROGRAMS = 528
+# Of the measuring kernel, by the direction in which memory runs: rows and columns of a tile, tiles under way at once,
+# and about how many programs. Tried out on an H100, whose memory they keep busy to two thirds.
+MEASURE_BY_ROWS = (8, 512, 2, 528)
+MEASURE_BY_COLUMNS = (256, 16, 4, 1056)
+# Elements of a vector up to which one program does all of its update.
+VECTOR = 8192
 
 
 @triton.jit
@@ -82,6 +85,17 @@ def _scaled_update(
     tl.store(at, new.to(p.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _adamw(old, slope, mean, square, taken, lr, beta1, beta2, eps, decay):
+    """New weight and moments, float32, in the step that `taken` counts already."""
+    mean = mean + (1.0 - beta1) * (slope - mean)
+    square = beta2 * square + (1.0 - beta2) * slope * slope
+    bias1 = 1.0 - tl.exp2(taken * tl.log2(beta1))
+    bias2 = 1.0 - tl.exp2(taken * tl.log2(beta2))
+    new = old * (1.0 - decay) - (lr / bias1) * mean / (tl.sqrt(square) / tl.sqrt(bias2) + eps)
+    return new, mean, square
+
+
 @triton.jit(do_not_specialize=["lr", "decay", "key_low", "key_high"])
 def _adamw_update(
     p, g, first, second, step, ok, lr, beta1, beta2, eps, decay, key_low, key_high, m, n,
@@ -103,14 +117,35 @@ def _adamw_update(
     slope = tl.load(g + b * g_b + rows * g_m + cols * g_n, mask=inside, other=0.0).to(tl.float32)
     mean = tl.load(first + index, mask=inside, other=0.0)
     square = tl.load(second + index, mask=inside, other=0.0)
-    mean = mean + (1.0 - beta1) * (slope - mean)
-    square = beta2 * square + (1.0 - beta2) * slope * slope
+    new, mean, square = _adamw(old, slope, mean, square, tl.load(step), lr, beta1, beta2, eps, decay)
     tl.store(first + index, mean, mask=inside)
     tl.store(second + index, square, mask=inside)
-    taken = tl.load(step)
-    bias1 = 1.0 - tl.exp2(taken * tl.log2(beta1))
-    bias2 = 1.0 - tl.exp2(taken * tl.log2(beta2))
-    new = old * (1.0 - decay) - (lr / bias1) * mean / (tl.sqrt(square) / tl.sqrt(bias2) + eps)
+    new = _rounded(new, old, index, key_low, key_high, STOCHASTIC, MIX_A, MIX_B)
+    tl.store(at, new.to(p.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["lr", "decay", "key_low", "key_high"])
+def _adamw_vector(
+    p, g, first, second, step, total, lr, beta1, beta2, eps, decay, key_low, key_high, n, p_n, g_n,
+    BLOCK: tl.constexpr, STOCHASTIC: tl.constexpr, MIX_A: tl.constexpr, MIX_B: tl.constexpr,
+):  # fmt: skip
+    """All of a vector's update, the check of its gradient included, by one program."""
+    index = tl.arange(0, BLOCK)
+    inside = index < n
+    slope = tl.load(g + index.to(tl.int64) * g_n, mask=inside, other=0.0).to(tl.float32)
+    squares = tl.sum(slope * slope, 0)
+    good = squares - squares == 0.0
+    tl.store(total, squares)
+    taken = tl.load(step) + tl.where(good, 1.0, 0.0)
+    tl.store(step, taken)
+    inside = inside & good
+    at = p + index.to(tl.int64) * p_n
+    old = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    mean = tl.load(first + index, mask=inside, other=0.0)
+    square = tl.load(second + index, mask=inside, other=0.0)
+    new, mean, square = _adamw(old, slope, mean, square, taken, lr, beta1, beta2, eps, decay)
+    tl.store(first + index, mean, mask=inside)
+    tl.store(second + index, square, mask=inside)
     new = _rounded(new, old, index, key_low, key_high, STOCHASTIC, MIX_A, MIX_B)
     tl.store(at, new.to(p.dtype.element_ty), mask=inside)
 
@@ -118,7 +153,7 @@ def _adamw_update(
 @triton.jit
 def _measure(
     g, projection, squares, dots, m, n, g_b, g_m, g_n, rows_each,
-    ROWS: tl.constexpr, COLS: tl.constexpr, PROJECT: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr, PROJECT: tl.constexpr,
 ):  # fmt: skip
     """One pass over G (B, m, n): partial column sums of g² and of P g, for a slice of the rows.
 
@@ -130,7 +165,7 @@ def _measure(
     wide = cols.to(tl.int64)[None, :]
     square = tl.zeros((ROWS, COLS), tl.float32)
     dot = tl.zeros((ROWS, COLS), tl.float32)
-    for start in range(0, rows_each, ROWS):
+    for start in tl.range(0, rows_each, ROWS, num_stages=STAGES):
         rows = part * rows_each + start + tl.arange(0, ROWS)
         inside = (start + tl.arange(0, ROWS) < rows_each)[:, None] & (rows < m)[:, None] & (cols < n)[None, :]
         slope = tl.load(g + b * g_b + rows.to(tl.int64)[:, None] * g_m + wide * g_n, mask=inside, other=0.0)
@@ -144,20 +179,36 @@ def _measure(
         tl.store(dots + out, tl.sum(dot, 0), mask=cols < n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rate"])
 def _mini_moments(
-    dots, squares, first, second, norm, step, ok, coefficient, n, beta1, beta2, eps, growth, BLOCK: tl.constexpr
-):
-    """Rank-1, tensor-wise APOLLO for one matrix of the stack: moments, factor, limiter. All sums in a fixed order."""
+    dots, squares, first, second, norm, step, total, ok, coefficient, n, rate, beta1, beta2, eps, growth,
+    BLOCK: tl.constexpr, ALONE: tl.constexpr,
+):  # fmt: skip
+    """Rank-1, tensor-wise APOLLO for one matrix of the stack: moments, factor, limiter. All sums in a fixed order.
+
+    ALONE: the only matrix; whether its gradient is finite is found out here, and the step is counted.
+    """
     b = tl.program_id(0).to(tl.int64)
-    good = tl.load(ok).to(tl.int32) != 0
-    readable = tl.where(good, n, 0)  # a bad gradient is not even looked at
     taken = tl.load(step)
+    if ALONE:
+        summed = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, n, BLOCK):
+            cols = start + tl.arange(0, BLOCK)
+            summed += tl.load(squares + cols, mask=cols < n, other=0.0)
+        everything = tl.sum(summed, 0)
+        good = everything - everything == 0.0
+        taken += tl.where(good, 1.0, 0.0)
+        tl.store(total, everything)
+        tl.store(ok, good)
+        tl.store(step, taken)
+    else:
+        good = tl.load(ok).to(tl.int32) != 0
+    readable = tl.where(good, n, 0)  # a bad gradient is not even looked at
     bias1 = 1.0 - tl.exp2(taken * tl.log2(beta1))
     bias2 = 1.0 - tl.exp2(taken * tl.log2(beta2))
     before = tl.zeros((BLOCK,), tl.float32)
     after = tl.zeros((BLOCK,), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
+    own = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, n, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         inside = cols < readable
@@ -172,14 +223,14 @@ def _mini_moments(
         adapted = (mean / bias1) / (tl.sqrt(square / bias2) + eps)
         before += r * r
         after += adapted * adapted
-        total += tl.load(squares + at, mask=inside, other=0.0)
+        own += tl.load(squares + at, mask=inside, other=0.0)
     before_norm = tl.sqrt(tl.sum(before, 0))
     factor = tl.where(before_norm > 0, tl.sqrt(tl.sum(after, 0)) / before_norm, 0.0)
-    now = factor * tl.sqrt(tl.sum(total, 0))
+    now = factor * tl.sqrt(tl.sum(own, 0))
     last = tl.load(norm + b)
     limit = tl.where((last > 0) & (now > growth * last), growth * last / now, 1.0)
     tl.store(norm + b, tl.where(now > 0, now * limit, last), mask=good)
-    tl.store(coefficient + b, factor * limit)
+    tl.store(coefficient + b, factor * limit * rate)
 
 
 def scaled_update_(p: Tensor, g: Tensor, coefficient: Tensor, decay: float, key: int, ok: Tensor) -> None:
@@ -207,6 +258,21 @@ def adamw_update_(
     )  # fmt: skip
 
 
+def adamw_vector_(
+    p: Tensor, g: Tensor, m: Tensor, v: Tensor, step: Tensor, *, lr: float, betas: tuple[float, float], eps: float,
+    decay: float, key: int,
+) -> Tensor:  # fmt: skip
+    """A whole guarded AdamW update of a (1, 1, n) vector, n up to `VECTOR`; returns Σ g² (scalar)."""
+    total = torch.empty((), dtype=torch.float32, device=p.device)
+    n = p.shape[2]
+    _adamw_vector[(1,)](
+        p, g, m, v, step, total, lr, betas[0], betas[1], eps, decay, key & 0xFFFFFFFF, key >> 32, n,
+        p.stride(2), g.stride(2), BLOCK=triton.next_power_of_2(n), STOCHASTIC=p.dtype == torch.bfloat16,
+        MIX_A=MIX_1, MIX_B=MIX_2, num_warps=8,
+    )  # fmt: skip
+    return total
+
+
 def column_sums(g: Tensor, projection: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Σᵢ g² and Σᵢ Pᵢ g for each column of (B, m, n), in one read of g.
 
@@ -217,26 +283,26 @@ def column_sums(g: Tensor, projection: Tensor | None) -> tuple[Tensor, Tensor | 
         (B, n) float32 each; the second is None without a projection.
     """
     stacked, m, n = g.shape
-    # Tiles follow the direction in which memory runs.
-    rows, cols = (16, 256) if g.stride(2) <= g.stride(1) else (256, 16)
+    rows, cols, stages, programs = MEASURE_BY_ROWS if g.stride(2) <= g.stride(1) else MEASURE_BY_COLUMNS
     column_tiles = triton.cdiv(n, cols)
-    parts = max(1, min(triton.cdiv(m, rows), MEASURE_PROGRAMS // max(1, column_tiles * stacked)))
+    parts = max(1, min(triton.cdiv(m, rows), programs // max(1, column_tiles * stacked)))
     rows_each = triton.cdiv(triton.cdiv(m, parts), rows) * rows
     parts = triton.cdiv(m, rows_each)
-    squares = torch.empty(stacked, parts, n, dtype=torch.float32, device=g.device)
-    dots = squares if projection is None else torch.empty_like(squares)
+    project = projection is not None
+    partial = torch.empty(1 + project, stacked, parts, n, dtype=torch.float32, device=g.device)
     _measure[(column_tiles, parts, stacked)](
-        g, squares if projection is None else projection, squares, dots, m, n, *g.stride(), rows_each,
-        ROWS=rows, COLS=cols, PROJECT=projection is not None, num_warps=8,
+        g, projection if project else partial, partial[0], partial[-1], m, n, *g.stride(), rows_each,
+        ROWS=rows, COLS=cols, STAGES=stages, PROJECT=project, num_warps=4,
     )  # fmt: skip
-    return squares.sum(1), None if projection is None else dots.sum(1)
+    sums = partial.sum(2)
+    return sums[0], sums[1] if project else None
 
 
 def mini_coefficient(
     g: Tensor, projection: Tensor | None, state: dict[str, Tensor], *, betas: tuple[float, float], eps: float,
-    growth: float,
+    growth: float, rate: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """APOLLO-Mini's limited factor for (B, m, n) gradients; updates the state.
+    """APOLLO-Mini's limited factor for (B, m, n) gradients, times `rate`; updates the state.
 
     Args:
         projection: (1, m) float32; None: m is 1 and G is its own projection.
@@ -246,13 +312,18 @@ def mini_coefficient(
     """
     stacked, _, n = g.shape
     squares, dots = column_sums(g, projection)
-    total = squares.sum()
-    ok = total.isfinite()
-    state["step"].add_(ok)
+    if stacked == 1:  # the usual case takes three launches, which hundreds of tensors a step do notice
+        total = torch.empty((), dtype=torch.float32, device=g.device)
+        ok = torch.empty((), dtype=torch.bool, device=g.device)
+    else:
+        total = squares.sum()
+        ok = total.isfinite()
+        state["step"].add_(ok)
     coefficient = torch.empty(stacked, 1, 1, dtype=torch.float32, device=g.device)
     _mini_moments[(stacked,)](
         g.float().contiguous() if dots is None else dots, squares, state["m"], state["v"], state["norm"],
-        state["step"], ok, coefficient, n, betas[0], betas[1], eps, growth, BLOCK=4096, num_warps=8,
+        state["step"], total, ok, coefficient, n, rate, betas[0], betas[1], eps, growth,
+        BLOCK=4096, ALONE=stacked == 1, num_warps=8,
     )  # fmt: skip
     return coefficient, total, ok
 

@@ -70,6 +70,12 @@ class Apollo(Optimizer):
         self.tensor_wise = tensor_wise
         self.scale = scale
         self.projection_seed = projection_seed
+        self._drawn: dict[str, tuple[int, Tensor]] = {}  # Mini on CUDA: epoch, P
+
+    @property
+    def _epoch(self) -> int:
+        """How often projections were drawn anew."""
+        return (self.steps - 1) // UPDATE_PROJECTION_EVERY
 
     def settings(self) -> dict[str, str]:
         return {
@@ -109,25 +115,24 @@ class Apollo(Optimizer):
         # Columns are the channels: the larger side. A wide-enough transpose is only another view.
         transposed = p.shape[1] > p.shape[2]
         columns = g.mT if transposed else g
+        small = columns.shape[1]
+        scale = self.scale if self.scale is not None else math.sqrt(small / min(self.rank_of(name), small))
+        rate = self.lr * scale
         if use_kernels(p) and self.is_tensor_wise(name):
-            coefficient, total, ok = self._kernel_coefficient(name, columns, state)
+            coefficient, total, ok = self._kernel_coefficient(name, columns, state, rate)
         else:
             squares = self._squares_of(name, columns)
             total = squares.sum()
             ok = total.isfinite()  # a sum of squares is finite exactly when the gradient can be used
             if not use_kernels(p) and not bool(ok):
                 return total
-            coefficient = self._coefficient(self._project(name, columns), squares, state, ok)
-        small = columns.shape[1]
-        scale = self.scale if self.scale is not None else math.sqrt(small / min(self.rank_of(name), small))
-        coefficient = coefficient.mul_(self.lr * scale)
+            coefficient = self._coefficient(self._project(name, columns), squares, state, ok).mul_(rate)
         scaled_update_(p, g, coefficient.mT if transposed else coefficient, self.lr * weight_decay, key, ok)
         return total
 
     def projection(self, name: str, small: int, like: Tensor) -> Tensor:
-        """P, (r, small) float32 on `like`'s device: drawn from its seed every time, so that it is never stored."""
-        epoch = (self.steps - 1) // UPDATE_PROJECTION_EVERY
-        seed = hashlib.blake2b(f"{self.projection_seed}/{epoch}/{name}".encode(), digest_size=8).digest()
+        """P, (r, small) float32 on `like`'s device: drawn from its seed, so that it is never saved."""
+        seed = hashlib.blake2b(f"{self.projection_seed}/{self._epoch}/{name}".encode(), digest_size=8).digest()
         generator = torch.Generator(like.device).manual_seed(int.from_bytes(seed, "little") >> 1)
         rank = self.rank_of(name)
         return torch.randn(rank, small, generator=generator, device=like.device).mul_(rank**-0.5)
@@ -174,12 +179,20 @@ class Apollo(Optimizer):
         last.copy_(torch.where(ok & (norm > 0), norm * factor, last))
         return factor
 
-    def _kernel_coefficient(self, name: str, g: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor]:
-        """The same for Mini on CUDA: the gradient is read once for projection, norm and check."""
+    def _kernel_coefficient(
+        self, name: str, g: Tensor, state: State, rate: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`rate` times the same for Mini on CUDA: the gradient is read once for projection, norm and check."""
         from hogwild.gpu_worker import kernels
 
-        projection = self.projection(name, g.shape[1], g) if self.rank < g.shape[1] else None
-        return kernels.mini_coefficient(g, projection, state, betas=BETAS, eps=EPS, growth=NORM_GROWTH)
+        projection = None
+        if self.rank < g.shape[1]:
+            # One row of a matrix' size: kept while it holds, because drawing it takes as many launches as the update.
+            drawn = self._drawn.get(name)
+            if drawn is None or drawn[0] != self._epoch:
+                drawn = self._drawn[name] = self._epoch, self.projection(name, g.shape[1], g)
+            projection = drawn[1]
+        return kernels.mini_coefficient(g, projection, state, betas=BETAS, eps=EPS, growth=NORM_GROWTH, rate=rate)
 
 
 class ApolloMini(Apollo):

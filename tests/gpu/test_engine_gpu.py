@@ -78,7 +78,7 @@ def test_mini_factor_is_that_of_the_torch_code(shape: Any) -> None:
         r = optimizer.projection("w", columns.shape[1], g) @ columns.float()
         total = optimizer._squares_of("w", columns)
         expected = optimizer._coefficient(r, total, a, torch.tensor(True, device="cuda"))
-        got, squares, ok = optimizer._kernel_coefficient("w", columns, b)
+        got, squares, ok = optimizer._kernel_coefficient("w", columns, b, 1.0)
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=0)
         torch.testing.assert_close(squares, inplace.sum_of_squares(g), rtol=1e-4, atol=0)
         assert bool(ok)

@@ -55,8 +55,8 @@ def compare_mini(shape: tuple[int, int, int], dtype: torch.dtype, *, transposed:
         expected = optimizer._coefficient(
             optimizer.projection("w", m, g) @ g.float(), optimizer._squares_of("w", g), torch_state, torch.tensor(True)
         )
-        got, squares, ok = optimizer._kernel_coefficient("w", g, kernel_state)
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=0)
+        got, squares, ok = optimizer._kernel_coefficient("w", g, kernel_state, 0.5)
+        torch.testing.assert_close(got, 0.5 * expected, rtol=1e-4, atol=0)
         torch.testing.assert_close(squares, inplace.sum_of_squares(g), rtol=1e-4, atol=0)
         if not ok:
             raise SystemExit("a good gradient was refused")
@@ -64,7 +64,7 @@ def compare_mini(shape: tuple[int, int, int], dtype: torch.dtype, *, transposed:
         torch.testing.assert_close(kernel_state[key], value, rtol=1e-3, atol=1e-5)
     before = {k: t.clone() for k, t in kernel_state.items()}
     g[0, 1, 1] = float("inf")
-    _, _, ok = optimizer._kernel_coefficient("w", g, kernel_state)
+    _, _, ok = optimizer._kernel_coefficient("w", g, kernel_state, 0.5)
     if ok or not all(torch.equal(t, kernel_state[k]) for k, t in before.items()):
         raise SystemExit("a bad gradient changed the state")
 
@@ -80,7 +80,7 @@ def compare_channels(shape: tuple[int, int, int], dtype: torch.dtype, *, transpo
             for poison in (False, False, False, True):
                 g = torch.randn(shape, generator=generator).to(dtype)
                 if poison:
-                    g[0, 1, 1] = float("inf")
+                    g[0, -1, 1] = float("inf")
                     before = weights[by_kernels].clone(), {k: t.clone() for k, t in optimizer.state["w"].items()}
                 optimizer.begin_step(1e-2)
                 optimizer.step_param("w", weights[by_kernels], g)
@@ -106,10 +106,11 @@ if __name__ == "__main__":
         for transpose in (False, True):
             compare((1, 37, 70), kind, transposed=transpose)
             compare_mini((2, 17, 70), kind, transposed=transpose)
+            compare_mini((1, 33, 70), kind, transposed=transpose)
         compare((2, 9, 12), kind, transposed=False)
         compare((1, 1, 300), kind, transposed=False)
     for kind in (torch.float32, torch.bfloat16):
-        for shape in ((1, 20, 70), (2, 40, 17)):
+        for shape in ((1, 20, 70), (2, 40, 17), (1, 1, 70)):
             compare_channels(shape, kind, transposed=False)
             compare_channels(shape, kind, transposed=True)
     print("compared")
