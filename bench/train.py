@@ -157,9 +157,8 @@ def kernels_of(trainer: Any, samples: list[Any], config: Any, args: argparse.Nam
 
 def idle_before(events: Any) -> list[tuple[float, int, str]]:
     """(µs, times, name) of the ten longest idle times of the device, by the kernel that ended them, after their sum."""
-    on_device = sorted(
-        (e.time_range.start, e.time_range.end, e.name) for e in events if e.device_type == torch.autograd.DeviceType.CUDA
-    )
+    cuda = torch.autograd.DeviceType.CUDA
+    on_device = sorted((e.time_range.start, e.time_range.end, e.name) for e in events if e.device_type == cuda)
     idle: dict[str, list[float]] = {}
     until = on_device[0][0] if on_device else 0.0
     for start, end, name in on_device:
