@@ -24,6 +24,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 
 from hogwild.config import Settings  # noqa: E402 - after the skip
+from hogwild.manifest import manifest_path  # noqa: E402
 from hogwild.stack.up import Stack  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -151,6 +152,43 @@ def test_killed_workers_cost_vllm_no_memory(live: Live, memory_of: Callable[[int
     assert live.status()["weight_version"] == version
     assert live.complete() == answer
     assert live.train(steps=1, learning_rate=1e-6)["state"] == "succeeded"
+
+
+def test_twenty_consumers_killed_one_after_the_other_cost_vllm_no_memory(
+    live: Live, memory_of: Callable[[int], int]
+) -> None:
+    """What of a worker touches vLLM's memory, without the minute that a whole worker takes to start."""
+    manifest = manifest_path(live.stack.settings.model_runtime_dir)
+    # Forked before CUDA is touched: many processes, one import of torch.
+    code = f"""
+import os
+from pathlib import Path
+import torch
+from hogwild.gpu_worker.attach import open_views
+from hogwild.manifest import Manifest
+for n in range(21):
+    child = os.fork()
+    if child == 0:
+        with open_views(Manifest.load(Path({str(manifest)!r}))) as views:
+            sum(float(view.float().sum()) for view in views.values())
+            os.kill(os.getpid(), 9)
+    print(os.waitpid(child, 0)[1], flush=True)
+    input()
+"""
+    answer, used = live.complete(), []
+    # As the worker itself: under the stack's MPS daemon, where there is one.
+    consumers = subprocess.Popen([sys.executable, "-c", code], env=psutil.Process(live.pid("worker")).environ(),
+                                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # fmt: skip
+    assert consumers.stdin is not None and consumers.stdout is not None
+    for _ in range(21):
+        assert consumers.stdout.readline() == "9\n"
+        used.append(memory_of(live.pid("vllm")))
+        consumers.stdin.write("\n")
+        consumers.stdin.flush()
+    consumers.communicate()
+    print("MiB that vLLM holds after each", used)
+    assert min(used) == max(used) > 0
+    assert live.complete() == answer
 
 
 def test_vllm_killed_while_attached_loses_nothing(live: Live) -> None:
