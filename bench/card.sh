@@ -4,8 +4,8 @@
 #     bench/card.sh OUT TOKENIZER [SECONDS]
 #
 # OUT gets a log and the results of each part; TOKENIZER is a directory with a tokenizer for the random models; after
-# SECONDS everything that still runs is ended. With two cards the first measures serving beside training, the second does
-# the rest; with one, one after the other. About an hour in all; ONLY=stack,train,… runs just those parts.
+# SECONDS everything that still runs is ended. With two cards the first measures serving beside training and checkpoints,
+# the second does the rest; with one, one after the other. About an hour in all; ONLY=stack,train,… runs just those parts.
 set -uo pipefail
 out=$(realpath -m "${1:?usage: bench/card.sh OUT TOKENIZER [SECONDS]}"); tok=$(realpath "$2"); limit=${3:-7200}
 mkdir -p "$out"; cd "$(dirname "$0")/.."
@@ -29,8 +29,15 @@ serving() { # of one card
   part timeslice 500 "${coserve[@]}" --parts timeslice --append --streams 16
 }
 
+disk() {
+  export CUDA_VISIBLE_DEVICES=$1
+  part checkpoint 400 python3 bench/checkpoint.py --device cuda --mb 16000 --lean --repeats 1 --shares 0.01 1.0 \
+    --only ${CHECKPOINT:-hogwild save_file save_safely} --directory "$out/disk" --out "$out/checkpoint.json"
+  rm -rf "$out/disk"
+}
+
 functions() {
-  export CUDA_VISIBLE_DEVICES=$1 HOGWILD_TOKENIZER=$tok HOGWILD_GPU_RESTARTS=5
+  export CUDA_VISIBLE_DEVICES=$1 HOGWILD_TOKENIZER=$tok HOGWILD_GPU_RESTARTS=${RESTARTS:-5}
   local waited=()
   part architectures 240 python3 tests/acceptance/architectures.py --device cuda --json "$out/architectures.json" \
     --table "$out/architectures.md" & waited+=($!)
@@ -46,20 +53,23 @@ speed() {
   export CUDA_VISIBLE_DEVICES=$1
   part train 420 python3 bench/train.py --device cuda --shape qwen3-8b --tokens 4096 --steps 6 --memory-limit-gb 4 \
     --json "$out/train.json" \
-    --variants mini+compile,none+compile,none+keep+compile,mini+keep+compile,apollo+keep+compile,trainer-apollo,mini+keep,trainer,loop
-  part checkpoint 400 python3 bench/checkpoint.py --device cuda --mb 16000 --lean --repeats 1 --shares 0.01 1.0 \
-    --only hogwild save_file save_safely --directory "$out/disk" --out "$out/checkpoint.json"
-  rm -rf "$out/disk"
+    --kernels 30 --variants "${TRAIN:-none+compile,mini+compile,none+keep+compile,mini+keep+compile,trainer,apollo+keep+compile,trainer-apollo,mini+keep,loop}"
+  local ways=hf,mini+keep+compile lt=mini+keep+compile:blas=lt
+  part timesliced 200 python3 bench/interference.py --no-mps --variants $ways --json "$out/timesliced.json"
+  ways+=,mini+keep+compile:low,mini+keep+compile:part=0.25:low,mini+keep+compile:part=0.5:low,$lt:carve=96:low,$lt:carve=64:low
+  part interference 500 python3 bench/interference.py --variants $ways --json "$out/interference.json"
+  part attach 300 bash -c 'python3 bench/random_model.py qwen3-8b "$0/m" --tokenizer "$1" --device cuda &&
+    python3 bench/attach.py --device cuda --model "$0/m" --repeats 2 --out "$0/attach.json"; rm -rf "$0/m"' "$out" "$tok"
 }
 
 cp docs/architectures.md "$out/"
 first=${cards[0]} last=${cards[-1]}
 if [ "$first" != "$last" ]; then
   CUDA_VISIBLE_DEVICES=$last,$first part two-cards 90 "${tests[@]}" tests/gpu/test_cuda_ipc.py -k uuid
-  serving "$first" & others=$!
+  (serving "$first"; disk "$first") & others=$!
   functions "$last"; speed "$last"
   wait "$others"
 else
-  functions "$first"; serving "$first"; speed "$first"
+  functions "$first"; serving "$first"; disk "$first"; speed "$first"
 fi
 echo done >> "$out/parts.txt"

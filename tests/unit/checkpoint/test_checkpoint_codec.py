@@ -122,8 +122,15 @@ views["whole"][::20] += 1
 for budget in (1 << 24, 3 * 4096):
     found = []
     for where, arguments in ((live, [FingerprintMemo()]), (device, [])):
-        stage = Stage(Arena(budget), OS_IO, root / where.__name__)
+        arena = Arena(budget)
+        if where is device:
+            device.reserve(views, arena)
+        reserved = arena.allocated
+        assert (reserved > 0) == (where is device)
+        stage = Stage(arena, OS_IO, root / where.__name__)
         where.stage_changed(layout, views, table, stage, *arguments)
+        # What the pause takes anew is for the blocks' contents alone.
+        assert arena.allocated - reserved == sum(map(len, arena._chunks)), arena.allocated
         frames = sorted(stage.frames, key=lambda frame: (frame.spec.number, frame.blocks[0]))
         found.append([(f.spec.name, f.blocks.tolist(), f.table.tolist(), stage.read(f).tobytes()) for f in frames])
     assert found[0] == found[1] and len({frame[0] for frame in found[0]}) == 5, [frame[:2] for frame in found[0]]
