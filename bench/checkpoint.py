@@ -272,8 +272,10 @@ def median(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {key: statistics.median(row[key] for row in rows) for key in rows[0]}
 
 
-def measure(mb: int, args: argparse.Namespace, directory: Path) -> dict[str, Any]:
-    """Every method at every share, for one size."""
+def measure(
+    mb: int, args: argparse.Namespace, directory: Path, note: Callable[[dict[str, Any]], None]
+) -> None:
+    """Every method at every share, for one size; `note` gets what there is after each share."""
     tensors = build(mb * 1_000_000, args.device)
     bench = Bench(tensors, directory, lean=args.lean)
     methods: dict[str, Callable[[], dict[str, Any]]] = {
@@ -314,6 +316,7 @@ def measure(mb: int, args: argparse.Namespace, directory: Path) -> dict[str, Any
                 name: found[name]["pause_s"] / ours["pause_s"] for name in methods if name != "hogwild"
             }
         result["shares"][f"{share:.2%}"] = found
+        note(result)
         print(f"{mb} MB, {share:.2%} of blocks")
         for name in methods:
             row = found[name]
@@ -325,7 +328,6 @@ def measure(mb: int, args: argparse.Namespace, directory: Path) -> dict[str, Any
     if "hogwild" in methods and not bench.store.verify(tensors).ok:
         raise SystemExit("the checkpoint is not what is live: no result")
     bench.close()
-    return result
 
 
 def machine(device: str) -> str:
@@ -354,20 +356,23 @@ def main() -> None:
     args = parser.parse_args()
     warnings.simplefilter("ignore")  # torch.distributed explains at length that one process is few
     args.directory.mkdir(parents=True, exist_ok=True)
-    sizes = {}
-    for mb in args.mb:
-        with tempfile.TemporaryDirectory(dir=args.directory) as directory:
-            sizes[f"{mb} MB"] = measure(mb, args, Path(directory))
     disk = subprocess.run(["df", "--output=fstype", str(args.directory)], capture_output=True, text=True, check=True)
-    result = {
+    result: dict[str, Any] = {
         "machine": machine(args.device), "file_system": disk.stdout.split()[-1], "device": args.device,
         "torch": torch.__version__, "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "update": f"{MOVED:.0%} of the elements of a changed block by one step of the last place",
-        "repeats": args.repeats, "sizes": sizes,
+        "repeats": args.repeats, "sizes": {},
     }  # fmt: skip
     out = args.out or ROOT / "bench" / "results" / f"checkpoint-{args.device}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    for mb in args.mb:
+
+        def note(found: dict[str, Any], size: str = f"{mb} MB") -> None:
+            result["sizes"][size] = found
+            out.write_text(json.dumps(result, indent=1) + "\n")  # a run that is cut short leaves what it had
+
+        with tempfile.TemporaryDirectory(dir=args.directory) as directory:
+            measure(mb, args, Path(directory), note)
     print(f"written to {out}")
 
 

@@ -540,6 +540,8 @@ def part_reload(bed: Bed, report: Report, args: argparse.Namespace, model: Path,
         server = subprocess.Popen(argv, env=env, stdout=log, stderr=subprocess.STDOUT)
     try:
         wait_until(lambda: server.poll() is not None or answers(bed.stack.vllm_url), 900, "vLLM to start again")
+        if server.poll() is not None:
+            raise SystemExit("vLLM did not start again:\n" + (folder / "vllm-again.log").read_text()[-3000:])
         token(bed.stack.vllm_url)
         done = time.monotonic()
     finally:

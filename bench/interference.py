@@ -239,6 +239,12 @@ class Vllm:
         self.child.process.wait()
 
 
+def cards() -> str:
+    """The host's cards, in words."""
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    return "; ".join(subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="qwen3-8b")
@@ -267,7 +273,10 @@ def main() -> None:
     runtime = Path(tempfile.mkdtemp(prefix="hw"))  # short: sockets are made in it
     mps = None if args.no_mps else Mps.start(Settings(served_model_name="m", runtime_dir=runtime, mps="on"))
     env = mps.environment() if mps else {}
-    record: dict[str, Any] = {"serving": "vllm" if args.vllm else "graph", "streams": args.streams, "pairs": {}}
+    record: dict[str, Any] = {
+        "machine": cards(), "mps": mps is not None, "shape": args.shape, "train_tokens_per_step": args.tokens,
+        "serving": "vllm" if args.vllm else "graph", "streams": args.streams, "pairs": {},
+    }  # fmt: skip
     serving = (Vllm if args.vllm else Graph)(args, env, folder)
     try:
         alone = record["serving alone"] = serving.measure(args.seconds)

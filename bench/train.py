@@ -139,8 +139,8 @@ def run_ours(args: argparse.Namespace, model: Any, kind: str, options: set[str],
 
 
 def kernels_of(trainer: Any, samples: list[Any], config: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """What one more step spends the device's time on: the most expensive kernels, with the sum of all; on CUDA also when
-    it had nothing to do, by what came after."""
+    """What one more step spends the device's time on: the most expensive kernels, with the sum of all; on CUDA also
+    when it had nothing to do, by what came after."""
     from torch.profiler import ProfilerActivity, profile
 
     cuda = args.device == "cuda"
