@@ -1,8 +1,8 @@
 """NVIDIA MPS (multi-process service) for vLLM and the worker, started as an ordinary user, for this stack alone.
 
 Without MPS the card's time is sliced between processes: while training's slice runs, no token is made. Under MPS
-kernels of both run at the same time, and decoding, which waits for memory, loses little to training, which computes
-(measured on an H100: 51 % of the serving throughput is left when time-sliced, 84 % under MPS).
+kernels of both run at the same time, and training can be kept to a part of the card's multiprocessors (partition.py).
+What it costs serving is in docs/serving-first.md.
 
     off ──► nothing                         a daemon answers in $CUDA_MPS_PIPE_DIRECTORY, in this stack's directory
     auto ─► possible? ──► reuse or start        or in /tmp/nvidia-mps: it is reused, and never stopped by us
