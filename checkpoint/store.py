@@ -11,6 +11,7 @@ be committed or abandoned before the next one. docs/checkpoint-format.md has eve
 """
 
 import contextlib
+import functools
 import logging
 import math
 import os
@@ -43,7 +44,7 @@ from hogwild.checkpoint.reports import RestoreReport, RollbackReport, SyncReport
 from hogwild.checkpoint.salvage import begin_anew, damage_explained
 from hogwild.checkpoint.snapshot import Snapshot, stage_difference
 from hogwild.checkpoint.stage import Arena, Stage, available_memory
-from hogwild.checkpoint.transaction import Written, apply, apply_again, staged_by_file, write_logs
+from hogwild.checkpoint.transaction import Written, apply, apply_again, write_logs
 from hogwild.errors import CheckpointCorrupt, CheckpointError, CheckpointForeign, Conflict, NotFound
 
 if TYPE_CHECKING:
@@ -430,9 +431,12 @@ class CheckpointStore:
         self._table = table
         with self._readers.alone() as alone:
             if alone:
-                done.bytes += apply(
-                    self._io, self.directory, self._generations, commit, staged_by_file(stage, logs.replaced)
+                frames = (
+                    (frame.spec, frame.blocks, functools.partial(stage.read, frame))
+                    for frame in stage.frames
+                    if frame.spec.file not in logs.replaced
                 )
+                done.bytes += apply(self._io, self.directory, self._generations, commit, frames)
                 self._io.unlink(self._history.path(commit.generation, "redo"))
                 done.applied = True
                 self._known.note_written(self.directory, self.layout, stage.frames, logs.known)

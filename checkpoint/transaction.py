@@ -20,7 +20,7 @@ import os
 import stat
 import struct
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -236,19 +236,6 @@ def of_file(frames: Iterable[StagedFrame], name: str) -> list[StagedFrame]:
     return sorted(mine, key=lambda frame: (frame.spec.number, frame.blocks[0]))
 
 
-def staged_by_file(
-    stage: Stage, without: Collection[str]
-) -> dict[str, Iterator[tuple[TensorSpec, Indices, Bytes]]]:
-    """What `apply` writes in place: file → tensor, block numbers and new contents; not for files in `without`."""
-    names = {frame.spec.file for frame in stage.frames} - set(without)
-
-    def contents(name: str) -> Iterator[tuple[TensorSpec, Indices, Bytes]]:
-        for frame in of_file(stage.frames, name):
-            yield frame.spec, frame.blocks, stage.read(frame)
-
-    return {name: contents(name) for name in sorted(names)}
-
-
 def _checked(old: Handle, table: Table, frame: StagedFrame, out: Bytes) -> Bytes:
     """Read the old contents of a frame into `out`; raises CheckpointForeign."""
     read_blocks(old, frame.spec, frame.blocks, out)
@@ -304,25 +291,29 @@ def apply(
     directory: Path,
     generations: Path,
     commit: Commit,
-    in_place: Mapping[str, Iterable[tuple[TensorSpec, Indices, Bytes]]],
+    frames: Iterable[tuple[TensorSpec, Indices, Callable[[], Bytes]]],
 ) -> int:
     """Bring a committed generation into the checkpoint's files and fsync them; the number of bytes written.
 
-    `in_place`: by file, tensor, block numbers and new contents of everything that is written there; files side by side.
-    Doing it again is harmless. Old files that undo data is still to be made of get their second name before their first
-    one is taken.
+    `frames`: tensor, block numbers and what reads the new contents, of everything that is written in place; files are
+    written side by side. Doing it again is harmless. Old files that undo data is still to be made of get their second
+    name before their first one is taken.
     """
+    by_file: dict[str, list[tuple[TensorSpec, Indices, Callable[[], Bytes]]]] = {}
+    for frame in frames:
+        by_file.setdefault(frame[0].file, []).append(frame)
 
     def write(file: str) -> int:
         written = 0
         with _own(io, directory / file, generations / f"{file}.tmp") as handle:
-            for spec, blocks, data in in_place[file]:
+            for spec, blocks, read in by_file[file]:
+                data = read()
                 write_blocks(handle, spec, blocks, data)
                 written += len(data)
             handle.fsync()
         return written
 
-    written = sum(side_by_side(write, in_place))
+    written = sum(side_by_side(write, by_file))
     pending = {file: temp for file, temp in commit.replaced.items() if (generations / temp).exists()}
     kept = {file: commit.deferred[file] for file in pending if file in commit.deferred}
     for file, name in kept.items():
@@ -358,16 +349,14 @@ def apply_again(io: FileIo, directory: Path, history: History, layout: Layout, c
     redo_path = history.path(commit.generation, "redo")
     if redo_path.exists():
         with FrameFile(io, redo_path, REDO_MAGIC, commit.generation, commit.layout) as redo:
-            by_file: dict[str, list[FrameInfo]] = {}
-            for info in redo.frames:
-                by_file.setdefault(layout.tensors[info.tensor].file, []).append(info)
 
-            def contents(infos: list[FrameInfo]) -> Iterator[tuple[TensorSpec, Indices, Bytes]]:
-                for info in infos:
-                    yield layout.tensors[info.tensor], info.numbers, np.frombuffer(redo.load(info), np.uint8)
+            def contents(info: FrameInfo) -> Bytes:
+                return np.frombuffer(redo.load(info), np.uint8)
 
-            in_place = {file: contents(infos) for file, infos in by_file.items()}
-            apply(io, directory, redo_path.parent, commit, in_place)
+            frames = (
+                (layout.tensors[info.tensor], info.numbers, functools.partial(contents, info)) for info in redo.frames
+            )
+            apply(io, directory, redo_path.parent, commit, frames)
     else:
-        apply(io, directory, redo_path.parent, commit, {})
+        apply(io, directory, redo_path.parent, commit, ())
     io.unlink(redo_path)
