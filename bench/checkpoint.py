@@ -272,9 +272,7 @@ def median(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {key: statistics.median(row[key] for row in rows) for key in rows[0]}
 
 
-def measure(
-    mb: int, args: argparse.Namespace, directory: Path, note: Callable[[dict[str, Any]], None]
-) -> None:
+def measure(mb: int, args: argparse.Namespace, directory: Path, note: Callable[[dict[str, Any]], None]) -> None:
     """Every method at every share, for one size; `note` gets what there is after each share."""
     tensors = build(mb * 1_000_000, args.device)
     bench = Bench(tensors, directory, lean=args.lean)
@@ -326,6 +324,7 @@ def measure(
             print(f"  {name:16s} {times}  {written:9.1f} MB written  {memory:8.1f} MB memory{later}")
         sys.stdout.flush()
     if "hogwild" in methods and not bench.store.verify(tensors).ok:
+        note({"error": "the checkpoint is not what is live"})
         raise SystemExit("the checkpoint is not what is live: no result")
     bench.close()
 

@@ -21,7 +21,6 @@ import argparse
 import asyncio
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,9 +28,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
-
+import load
 
 # --- processes on the card -----------------------------------------------------------------------------------------
 
@@ -163,24 +160,24 @@ class Lines:
         """Until that many lines begin with the word."""
         end = time.monotonic() + seconds
         while time.monotonic() < end and self.process.poll() is None:
-            if len(self.times(word)) >= count:
+            if len(self.said(word)) >= count:
                 return True
             time.sleep(0.1)
         return False
 
-    def times(self, word: str) -> list[float]:
+    def said(self, word: str) -> list[list[str]]:
+        """The lines that begin with the word, in words."""
         lines = [line.split() for line in self.log.read_text().splitlines()]
-        return [float(x[1]) if len(x) > 1 and word == "step" else 0.0 for x in lines if x[:1] == [word]]
+        return [words for words in lines if words[:1] == [word]]
+
+    def steps_rate(self, start: float, end: float) -> float:
+        """Steps a second of those that ended between two times."""
+        inside = [t for _, at in self.said("step") if start <= (t := float(at)) <= end]
+        return (len(inside) - 1) / (inside[-1] - inside[0]) if len(inside) > 1 else 0.0
 
     def end(self) -> None:
         self.process.kill()
         self.process.wait()
-
-
-def steps_rate(times: list[float], start: float, end: float) -> float:
-    """Steps a second of those that ended between two times."""
-    inside = [t for t in times if start <= t <= end]
-    return (len(inside) - 1) / (inside[-1] - inside[0]) if len(inside) > 1 else 0.0
 
 
 class Graph:
@@ -203,8 +200,9 @@ class Graph:
         rows = [tuple(map(float, line.split())) for line in self.file.read_text().splitlines() if line.count(" ") == 1]
         self.pause.touch()
         took = sorted(x for t, x in rows if t > start)
+        itl = load.percentiles(took)
         return {"start": start, "tokens_per_s": len(took) * self.streams / seconds,
-                "p50_ms": statistics.median(took) * 1e3, "p99_ms": took[int(0.99 * len(took))] * 1e3}  # fmt: skip
+                "p50_ms": itl["p50"], "p99_ms": itl["p99"]}  # fmt: skip
 
     def end(self) -> None:
         self.child.end()
@@ -227,8 +225,6 @@ class Vllm:
         self.measure(3.0)
 
     def measure(self, seconds: float) -> dict[str, float]:
-        import load
-
         shape = load.Shape(url=self.url, model="bench")
         got = asyncio.run(load.measure(shape, streams=self.streams, seconds=seconds, warmup=1.5))
         return {"start": got["start"], "tokens_per_s": got["output_tokens_per_s"], "p50_ms": got["itl_ms"]["p50"],
@@ -237,12 +233,6 @@ class Vllm:
     def end(self) -> None:
         self.child.process.terminate()
         self.child.process.wait()
-
-
-def cards() -> str:
-    """The host's cards, in words."""
-    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    return "; ".join(subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines())
 
 
 def main() -> None:
@@ -265,6 +255,8 @@ def main() -> None:
         (decode if args.decode else train)(args)
         return
 
+    from coserve import hardware
+
     from hogwild.config import Settings
     from hogwild.mps import Mps
 
@@ -274,7 +266,7 @@ def main() -> None:
     mps = None if args.no_mps else Mps.start(Settings(served_model_name="m", runtime_dir=runtime, mps="on"))
     env = mps.environment() if mps else {}
     record: dict[str, Any] = {
-        "machine": cards(), "mps": mps is not None, "shape": args.shape, "train_tokens_per_step": args.tokens,
+        "device": hardware("cuda"), "mps": mps is not None, "shape": args.shape, "train_tokens_per_step": args.tokens,
         "serving": "vllm" if args.vllm else "graph", "streams": args.streams, "pairs": {},
     }  # fmt: skip
     serving = (Vllm if args.vllm else Graph)(args, env, folder)
@@ -296,9 +288,9 @@ def main() -> None:
                     continue
                 start = time.time()
                 time.sleep(args.seconds)
-                before = steps_rate(trainer.times("step"), start, time.time())
+                before = trainer.steps_rate(start, time.time())
                 both = serving.measure(args.seconds)
-                beside = steps_rate(trainer.times("step"), both["start"], both["start"] + args.seconds)
+                beside = trainer.steps_rate(both["start"], both["start"] + args.seconds)
             finally:
                 trainer.end()
             pair = {
