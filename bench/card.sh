@@ -54,9 +54,9 @@ speed() {
   part train 420 python3 bench/train.py --device cuda --shape qwen3-8b --tokens 4096 --steps 6 --memory-limit-gb 4 \
     --json "$out/train.json" \
     --kernels 30 --variants "${TRAIN:-none+compile,mini+compile,none+keep+compile,mini+keep+compile,trainer,apollo+keep+compile,trainer-apollo,mini+keep,loop}"
-  local ways=hf,mini+keep+compile lt=mini+keep+compile:blas=lt
+  local ours=mini+keep+compile ways=hf,mini+keep+compile
   part timesliced 200 python3 bench/interference.py --no-mps --variants $ways --json "$out/timesliced.json"
-  ways+=,mini+keep+compile:low,mini+keep+compile:part=0.25:low,mini+keep+compile:part=0.5:low,$lt:carve=96:low,$lt:carve=64:low
+  ways+=,$ours:low,$ours:part=0.25:low,$ours:part=0.5:low,$ours:part=0.75:low
   part interference 500 python3 bench/interference.py --variants $ways --json "$out/interference.json"
   part attach 300 bash -c 'python3 bench/random_model.py qwen3-8b "$0/m" --tokenizer "$1" --device cuda &&
     python3 bench/attach.py --device cuda --model "$0/m" --repeats 2 --out "$0/attach.json"; rm -rf "$0/m"' "$out" "$tok"

@@ -11,9 +11,8 @@ the same thing alone in the same run.
 Variants: `hf` (transformers, gradient checkpointing, plain SGD in backward) or one of bench/train.py's, with
 
     :low            below vLLM's priority (CUDA_MPS_CLIENT_PRIORITY)
-    :part=0.5       on this part of the multiprocessors (a green context)
+    :part=0.5       its matrix products on this part of the multiprocessors (hogwild.gpu_worker.partition)
     :threads=50     at most so many percent of them (CUDA_MPS_ACTIVE_THREAD_PERCENTAGE)
-    :blas=lt        matrix products by cuBLASLt, with :carve=16 leaving so many multiprocessors out
     :env.NAME=VALUE in its environment
 """
 
@@ -101,10 +100,6 @@ def train(args: argparse.Namespace) -> None:
 
     kind, *options = args.train.split(":")
     chosen = dict(option.partition("=")[::2] for option in options)
-    if "blas" in chosen:
-        torch.backends.cuda.preferred_blas_library("cublaslt")
-    if "carve" in chosen:
-        torch._C._set_sm_carveout_experimental(int(chosen["carve"]))
     shape = argparse.Namespace(device="cuda", model=None, shape=args.shape, tokens=args.tokens, samples=1, steps=2000,
                                warmup=0, memory_limit_gb=4.0, kernels=0)  # fmt: skip
     model = bench.build_model(shape)
@@ -114,36 +109,32 @@ def train(args: argparse.Namespace) -> None:
             torch.cuda.synchronize()
             print(f"step {time.time()}", flush=True)
 
-    def go() -> None:
-        if kind != "hf":
-            name, *how = kind.split("+")
-            bench.run_ours(shape, model, name, set(how), Clock("cuda"))
-            return
-
-        def update(p: torch.Tensor) -> None:
-            p.data.add_(p.grad, alpha=-1e-9)
-            p.grad = None
-
-        for p in model.parameters():
-            p.register_post_accumulate_grad_hook(update)
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        quarter = args.tokens // 4
-        while True:
-            ids = torch.randint(1000, 100_000, (1, args.tokens), device="cuda")
-            hidden = model.model(ids).last_hidden_state[:, -quarter:]
-            logits = model.lm_head(hidden)[0, :-1].float()
-            torch.nn.functional.cross_entropy(logits, ids[0, -quarter + 1 :]).backward()
-            Clock("cuda").mark()
-
     if "part" in chosen:
         from hogwild.gpu_worker.partition import Placement
 
         placement = Placement.on(torch.device("cuda", 0))
+        if not placement.parts:
+            raise SystemExit("this card can't be divided")
         placement.move(float(chosen["part"]))
-        with placement.entered():
-            go()
-    else:
-        go()
+    if kind != "hf":
+        name, *how = kind.split("+")
+        bench.run_ours(shape, model, name, set(how), Clock("cuda"))
+        return
+
+    def update(p: torch.Tensor) -> None:
+        p.data.add_(p.grad, alpha=-1e-9)
+        p.grad = None
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(update)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    quarter = args.tokens // 4
+    while True:
+        ids = torch.randint(1000, 100_000, (1, args.tokens), device="cuda")
+        hidden = model.model(ids).last_hidden_state[:, -quarter:]
+        logits = model.lm_head(hidden)[0, :-1].float()
+        torch.nn.functional.cross_entropy(logits, ids[0, -quarter + 1 :]).backward()
+        Clock("cuda").mark()
 
 
 # --- the measurement ----------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 The engine knows nothing of ledgers, queues or HTTP. Around every optimizer step it calls a `Control`; pausing, pacing,
 cancelling, syncing and rolling back all happen inside those calls, when no weight is being written.
 
-    before_step(k) ─► between_micro_steps(), begin_pack() ─► pack ─► … ─► last pack, weights written ─► after_step(…)
+    before_step(k) ─► between_micro_steps() ─► pack ─► … ─► last pack, weights written ─► after_step(…)
 """
 
 from dataclasses import dataclass, field
@@ -69,9 +69,6 @@ class Control(Protocol):
     def between_micro_steps(self) -> None:
         """Before each forward pass: the yield point of the pacing governor."""
 
-    def begin_pack(self) -> None:
-        """After that, before each pack of a step: where on the device it runs may be chosen."""
-
 
 class Unattended:
     """A control that never interferes: for tests, benches and library use."""
@@ -83,7 +80,4 @@ class Unattended:
         pass
 
     def between_micro_steps(self) -> None:
-        pass
-
-    def begin_pack(self) -> None:
         pass

@@ -15,7 +15,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple, dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -128,7 +127,6 @@ class Trainer:
         compile_layers: run the decoder layers through torch.compile, where that works with the model. Costs up to a
             minute before the first step, and pays on a GPU, where it fuses what lies between the matrix products.
         own_text: where the text that jobs replay comes from; None: they replay nothing.
-        placed: a context around everything that runs the model: on which part of the device it does.
 
     Raises:
         ConfigError: a parameter's dtype can't be trained in place.
@@ -142,12 +140,10 @@ class Trainer:
         memory_limit: int | None = None,
         compile_layers: bool = False,
         own_text: OwnText | None = None,
-        placed: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         # Dropout would have the step recompute other layers than it ran, and vLLM serve a model that nobody measured.
         self.model = model.eval()
         self.own_text = own_text
-        self._placed = placed
         # named_parameters() gives a tied weight once, under its first name.
         self.params: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
         for name, p in self.params.items():
@@ -247,8 +243,7 @@ class Trainer:
             self.recompute.kept = len(self.recompute.layers)
             self.recompute.eager = eager
             if self.recompute.compiles and not eager and not self._compiled:
-                with self._placed():
-                    self._within_memory(self._compile, "Compiling the decoder layers")
+                self._within_memory(self._compile, "Compiling the decoder layers")
                 self._compiled = True
             row = partial(self.forward.row, samples=2 if kind == "packed" else 1)
 
@@ -258,10 +253,9 @@ class Trainer:
                     self.model, self.recompute.layers, row, cache_bytes=cache, frozen=kind == "frozen" and cache > 0
                 )
 
-            with self._placed():
-                self._profiles[kind, eager] = self._within_memory(
-                    measured, f"Measuring the model with rows of {max(LENGTHS)} tokens"
-                )
+            self._profiles[kind, eager] = self._within_memory(
+                measured, f"Measuring the model with rows of {max(LENGTHS)} tokens"
+            )
         return self._profiles[kind, eager]
 
     def _compile(self) -> None:
@@ -332,14 +326,12 @@ class Trainer:
         result = TrainResult(first_step=first_step, n_steps=plan.n_steps)
         self._replayed = None
         if first_step < plan.n_steps:
-            with self._placed():
-                self._replay(plan, control)  # before a step has begun: it takes a while
+            self._replay(plan, control)  # before a step has begun: it takes a while
         bad_in_a_row = 0
         with Updates(self.trainable(config), self.params, optimizer) as updates:
             for step in range(first_step, plan.n_steps):
                 control.before_step(step)
-                with self._placed():
-                    report = self._step(plan, step, self._replay(plan, control), updates, control)
+                report = self._step(plan, step, self._replay(plan, control), updates, control)
                 result.losses.append(report.loss)
                 result.tokens += report.tokens
                 result.loss_tokens += report.loss_tokens
@@ -413,18 +405,16 @@ class Trainer:
         totals = (0.0, 0.0)
         for n, pack in enumerate(packs):
             control.between_micro_steps()
-            control.begin_pack()
             last = n == len(packs) - 1
-            with self._placed():  # each pack on a part of the device that is chosen for it
-                losses = self._losses(plan, pack, total_weight, texts if last else [])
-                loss, moved = losses.tolist()  # waits for the forward pass
-                totals = (totals[0] + loss, totals[1] + moved)
-                if not math.isfinite(sum(totals)):
-                    return totals
-                if last:
-                    updates.begin(rate, plan.config.seed)
-                torch.autograd.backward(losses.sum())
-                del losses  # before the next forward pass: it holds the graph
+            losses = self._losses(plan, pack, total_weight, texts if last else [])
+            loss, moved = losses.tolist()  # waits for the forward pass
+            totals = (totals[0] + loss, totals[1] + moved)
+            if not math.isfinite(sum(totals)):
+                return totals
+            if last:
+                updates.begin(rate, plan.config.seed)
+            torch.autograd.backward(losses.sum())
+            del losses  # before the next forward pass: it holds the graph
         return totals
 
     def _losses(self, plan: Plan, pack: Pack, total_weight: float, texts: list[Replayed]) -> Tensor:

@@ -1,10 +1,10 @@
 """Serving first: decides how long training steps aside so that vLLM keeps the inter-token latency the user asked for.
 
 Training calls `Governor.yield_point()` between micro-steps and, through `hogwild.gpu_worker.yield_points`, before every
-layer, and `begin_pack()` before each pack. The governor sees to it that training uses a share `duty` of the device: for
-each pack it picks the smallest part of the multiprocessors that holds `duty`, where they can be divided
-(`hogwild.gpu_worker.partition`), and in the yield points it sleeps for the rest. What `duty` should be is decided by
-`Controller`, which is pure: readings of vLLM's pulse and the time go in, a number comes out.
+layer. There the governor sees to it that training uses a share `duty` of the device: it picks the smallest part of the
+multiprocessors that holds `duty`, where they can be divided (`hogwild.gpu_worker.partition`), and sleeps for the rest.
+What `duty` should be is decided by `Controller`, which is pure: readings of vLLM's pulse and the time go in, a number
+comes out.
 
 THE RULE
 
@@ -27,9 +27,8 @@ learned and the class's first duty, 20 %, stays.
         duty* = u · (S − alone) / (y − alone)
     Down: at once to duty*, and at least by a tenth when y > B, after which duty does not rise for 1 s.
     Up: 40 % of the way, at most 1.5 times (or + 0.02) per window, and never while the number of waiting requests grows.
- 5. PARTS. Beside traffic a pack runs on the smallest part of the device that holds the duty, the largest part at most;
-    the whole device is for silence. A part on which the pack would take more than 1.6 s is not taken, because it could
-    not be left before the pack's end when traffic stops.
+ 5. PARTS. Beside traffic training runs on the smallest part of the device that holds the duty, the largest part at
+    most; the whole device is for silence.
  6. FLOOR. When vLLM alone does not hold B, yielding can't make it so: duty is the floor (5 %), so that jobs still end,
     and the status says that the budget can't be held at this load.
  7. BLIND. No reading for 2 s: duty 50 %, said in the log and the status. Whether vLLM is gone is for the lifecycle to
@@ -377,7 +376,7 @@ class Place(Protocol):
     parts: tuple[float, ...]  # that it can be besides 1.0, rising
 
     def move(self, share: float) -> None:
-        """Run what comes on this share of the device."""
+        """Run what comes on this share of the device; takes microseconds."""
         ...  # pragma: no cover
 
 
@@ -418,7 +417,6 @@ class Governor:
     QUANTUM_S = 0.001  # shorter sleeps are saved up: the kernel's timer slack would double them
     LONGEST_YIELD_S = 1.0  # of one yield point: cancel, pause and sync requests are looked at after it
     STANDSTILL_S = 0.1  # without work: what a window measured since is not training's doing
-    LONGEST_ON_PART_S = 1.6  # of one pack without traffic: when that stops, less than a second is left on average
     LONGEST_ACTIVE_S = 5.0  # between two yield points; more was a pause of training's own, not work
 
     def __init__(self, config: GovernorConfig, pulse: PulseSource, *, device: DeviceQueue | None = None,
@@ -438,8 +436,6 @@ class Governor:
         self._resumed = clock()
         self._next_poll = 0.0
         self._owed_s = 0.0
-        self._pack_began_s = 0.0
-        self._pack_s = math.inf  # seconds of the whole device that a pack takes
 
     def begin_work(self) -> None:
         """Training goes on after something else (a new job, a pause, a sync): that time was not work.
@@ -457,25 +453,6 @@ class Governor:
         if self._enabled:
             self._owed_s += self._account(self._clock()) * _rest_per_work(self._working_share())
 
-    def begin_pack(self) -> None:
-        """Choose the part of the device that the next pack runs on."""
-        if not self._enabled or not self._place.parts:
-            return
-        pack_s, self._pack_began_s = self.active_s - self._pack_began_s, self.active_s
-        self._pack_s = min(pack_s or math.inf, 1.25 * self._pack_s)  # traffic makes packs seem longer than they are
-        duty = self.controller.duty
-        if duty <= 0.0:  # a probe: nothing runs
-            return
-        share = 1.0
-        if self.controller.mode != "idle":
-            parts = [part for part in self._place.parts if self._pack_s <= self.LONGEST_ON_PART_S * part]
-            share = part_for(duty, self._place.share, parts) if parts else 1.0
-        if share != self._place.share:
-            self._place.move(share)
-            self._owed_s = 0.0
-            self._resumed = self._clock()
-            self.controller.forget_window()
-
     def yield_point(self, *_: Any) -> None:
         """Step aside for as long as the rule says; takes microseconds when it says nothing. Usable as a hook."""
         if not self._enabled:
@@ -487,13 +464,14 @@ class Governor:
             self._device.bound()
             self._account(self._clock())
             self._owed_s = 0.0
-            return
-        self._device.drain()
-        now = self._clock()
-        active = self._account(now)
-        self._owed_s = min(self.LONGEST_YIELD_S, self._owed_s + active * _rest_per_work(self._working_share()))
-        if self._owed_s >= self.QUANTUM_S or self.controller.duty == 0.0:
-            self._rest(now)
+        else:
+            self._device.drain()
+            now = self._clock()
+            active = self._account(now)
+            self._owed_s = min(self.LONGEST_YIELD_S, self._owed_s + active * _rest_per_work(self._working_share()))
+            if self._owed_s >= self.QUANTUM_S or self.controller.duty == 0.0:
+                self._rest(now)
+        self._choose_part()
 
     def status(self) -> dict[str, Any]:
         """For `GET /train/status`: milliseconds and shares."""
@@ -513,6 +491,18 @@ class Governor:
     def close(self) -> None:
         """Stop reading the pulse."""
         self._pulse.close()
+
+    def _choose_part(self) -> None:
+        """The part of the device for what comes next."""
+        duty = self.controller.duty
+        if not self._place.parts or duty <= 0.0:  # a probe: nothing runs
+            return
+        idle = self.controller.mode == "idle"
+        share = 1.0 if idle else part_for(duty, self._place.share, self._place.parts)
+        if share != self._place.share:
+            self._place.move(share)
+            self._owed_s = 0.0
+            self.controller.forget_window()
 
     def _working_share(self) -> float:
         """Share of the time to work on the present part of the device: all of it where the duty fills the part."""

@@ -1,17 +1,17 @@
-"""Training on a part of the card's multiprocessors, by CUDA's green contexts, while vLLM serves on all of them.
+"""Training on a part of the card: its matrix products leave multiprocessors to vLLM, which serves on all of them.
 
 Under MPS a kernel of vLLM's that finds every multiprocessor taken by training's waits for one of them, some hundred
-times for each token. That is why training at full rate for a tenth of the time costs serving more than training on a
-quarter of the card all the time, which also gets more done. What a process may use under MPS is settled when it
-starts; a green context is a part of the process' own context, with the same memory, and a stream in it is as any other.
-So training moves from one part to another between two packs, as the governor says.
+times for each token. Matrix products are what takes them all for long, two thirds of a step. cuBLASLt can be told how
+many multiprocessors to plan a product for (`CUBLASLT_MATMUL_DESC_SM_COUNT_TARGET`); torch passes that on
+(`_set_sm_carveout_experimental`: how many to leave out). The short kernels between them go on using the whole card,
+below vLLM's priority. That costs serving less for as much training than full rate for a part of the time, and than a
+green context (a stream whose kernels all run on some of the multiprocessors): bench/interference.py.
 
-CUDA driver API, "Green Contexts" (12.4 and later), through `cuda-bindings`.
+The next product obeys, on whatever stream: training can go to another part before any layer, as the governor says.
 """
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
 from functools import cache
 from typing import Any
 
@@ -21,68 +21,57 @@ logger = logging.getLogger(__name__)
 
 PARTS = (0.25, 0.5, 0.75)
 """Shares of the multiprocessors, besides all."""
-GRAIN = 8  # multiprocessors; what CUDA splits off from compute capability 9.0 on, and a multiple of that before
+GRAIN = 4  # multiprocessors: thread block clusters of two or four have to fit
 
 
 class NoParts(RuntimeError):
-    """This card or driver can't be divided."""
+    """This card, driver or torch can't do it."""
 
 
 class Placement:
-    """Where the next pack runs: on a part of the card, or all of it. Chosen between two packs, by one thread.
+    """How much of the card training's matrix products use; as `hogwild.gpu_worker.governor.Place`.
 
     Args:
-        streams: a stream for each share that there is, the share of 1.0 not among them; none: always the whole card.
+        multiprocessors: of the card; 0: it can't be divided.
     """
 
-    def __init__(self, device: torch.device, streams: dict[float, torch.cuda.Stream] | None = None) -> None:
+    def __init__(self, multiprocessors: int = 0) -> None:
         self.share = 1.0
-        self.parts = tuple(sorted(streams or ()))
-        self._device = device
-        self._streams = streams or {}
+        self.parts: tuple[float, ...] = PARTS if multiprocessors else ()
+        self._multiprocessors = multiprocessors
+        if multiprocessors:
+            self.move(1.0)  # an earlier one of this process may have stopped anywhere
 
     @classmethod
     def on(cls, device: torch.device, *, wanted: bool = True) -> "Placement":
         """The parts of `device`, where this process shares it under MPS; otherwise, and if not wanted, none."""
         if not wanted or device.type != "cuda":
-            return cls(device)
+            return cls()
         try:
-            streams = _streams(torch.cuda.current_device() if device.index is None else device.index)
-        except (NoParts, AttributeError) as error:  # AttributeError: cuda-bindings without one of the names used here
+            return cls(_multiprocessors(torch.cuda.current_device() if device.index is None else device.index))
+        except (NoParts, AttributeError) as error:  # AttributeError: a cuda-bindings or torch without what is used here
             logger.info("training always runs on the whole card: %s", error)
-            return cls(device)
-        return cls(device, streams)
+            return cls()
 
     def move(self, share: float) -> None:
-        """Take this part, one of `parts` or all (1.0)."""
+        """Take this part, one of `parts` or all (1.0), with the next matrix product."""
         self.share = share
-        # Cached memory belongs to streams: what the last one has left would be taken a second time for this one.
-        torch.cuda.synchronize(self._device)
-        torch.cuda.empty_cache()
-
-    def stream(self) -> torch.cuda.Stream:
-        """The stream of the present part."""
-        return self._streams.get(self.share) or torch.cuda.default_stream(self._device)
-
-    @contextmanager
-    def entered(self) -> Iterator[None]:
-        """What is queued inside runs on the present part: after what was queued before, and before what comes later."""
-        if self._device.type != "cuda":
-            yield
-            return
-        stream, outside = self.stream(), torch.cuda.current_stream(self._device)
-        stream.wait_stream(outside)
-        with torch.cuda.stream(stream):
-            yield
-        outside.wait_stream(stream)
+        kept = math.ceil(share * self._multiprocessors / GRAIN) * GRAIN
+        left = max(0, self._multiprocessors - kept)
+        usual = _usual_library()
+        torch.backends.cuda.preferred_blas_library("cublaslt" if left else usual)  # only cuBLASLt heeds the number
+        torch._C._set_sm_carveout_experimental(left or None)
 
 
 @cache
-def _streams(index: int) -> dict[float, torch.cuda.Stream]:
-    """A stream for each of PARTS. Made once: they last as long as the process, as CUDA's own context does.
+def _usual_library() -> Any:
+    """What torch multiplies matrices with where nobody chooses: asked once, before we do."""
+    return torch.backends.cuda.preferred_blas_library()
 
-    Raises NoParts.
-    """
+
+@cache
+def _multiprocessors(index: int) -> int:
+    """How many this process has of a card that it shares under MPS. Raises NoParts, AttributeError."""
     try:
         from cuda.bindings import driver
     except ImportError as error:
@@ -90,29 +79,20 @@ def _streams(index: int) -> dict[float, torch.cuda.Stream]:
 
     def ask(function: Any, *arguments: Any) -> Any:
         try:
-            code, *answer = function(*arguments)
+            code, answer = function(*arguments)
         except RuntimeError as error:  # a driver that is too old to have the function
             raise NoParts(str(error)) from None
         if code != driver.CUresult.CUDA_SUCCESS:
             raise NoParts(f"{function.__name__}: {code.name}")
-        return answer[0] if len(answer) == 1 else answer
+        return answer
 
+    torch._C._set_sm_carveout_experimental(None)  # AttributeError now rather than in the middle of a step
     torch.cuda.init()
     card = ask(driver.cuDeviceGet, index)
     if not ask(driver.cuDeviceGetAttribute, driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MPS_ENABLED, card):
         raise NoParts("without MPS vLLM's kernels and training's take turns")
-    torch.zeros((), device=torch.device("cuda", index))  # a context has to be there
-    whole = ask(driver.cuDeviceGetDevResource, card, driver.CUdevResourceType.CU_DEV_RESOURCE_TYPE_SM)
-    streams: dict[float, torch.cuda.Stream] = {}
-    for part in PARTS:
-        count = int(part * whole.sm.smCount) // GRAIN * GRAIN
-        if count == 0:
-            raise NoParts(f"there are only {whole.sm.smCount} multiprocessors")
-        groups, _made, _rest = ask(driver.cuDevSmResourceSplitByCount, 1, whole, 0, count)
-        described = ask(driver.cuDevResourceGenerateDesc, groups[:1], 1)
-        default = driver.CUgreenCtxCreate_flags.CU_GREEN_CTX_DEFAULT_STREAM
-        context = ask(driver.cuGreenCtxCreate, described, card, default)
-        stream = ask(driver.cuGreenCtxStreamCreate, context, driver.CUstream_flags.CU_STREAM_NON_BLOCKING, 0)
-        streams[part] = torch.cuda.ExternalStream(int(stream), device=torch.device("cuda", index))
-    logger.info("beside traffic, training runs on parts of the card's %d multiprocessors", whole.sm.smCount)
-    return streams
+    count = torch.cuda.get_device_properties(index).multi_processor_count
+    if count * PARTS[0] < GRAIN:
+        raise NoParts(f"there are only {count} multiprocessors")
+    logger.info("beside traffic, training's matrix products leave some of the card's %d multiprocessors to vLLM", count)
+    return count

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 from hogwild.gpu_worker.governor import Governor, NoQueue
-from hogwild.gpu_worker.partition import Placement
 
 AHEAD = 2  # layers queued beyond the one that runs: enough to hide launch latency, a few milliseconds to wait out
 
@@ -28,10 +27,10 @@ class CudaQueue:
     """Bounds and drains training's stream. One thread at a time, as the governor's own rule.
 
     Args:
-        stream: tells training's present stream, which autograd's thread need not have as its own.
+        stream: training's, which autograd's thread need not have as its own.
     """
 
-    def __init__(self, stream: Callable[[], torch.cuda.Stream], ahead: int = AHEAD) -> None:
+    def __init__(self, stream: torch.cuda.Stream, ahead: int = AHEAD) -> None:
         self._stream = stream
         self._ahead = ahead
         self._pending: deque[torch.cuda.Event] = deque()
@@ -51,7 +50,7 @@ class CudaQueue:
 
     def _record(self) -> None:
         event = self._free.pop() if self._free else torch.cuda.Event(blocking=True)
-        event.record(self._stream())
+        event.record(self._stream)
         self._pending.append(event)
 
     def _wait_oldest(self) -> None:
@@ -60,9 +59,9 @@ class CudaQueue:
         self._free.append(event)
 
 
-def device_queue(device: torch.device, placement: Placement) -> CudaQueue | NoQueue:
+def device_queue(device: torch.device) -> CudaQueue | NoQueue:
     """What the governor needs to know about the work queued on `device`."""
-    return CudaQueue(placement.stream) if device.type == "cuda" else NoQueue()
+    return CudaQueue(torch.cuda.default_stream(device)) if device.type == "cuda" else NoQueue()
 
 
 def layers_of(model: torch.nn.Module) -> list[torch.nn.Module]:

@@ -117,8 +117,8 @@ class Settings(BaseSettings):
         None, ge=1, le=100, description="Percent of the card's multiprocessors training may use under MPS; unset: all."
     )
     mps_parts: Literal["auto", "off"] = Field(
-        "auto", description="Under MPS and beside traffic, training runs on a quarter, half or three quarters of the "
-        "multiprocessors instead of on all of them for a part of the time; off: always on all."
+        "auto", description="Under MPS and beside traffic, training's matrix products keep to a quarter, half or three "
+        "quarters of the multiprocessors instead of taking all of them for a part of the time; off: always all."
     )
     mps_priority: Literal["normal", "low"] = Field("low", description="Priority of training's kernels under MPS.")
     compile_layers: Literal["auto", "on", "off"] = Field(

@@ -126,10 +126,6 @@ class JobControl:
         if self._runtime.ledger.requested(self._lease.job_id) == "cancel":
             raise JobCancelled
 
-    def begin_pack(self) -> None:
-        """The governor's choice of where the pack runs."""
-        self._live.governor.begin_pack()
-
     def _check_time(self, seconds: float) -> None:
         limit = self._runtime.settings.job_time_limit_s
         if seconds >= limit:

@@ -276,12 +276,11 @@ class Runtime:
         )
         self._saver.publish()
         pace = GovernorConfig(itl_budget_ms=settings.itl_budget_ms, serve_share=settings.kept_share)
-        placement = Placement.on(attachment.device, wanted=pace.enabled and settings.mps_parts == "auto")
         governor = Governor(
             pace,
             Pulse(settings.model_runtime_dir, self._vllm_metrics),
-            device=device_queue(attachment.device, placement),
-            place=placement,
+            device=device_queue(attachment.device),
+            place=Placement.on(attachment.device, wanted=pace.enabled and settings.mps_parts == "auto"),
         )
         remove = install_yield_points(model, governor) if pace.enabled else _nothing
         own_text = OwnText.for_model(
@@ -290,7 +289,7 @@ class Runtime:
         compiles = settings.compile_layers == "on" or (
             settings.compile_layers == "auto" and attachment.device.type == "cuda"
         )
-        trainer = Trainer(model, compile_layers=compiles, own_text=own_text, placed=placement.entered)
+        trainer = Trainer(model, compile_layers=compiles, own_text=own_text)
         self._live = Live(attachment, trainer, self._saver, governor, remove)
         logger.info(
             "attached to %s: %d tensors in %.3f s, weight version %d",

@@ -132,7 +132,6 @@ class Plant:
             if self.parts and layers % self.step_layers == 0:
                 self.governor.begin_work()
                 self.governor.yield_point()
-                self.governor.begin_pack()
             layers += 1
             self.advance(self.layer_s / self.share, training=True)
             before = self.now

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hogwild.gpu_worker import partition
 from hogwild.gpu_worker.governor import part_for
 from hogwild.gpu_worker.partition import PARTS, Placement
 
@@ -40,25 +41,82 @@ def test_the_cpu_has_no_parts():
     placement = Placement.on(torch.device("cpu"))
 
     assert placement.parts == () and placement.share == 1.0
-    with placement.entered():
-        pass
+
+
+@pytest.fixture
+def library(monkeypatch):
+    """Which library torch would multiply matrices with: a build for the CPU has no choice."""
+    chosen = ["usual"]
+
+    def preferred(name=None):
+        if name is not None:
+            chosen.append(name)
+        return chosen[-1]
+
+    monkeypatch.setattr(torch.backends.cuda, "preferred_blas_library", preferred)
+    partition._usual_library.cache_clear()
+    yield chosen
+    torch._C._set_sm_carveout_experimental(None)
+    partition._usual_library.cache_clear()
+
+
+@pytest.mark.parametrize(("share", "left"), [(0.25, 132 - 36), (0.5, 132 - 68), (0.75, 132 - 100)])
+def test_matrix_products_leave_the_other_multiprocessors_alone(library, share, left):
+    placement = Placement(132)
+    placement.move(share)
+
+    assert placement.share == share
+    assert torch._C._get_sm_carveout_experimental() == left
+    assert library[-1] == "cublaslt"  # the only one that heeds it
+    placement.move(1.0)
+    assert torch._C._get_sm_carveout_experimental() is None
+    assert library[-1] == "usual"
+
+
+def test_a_new_worker_begins_on_the_whole_card(library):
+    Placement(132).move(0.25)
+    Placement(132)
+
+    assert torch._C._get_sm_carveout_experimental() is None
+    assert library[-1] == "usual"
+
+
+def driver(**functions):
+    """cuda-bindings on a card under MPS."""
+    return SimpleNamespace(
+        CUresult=SimpleNamespace(CUDA_SUCCESS=0),
+        CUdevice_attribute=SimpleNamespace(CU_DEVICE_ATTRIBUTE_MPS_ENABLED=133),
+        **{"cuDeviceGet": lambda index: (0, index), "cuDeviceGetAttribute": lambda what, card: (0, 1), **functions})
 
 
 def missing(*_):
-    """What cuda-bindings raises when the driver is older than 12.4."""
-    raise RuntimeError('Function "cuDeviceGetDevResource" not found')
+    """What cuda-bindings raises when the driver is too old."""
+    raise RuntimeError('Function "cuDeviceGetAttribute" not found')
 
 
-@pytest.mark.parametrize("name", ["cuDeviceGetDevResource", "nothing_at_all"])  # an old driver, old bindings
-def test_a_driver_without_green_contexts_is_no_error(monkeypatch, name):
-    driver = SimpleNamespace(
-        CUresult=SimpleNamespace(CUDA_SUCCESS=0), CUdevResourceType=SimpleNamespace(CU_DEV_RESOURCE_TYPE_SM=1),
-        CUdevice_attribute=SimpleNamespace(CU_DEVICE_ATTRIBUTE_MPS_ENABLED=133),
-        cuDeviceGet=lambda index: (0, index), cuDeviceGetAttribute=lambda what, card: (0, 1),
-        **{name: missing})  # fmt: skip
+def without_carveout(patch):
+    patch.delattr(torch._C, "_set_sm_carveout_experimental")
+
+
+@pytest.mark.parametrize(("multiprocessors", "functions", "spoil", "parts"), [
+    (132, {}, None, PARTS),
+    (132, {"cuDeviceGetAttribute": lambda what, card: (0, 0)}, None, ()),  # no MPS
+    (132, {"cuDeviceGetAttribute": lambda what, card: (SimpleNamespace(name="CUDA_ERROR"), None)}, None, ()),
+    (132, {"cuDeviceGetAttribute": missing}, None, ()),
+    (14, {}, None, ()),  # a slice of a card
+    (132, {}, without_carveout, ()),  # another torch
+])  # fmt: skip
+def test_what_a_card_needs_to_be_divided(monkeypatch, library, multiprocessors, functions, spoil, parts):
     monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))
-    monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(driver=driver))
+    monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(driver=driver(**functions)))
     monkeypatch.setattr(torch.cuda, "init", lambda: None)
-    monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
+    properties = SimpleNamespace(multi_processor_count=multiprocessors)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    partition._multiprocessors.cache_clear()
+    with monkeypatch.context() as patch:
+        if spoil:
+            spoil(patch)
+        found = Placement.on(torch.device("cuda", 0))
+    partition._multiprocessors.cache_clear()
 
-    assert Placement.on(torch.device("cuda", 0)).parts == ()
+    assert found.parts == parts

@@ -8,7 +8,6 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from hogwild.gpu_worker.governor import Governor, GovernorConfig, NoQueue
-from hogwild.gpu_worker.partition import Placement
 from hogwild.gpu_worker.pulse import Reading
 from hogwild.gpu_worker.yield_points import AHEAD, CudaQueue, device_queue, install_yield_points, layers_of
 
@@ -144,7 +143,7 @@ def test_a_yield_point_with_nothing_to_do_costs_under_20_microseconds():
 
 
 def test_the_cpu_has_no_queue():
-    assert isinstance(device_queue(torch.device("cpu"), Placement(torch.device("cpu"))), NoQueue)
+    assert isinstance(device_queue(torch.device("cpu")), NoQueue)
 
 
 def test_a_cuda_queue_is_kept_short_and_drained(monkeypatch):
@@ -163,7 +162,7 @@ def test_a_cuda_queue_is_kept_short_and_drained(monkeypatch):
             waited.append(self)
 
     monkeypatch.setattr(torch, "cuda", SimpleNamespace(Event=Event))
-    queue = CudaQueue(lambda: "stream")
+    queue = CudaQueue("stream")
 
     for _ in range(AHEAD):
         queue.bound()

@@ -32,12 +32,11 @@ def test_a_steps_work_is_told_from_what_happens_between_steps(monkeypatch) -> No
 
     control.before_step(0)
     control.between_micro_steps()
-    control.begin_pack()
     control.after_step(StepReport(step=0, n_steps=1, loss=1.0, tokens=2, loss_tokens=1, seconds=0.1,
                                   learning_rate=0.1, grad_norm=1.0, nonfinite=(), applied=True))
 
     # A sync or a pause between steps is over when work begins; the ledger and the prefix cache come after its end.
     order = [log.index(name) for name in (
-        "runtime.between_steps", "governor.begin_work", "weights.begin", "governor.yield_point", "governor.begin_pack",
+        "runtime.between_steps", "governor.begin_work", "weights.begin", "governor.yield_point",
         "governor.worked", "ledger.applied", "runtime.step_done")]  # fmt: skip
     assert order == sorted(order)
