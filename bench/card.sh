@@ -4,8 +4,8 @@
 #     bench/card.sh OUT TOKENIZER [SECONDS]
 #
 # OUT gets a log and the results of each part; TOKENIZER is a directory with a tokenizer for the random models; after
-# SECONDS everything that still runs is ended. With two cards the first measures serving beside training and checkpoints,
-# the second does the rest; with one, one after the other. About an hour in all; ONLY=stack,train,… runs just those parts.
+# SECONDS everything that still runs is ended. With two cards the second has what needs one to itself; with one card, one
+# after the other. About an hour in all; ONLY=stack,train,… runs just those parts.
 set -uo pipefail
 out=$(realpath -m "${1:?usage: bench/card.sh OUT TOKENIZER [SECONDS]}"); tok=$(realpath "$2"); limit=${3:-7200}
 mkdir -p "$out"; cd "$(dirname "$0")/.."
@@ -22,31 +22,22 @@ part() { # NAME SECONDS COMMAND…: a line in OUT/parts.txt says how it ended
   echo "$name: exit $? after $((SECONDS - start)) s" >> "$out/parts.txt"
 }
 
-serving() { # of one card
+functions() { # of one card: tests that don't mind each other
   export CUDA_VISIBLE_DEVICES=$1
-  local coserve=(python3 bench/coserve.py --device cuda --shape qwen3-8b --model "$tok" --seconds 6 --out "$out/coserve.json")
-  part coserve 1300 "${coserve[@]}" --parts share,pace,reload
-  part timeslice 500 "${coserve[@]}" --parts timeslice --append --streams 16
-}
-
-disk() {
-  export CUDA_VISIBLE_DEVICES=$1
-  part checkpoint 400 python3 bench/checkpoint.py --device cuda --mb 16000 --lean --repeats 1 --shares 0.01 1.0 \
-    --only ${CHECKPOINT:-hogwild save_file save_safely} --directory "$out/disk" --out "$out/checkpoint.json"
-  rm -rf "$out/disk"
-}
-
-functions() {
-  export CUDA_VISIBLE_DEVICES=$1 HOGWILD_TOKENIZER=$tok HOGWILD_GPU_RESTARTS=${RESTARTS:-5}
   local waited=()
   part architectures 240 python3 tests/acceptance/architectures.py --device cuda --json "$out/architectures.json" \
     --table "$out/architectures.md" & waited+=($!)
-  part units 600 "${tests[@]}" tests/gpu/test_engine_gpu.py tests/gpu/test_checkpoint_gpu.py \
-    tests/gpu/test_cuda_ipc.py & waited+=($!)
+  part ipc 240 "${tests[@]}" tests/gpu/test_cuda_ipc.py -k "not twenty" & waited+=($!)
+  part units 600 "${tests[@]}" tests/gpu/test_engine_gpu.py tests/gpu/test_checkpoint_gpu.py & waited+=($!)
+  part partition-tests 180 "${tests[@]}" tests/gpu/test_partition_gpu.py & waited+=($!)
   wait "${waited[@]}"
-  part partition-tests 180 "${tests[@]}" tests/gpu/test_partition_gpu.py
+}
+
+kills() { # these look at all of the card's memory: nobody else may use it
+  export CUDA_VISIBLE_DEVICES=$1 HOGWILD_TOKENIZER=$tok HOGWILD_GPU_RESTARTS=${RESTARTS:-5}
+  part twenty 300 "${tests[@]}" tests/gpu/test_cuda_ipc.py -k twenty
   part mps 180 "${tests[@]}" tests/gpu/test_mps.py
-  part stack 900 "${tests[@]}" tests/gpu/test_stack_gpu.py
+  part stack 900 "${tests[@]}" tests/gpu/test_stack_gpu.py ${STACK:+-k "$STACK"}
 }
 
 speed() {
@@ -54,10 +45,29 @@ speed() {
   part train 420 python3 bench/train.py --device cuda --shape qwen3-8b --tokens 4096 --steps 6 --memory-limit-gb 4 \
     --json "$out/train.json" \
     --kernels 30 --variants "${TRAIN:-none+compile,mini+compile,none+keep+compile,mini+keep+compile,trainer,apollo+keep+compile,trainer-apollo,mini+keep,loop}"
+  part checkpoint 400 python3 bench/checkpoint.py --device cuda --mb 16000 --lean --repeats 1 \
+    --shares ${SHARES:-0.01 1.0} --only ${CHECKPOINT:-hogwild save_file save_safely} --directory "$out/disk" \
+    --out "$out/checkpoint.json"
+  rm -rf "$out/disk"
+}
+
+serving() {
+  export CUDA_VISIBLE_DEVICES=$1
+  local coserve=(python3 bench/coserve.py --device cuda --shape qwen3-8b --model "$tok" --seconds 6 --out "$out/coserve.json")
+  part coserve 1300 "${coserve[@]}" --parts "${COSERVE:-share,pace,reload}"
+  part timeslice 500 "${coserve[@]}" --parts timeslice --append --streams 16
+}
+
+beside() {
+  export CUDA_VISIBLE_DEVICES=$1
   local ours=mini+keep+compile ways=hf,mini+keep+compile
   part timesliced 200 python3 bench/interference.py --no-mps --variants $ways --json "$out/timesliced.json"
   ways+=,$ours:low,$ours:part=0.25:low,$ours:part=0.5:low,$ours:part=0.75:low
   part interference 500 python3 bench/interference.py --variants $ways --json "$out/interference.json"
+}
+
+loading() {
+  export CUDA_VISIBLE_DEVICES=$1
   part attach 300 bash -c 'python3 bench/random_model.py qwen3-8b "$0/m" --tokenizer "$1" --device cuda &&
     python3 bench/attach.py --device cuda --model "$0/m" --repeats 2 --out "$0/attach.json"; rm -rf "$0/m"' "$out" "$tok"
 }
@@ -65,11 +75,12 @@ speed() {
 cp docs/architectures.md "$out/"
 first=${cards[0]} last=${cards[-1]}
 if [ "$first" != "$last" ]; then
-  CUDA_VISIBLE_DEVICES=$last,$first part two-cards 90 "${tests[@]}" tests/gpu/test_cuda_ipc.py -k uuid
-  (serving "$first"; disk "$first") & others=$!
-  functions "$last"; speed "$last"
-  wait "$others"
+  CUDA_VISIBLE_DEVICES=$last,$first part two-cards 90 "${tests[@]}" tests/gpu/test_cuda_ipc.py -k uuid &
+  others=($!)
+  (functions "$first"; speed "$first"; serving "$first") & others+=($!)
+  loading "$last"; kills "$last"; beside "$last"
+  wait "${others[@]}"
 else
-  functions "$first"; serving "$first"; disk "$first"; speed "$first"
+  functions "$first"; kills "$first"; speed "$first"; loading "$first"; serving "$first"; beside "$first"
 fi
 echo done >> "$out/parts.txt"

@@ -389,7 +389,7 @@ def alone(bed: Bed, report: Report, args: argparse.Namespace, part: str) -> floa
     for streams in args.streams:
         report.add(part, "serving alone", bed.load(streams=streams))
     rate = poisson_rate(report, args)
-    if part == "share":
+    if part in ("share", "pace"):
         report.add(part, "serving alone", bed.load(rate=rate))
     return rate
 
