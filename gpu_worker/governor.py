@@ -16,17 +16,22 @@ learned and the class's first duty, 20 %, stays.
  1. IDLE. No request runs or waits: duty 1, in the moment the pulse says so. Requests that are "running" while the
     engine makes no step for 1 to 3 s are idle too: vLLM goes on reporting a last request whose client hung up.
  2. PROBING. When the latency of a class *alone* is not known, training yields altogether until at least 8 tokens of
-    each request came in at least 0.15 s (1 s at most); their mean is `alone`. It is measured again every 10 s, which
-    costs training 2 %. Probes never take more than a third of the time, however the load jumps.
- 3. BUDGET. B = the smaller of the budget in ms and alone / serve_share. The set point S lies a part h of the way from
-    `alone` to B. h starts at 0.8 and finds its own place: each second above B takes 0.15 off it, each second within B
-    gives back 1/200 of that, so that it settles where about one second in two hundred breaks the budget.
- 4. PACING. A window is at least 0.25 s and 8 tokens of each request (2 s at most). Its latency y, the mean or the
-    median, whichever is larger, less `alone` is what training costs, and the cost is taken as proportional to the
-    share u of the device that training used in the window (share of the time × part of the multiprocessors):
+    each request came in at least 0.25 s (1 s at most). `alone` is the mean of the last 2n probes. The next comes after
+    10 s / n, 2 s at least: that costs training 3 % where n is 1. Probes never take more than a third of the time,
+    however the load jumps.
+ 3. BUDGET. B = the smaller of the budget in ms and alone / serve_share. The set point S lies three quarters of the way
+    from `alone` to B.
+ 4. PACING. A window is at least 0.25 s and 8 tokens of each request (2 s at most). It has a latency (the mean or the
+    median, whichever is larger) and the share of the device that training used (share of the time × part of the
+    multiprocessors); y and u are their means over the last n windows. y less `alone` is what training costs, and the
+    cost is taken as proportional to u:
         duty* = u · (S − alone) / (y − alone)
-    Down: at once to duty*, and at least by a tenth when y > B, after which duty does not rise for 1 s.
-    Up: 40 % of the way, at most 1.5 times (or + 0.02) per window, and never while the number of waiting requests grows.
+    Down: at once to duty*. Up: 40 % of the way, at most 1.5 times (or + 0.02) per window, and never while the number of
+    waiting requests grows.
+    NOISE. A window's latency is what y and u let expect, give or take σ (root of the mean square over 16 windows). n,
+    1 to 20, is as many as make y right to a fifth of the way from `alone` to B: n = (1 + (5σ / (B − alone))²) / 2, as
+    newer ones count more. Under steady traffic n is 1 and each window decides; requests that come at random make
+    windows as far apart as B is from `alone`, and no single one of them says anything about training.
  5. PARTS. Beside traffic training runs on the smallest part of the device that holds the duty, the largest part at
     most; the whole device is for silence.
  6. FLOOR. When vLLM alone does not hold B, yielding can't make it so: duty is the floor (5 %), so that jobs still end,
@@ -65,16 +70,16 @@ class GovernorConfig:
     floor: float = 0.05  # least duty: a job must end even under a load that never lets it
     blind_duty: float = 0.5  # without metrics: what half duty cost when it was measured is bearable, full duty was not
     first_duty: float = 0.2  # of a class never seen before: reaches 1 within four windows if nothing suffers
-    broken_seconds: float = 0.005  # share of one-second windows above the budget that the set point adapts to
-    headroom_step: float = 0.15
+    set_point: float = 0.75  # how far from `alone` to the budget training is let
+    certainty: float = 5.0  # readings are averaged until the means are right to a 5th of the way to the budget
+    average_max: float = 20.0  # windows
+    noise_windows: int = 16  # that the noise is the mean of
     window_s: float = 0.25
     window_max_s: float = 2.0
     window_steps: int = 8  # tokens of each running request
-    probe_s: float = 0.15
     probe_max_s: float = 1.0
     probe_every_s: float = 10.0
     blind_after_s: float = 2.0
-    cooldown_s: float = 1.0  # no rise after a window above the budget
 
     def __post_init__(self) -> None:
         """Raise ConfigError naming the setting."""
@@ -99,7 +104,12 @@ class LoadClass:
     alone_s: float | None = None  # inter-token latency without training
     probed_at: float = -math.inf
     retry_at: float = -math.inf  # after a probe in which no token came
-    headroom: float = 0.8  # how far from `alone` to the budget the set point lies; adapts
+    probes: int = 0  # that `alone_s` is the mean of, the older the less
+    windows: int = 0  # paced so far; means of them, the older the less:
+    itl_s: float = 0.0  # latency
+    used: float = 0.0  # share of the device that training used
+    variance: float = 0.0  # of a window's latency about what the means let expect
+    average: float = 1.0  # number of windows that the means are taken over
 
 
 @dataclass(frozen=True)
@@ -126,12 +136,10 @@ class Controller:
     _last: Reading | None = None
     _seen_at: float | None = None
     _mark: _Mark | None = None
-    _second: Reading | None = None  # where the second that is being judged began
     _probe_started: float | None = None
     _probe_mark: Reading | None = None
     _last_probe: float = -math.inf
     _no_probe_until: float = -math.inf
-    _no_rise_until: float = -math.inf
     _progress_at: float = -math.inf
     _gap_s: float = 0.0
     _silent_until: dict[str, float] = field(default_factory=dict)
@@ -153,7 +161,7 @@ class Controller:
 
     def forget_window(self) -> None:
         """Training stood still for a reason of its own: what the window holds is not the duty's doing."""
-        self._mark = self._second = None
+        self._mark = None
 
     # --- one reading ----------------------------------------------------------------------------------------------
 
@@ -166,25 +174,25 @@ class Controller:
             self._say("vLLM's latency can't be read: training at "
                       f"{self.config.blind_duty:.0%} duty until it can", "blind", now)
         self._drop_probe(now)
-        self._mark = self._second = self._last = None
+        self._mark = self._last = None
         self.mode, self.duty = "blind", self.config.blind_duty
 
     def _seen(self, reading: Reading, now: float, active_s: float, yielded_s: float) -> None:
         last, self._last, self._seen_at = self._last, reading, now
         if last is None or last.source != reading.source or reading.tokens < last.tokens:
             # Another vLLM, or another source's counters: not comparable with what came before.
-            last = self._mark = self._second = self._probe_mark = None
+            last = self._mark = self._probe_mark = None
         self._follow_progress(reading, last)
         if not reading.busy or self._stalled(reading):
             self._drop_probe(now)
-            self._mark = self._second = self.load_class = None
+            self._mark = self.load_class = None
             self.mode, self.duty, self.note, self.itl_s = "idle", 1.0, "", None
             return
         load_class = class_of(reading.running, self.load_class)
         if load_class != self.load_class:
             if self._probe_started is not None:
                 self._end_probe(now)  # what it measured so far belongs to neither class
-            self.load_class, self._mark, self._second = load_class, None, None
+            self.load_class, self._mark = load_class, None
         state = self.classes.setdefault(load_class, LoadClass(duty=self.config.first_duty))
         if self._probe_started is None and self._probe_is_due(state, reading.at):
             self._probe_started, self._probe_mark, self._last_probe = now, None, reading.at
@@ -216,7 +224,7 @@ class Controller:
             return False
         if state.alone_s is None:
             return at >= state.retry_at
-        every = self.config.probe_every_s
+        every = self.config.probe_every_s / min(5.0, state.average)
         return at - state.probed_at >= every and at - self._last_probe >= every
 
     def _probe(self, state: LoadClass, reading: Reading, now: float) -> None:
@@ -230,12 +238,14 @@ class Controller:
             return
         tokens = reading.decoded - self._probe_mark.decoded
         seconds = reading.at - self._probe_mark.at
-        long_enough = seconds >= config.probe_s and tokens >= config.window_steps * max(1, reading.running)
+        long_enough = seconds >= config.window_s and tokens >= config.window_steps * max(1, reading.running)
         if not long_enough and now - started < config.probe_max_s:
             return
         if tokens > 0:
             mean = (reading.decoded_sum_s - self._probe_mark.decoded_sum_s) / tokens
-            state.alone_s = mean if state.alone_s is None else (state.alone_s + mean) / 2
+            state.probes += 1
+            known = mean if state.alone_s is None else state.alone_s
+            state.alone_s = known + (mean - known) / min(state.probes, 2 * state.average)
             state.probed_at = reading.at
         else:  # a long prompt is being read: nothing to measure yet
             state.retry_at = reading.at + 1.0
@@ -249,7 +259,7 @@ class Controller:
 
     def _end_probe(self, now: float) -> None:
         self._drop_probe(now)
-        self._mark = self._second = None
+        self._mark = None
         state = None if self.load_class is None else self.classes.get(self.load_class)
         if state is None:
             self.mode, self.duty = "blind", self.config.blind_duty
@@ -276,32 +286,17 @@ class Controller:
             return
         active, yielded = active_s - mark.active_s, yielded_s - mark.yielded_s
         used = active / (active + yielded) if active + yielded > 0 else state.duty
-        self._judge_second(state, mark.reading, reading)
         itl_s = latency_between(mark.reading, reading)
         self._decide(state, itl_s, used, reading, queue_grows=reading.waiting > mark.reading.waiting)
 
-    def _judge_second(self, state: LoadClass, first: Reading, reading: Reading) -> None:
-        """Move the set point by whether the budget held over the last second, roughly."""
-        if self._second is None:
-            self._second = first
-        if reading.at - self._second.at < 0.75 or self.budget_s is None or state.alone_s is None:
-            return
-        if reading.decoded == self._second.decoded:
-            return
-        rate, itl_s = self.config.broken_seconds, latency_between(self._second, reading)
-        state.headroom += self.config.headroom_step * (-(1 - rate) if itl_s > self.budget_s else rate)
-        state.headroom = min(0.9, max(0.1, state.headroom))
-        self._second = reading
-
     def _decide(self, state: LoadClass, itl_s: float, used: float, reading: Reading, *, queue_grows: bool) -> None:
         config = self.config
-        self.itl_s = itl_s
+        self._average(state, itl_s, used)
+        self.itl_s = itl_s = state.itl_s
         self.budget_s = budget = self._budget(state)
         if budget is None:
             return  # only a share is asked for and nothing is known to take it of: the class's first duty stays
         alone = state.alone_s if state.alone_s is not None else 0.8 * min(itl_s, budget)
-        if state.alone_s is not None and itl_s < alone:  # training does not make vLLM faster: `alone` was too high
-            state.alone_s = alone = alone + 0.2 * (itl_s - alone)
         if alone >= budget:
             state.duty = self.duty = config.floor
             if self.mode != "floor":
@@ -310,19 +305,31 @@ class Controller:
                           "floor", reading.at)
             return
         self.mode, self.note = "pacing", ""
-        allowed = state.headroom * (budget - alone)
+        allowed = config.set_point * (budget - alone)
         cost = itl_s - alone
-        target = min(1.0, used * allowed / cost) if cost > 0.01 * alone else 1.0
+        target = min(1.0, state.used * allowed / cost) if cost > 0.01 * alone else 1.0
         duty = state.duty
-        if itl_s > budget:
-            duty = min(target, 0.9 * duty)
-            self._no_rise_until = reading.at + config.cooldown_s
-        elif target < duty:
+        if target < duty:
             duty = target
-        elif not queue_grows and reading.at >= self._no_rise_until:
+        elif not queue_grows:
             duty = min(duty + 0.4 * (target - duty), max(1.5 * duty, duty + 0.02))
             duty = 1.0 if duty > 0.98 else duty  # the last 2 % are not worth a wait for the device at every layer
         state.duty = self.duty = min(1.0, max(config.floor, duty))
+
+    def _average(self, state: LoadClass, itl_s: float, used: float) -> None:
+        """Take a window into the means, and find out over how many they have to be."""
+        config, budget = self.config, self._budget(state)
+        state.windows += 1
+        if state.windows > 1 and state.alone_s is not None and budget is not None and budget > state.alone_s:
+            cost = max(0.0, state.itl_s - state.alone_s) * (used / state.used if state.used > 0 else 1.0)
+            surprise = itl_s - state.alone_s - cost
+            state.variance += (surprise**2 - state.variance) / min(state.windows - 1, config.noise_windows)
+            # Of a mean with weights that fall by 1 - 1/n per window the variance is a window's by 2n - 1.
+            noise = config.certainty**2 * state.variance / (budget - state.alone_s) ** 2
+            state.average = min(config.average_max, max(1.0, (1 + noise) / 2))
+        weight = 1 / min(state.windows, state.average)
+        state.itl_s += weight * (itl_s - state.itl_s)
+        state.used += weight * (used - state.used)
 
     def _budget(self, state: LoadClass) -> float | None:
         budgets = []

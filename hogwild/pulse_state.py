@@ -10,7 +10,7 @@ per engine step and read by the pacing governor whenever it likes, at no cost to
     slot     0  pid                    1  start time of that process, ms since the epoch
              2  engine index           3  time of the last update, CLOCK_MONOTONIC, ns (0: never)
              4  inter-token latencies counted    5  their sum, ns     6  requests running      7  requests waiting
-             8  of 4, those of engine steps that also read prompts    9  their sum, ns
+             8  of 4, those of steps that also read prompts, or precede one    9  their sum, ns
              10… histogram of the others: bucket i holds [FLOOR · 2^(i/16), FLOOR · 2^((i+1)/16)), ends open
 
 A step that reads prompts takes several times as long as one that only decodes, whatever training does. Some windows

@@ -5,6 +5,10 @@ API-server process, after the engine is ready. `record` is called once for every
 hands tokens to the clients, and an exception there would end serving: so nothing may come out of it, and after the
 first failure the logger is silent.
 
+A step's latencies are written with the next step, because what that one does decides what they say: with asynchronous
+scheduling vLLM launches a step before it takes the time of the one before, and to launch one that reads prompts takes
+long. The tokens before it are late then, with training or without, and count as those of a step that reads prompts.
+
 It replaces nothing in vLLM, so it is none of the hooks that `hooks.install` looks for: a statistic of another shape
 costs the pulse and nothing else.
 
@@ -32,6 +36,7 @@ class PulseStatLogger(StatLoggerBase):  # type: ignore[misc]  # vLLM is not ther
 
     def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
         self._writer: PulseWriter | None = None
+        self._held: tuple[list[float], bool] = [], False  # the last step's latencies, and whether it read prompts
         try:
             if load_settings().disable:
                 return
@@ -46,9 +51,7 @@ class PulseStatLogger(StatLoggerBase):  # type: ignore[misc]  # vLLM is not ther
         if self._writer is None:
             return
         try:
-            latencies = iteration_stats.inter_token_latencies_iter if iteration_stats is not None else ()
-            # A step that makes some request's first token has read its prompt, or the last chunk of it.
-            prompts = iteration_stats is not None and bool(iteration_stats.time_to_first_tokens_iter)
+            latencies, prompts = self._last_step(iteration_stats) if iteration_stats is not None else ([], False)
             if scheduler_stats is not None:
                 waiting = scheduler_stats.num_waiting_reqs + getattr(scheduler_stats, "num_skipped_waiting_reqs", 0)
                 self._writer.record(latencies, scheduler_stats.num_running_reqs, waiting, prompts=prompts)
@@ -57,6 +60,15 @@ class PulseStatLogger(StatLoggerBase):  # type: ignore[misc]  # vLLM is not ther
         except Exception:
             self._writer = None
             logger.exception("hogwild: the pulse stopped; the pacing governor will read /metrics instead")
+
+    def _last_step(self, stats: Any) -> tuple[list[float], bool]:
+        """The latencies of the step before this one, and whether either read prompts."""
+        # A step that makes some request's first token has read its prompt, or the last chunk of it.
+        step = list(stats.inter_token_latencies_iter), bool(stats.time_to_first_tokens_iter)
+        if not any(step):  # none at all: nothing came out
+            return [], False
+        (latencies, prompts), self._held = self._held, step
+        return latencies, prompts or step[1]
 
     def log_engine_initialized(self) -> None:
         """Nothing to say: required by the interface."""

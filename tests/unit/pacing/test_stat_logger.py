@@ -31,33 +31,37 @@ def config(name="tiny"):
 
 def test_engine_steps_reach_the_file_as_vllm_reports_them(runtime):
     logger = PerEngineStatLoggerAdapter(config(), [0], PulseStatLogger)  # how vLLM calls a plugin
-    iteration = IterationStats()
-    iteration.inter_token_latencies_iter = [0.01, 0.03]
 
-    logger.record(SchedulerStats(num_running_reqs=2, num_waiting_reqs=1), iteration, mm_cache_stats=None, engine_idx=0)
+    logger.record(SchedulerStats(num_running_reqs=2, num_waiting_reqs=1), decoded(0.01, 0.03), mm_cache_stats=None,
+                  engine_idx=0)
     logger.record(None, None)
+    logger.record(SchedulerStats(num_running_reqs=2, num_waiting_reqs=1), decoded(0.02), mm_cache_stats=None)
     logger.log_engine_initialized()
     logger.log()
 
     counters = PulseReader(runtime / "pulse.state").read()
     assert counters is not None
-    assert (counters.tokens, counters.running, counters.waiting) == (2, 2, 1)
+    assert (counters.tokens, counters.running, counters.waiting) == (2, 2, 1)  # a step's tokens come with the next
     assert counters.itl_sum_s == pytest.approx(0.04)
 
 
-def test_steps_that_read_prompts_are_told_from_those_that_only_decode(runtime):
-    logger = PulseStatLogger(config())
-    decoding, mixed = IterationStats(), IterationStats()
-    decoding.inter_token_latencies_iter = [0.01, 0.01]
-    mixed.inter_token_latencies_iter, mixed.time_to_first_tokens_iter = [0.05], [0.2]
+def decoded(*latencies, first=()):
+    iteration = IterationStats()
+    iteration.inter_token_latencies_iter, iteration.time_to_first_tokens_iter = list(latencies), list(first)
+    return iteration
 
-    logger.record(SchedulerStats(num_running_reqs=3), decoding)
-    logger.record(SchedulerStats(num_running_reqs=3), mixed)
+
+def test_steps_that_read_prompts_and_those_before_them_are_told_from_those_that_only_decode(runtime):
+    """vLLM takes the time of a step after it launched the next: that of a prompt makes the tokens before it late."""
+    logger = PulseStatLogger(config())
+    for step in (decoded(0.01, 0.01), decoded(0.03, 0.03), decoded(0.05, 0.05, first=[0.2]), decoded(0.01, 0.01, 0.01),
+                 decoded(0.01, 0.01, 0.01)):
+        logger.record(SchedulerStats(num_running_reqs=3), step)
 
     counters = PulseReader(runtime / "pulse.state").read()
     assert counters is not None
-    assert (counters.tokens, counters.mixed_tokens, sum(counters.histogram)) == (3, 1, 2)
-    assert (counters.itl_sum_s, counters.mixed_sum_s) == (pytest.approx(0.07), pytest.approx(0.05))
+    assert (counters.tokens, counters.mixed_tokens, sum(counters.histogram)) == (9, 4, 5)
+    assert (counters.itl_sum_s, counters.mixed_sum_s) == (pytest.approx(0.21), pytest.approx(0.16))
 
 
 def test_vllm_accepts_the_class():
