@@ -13,6 +13,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from hogwild.checkpoint.fingerprints import Bytes
+from hogwild.checkpoint.together import READ, WRITE, Pieces, together
 from hogwild.errors import CheckpointError
 
 FICLONE = 0x40049409
@@ -90,6 +92,18 @@ class Handle:
                 break
             done += count
         return done
+
+    def pwrite_pieces(self, data: Bytes, pieces: Pieces) -> None:
+        """`pwrite` of each piece of `data`, in any order. Whoever overrides `pwrite` sees each by itself."""
+        plain = type(self).pwrite is Handle.pwrite
+        for start, size, offset in together(self.fd, WRITE, data, pieces) if plain else pieces:
+            self.pwrite(data[start : start + size].data, offset)
+
+    def pread_pieces(self, out: Bytes, pieces: Pieces) -> bool:
+        """`pread_into` of each piece of `out`; whether the file was long enough for all."""
+        plain, flags = type(self).pread_into is Handle.pread_into, RWF_DONTCACHE if self.once else 0
+        left = together(self.fd, READ, out, pieces, flags) if plain else pieces
+        return all(self.pread_into(out[start : start + size].data, offset) == size for start, size, offset in left)
 
     def size(self) -> int:
         """Length of the file in bytes."""
