@@ -28,9 +28,13 @@ functions() { # of one card: tests that don't mind each other
   part architectures 240 python3 tests/acceptance/architectures.py --device cuda --json "$out/architectures.json" \
     --table "$out/architectures.md" & waited+=($!)
   part ipc 240 "${tests[@]}" tests/gpu/test_cuda_ipc.py -k "not twenty" & waited+=($!)
-  part units 600 "${tests[@]}" tests/gpu/test_engine_gpu.py tests/gpu/test_checkpoint_gpu.py & waited+=($!)
   part partition-tests 180 "${tests[@]}" tests/gpu/test_partition_gpu.py & waited+=($!)
   wait "${waited[@]}"
+}
+
+units() {
+  export CUDA_VISIBLE_DEVICES=$1
+  part units 600 "${tests[@]}" tests/gpu/test_engine_gpu.py tests/gpu/test_checkpoint_gpu.py
 }
 
 kills() { # these look at all of the card's memory: nobody else may use it
@@ -78,9 +82,9 @@ if [ "$first" != "$last" ]; then
   CUDA_VISIBLE_DEVICES=$last,$first part two-cards 90 "${tests[@]}" tests/gpu/test_cuda_ipc.py -k uuid &
   others=($!)
   (functions "$first"; speed "$first"; serving "$first") & others+=($!)
-  loading "$last"; kills "$last"; beside "$last"
+  loading "$last"; kills "$last"; units "$last"; beside "$last"
   wait "${others[@]}"
 else
-  functions "$first"; kills "$first"; speed "$first"; loading "$first"; serving "$first"; beside "$first"
+  functions "$first"; units "$first"; kills "$first"; speed "$first"; loading "$first"; serving "$first"; beside "$first"
 fi
 echo done >> "$out/parts.txt"
