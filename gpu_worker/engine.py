@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -240,11 +241,11 @@ class Trainer:
     def profile(self, kind: RowKind = "one", *, eager: bool = False) -> Profile:
         """Activation sizes of the model in rows of that kind, measured at the first call; `eager`: not compiled."""
         if (kind, eager) not in self._profiles:
-            self.recompute.kept = len(self.recompute.layers)
             self.recompute.eager = eager
             if self.recompute.compiles and not eager and not self._compiled:
                 self._within_memory(self._compile, "Compiling the decoder layers")
                 self._compiled = True
+            self.recompute.kept = len(self.recompute.layers)
             row = partial(self.forward.row, samples=2 if kind == "packed" else 1)
 
             def measured() -> Profile:
@@ -259,12 +260,15 @@ class Trainer:
         return self._profiles[kind, eager]
 
     def _compile(self) -> None:
-        """Compile both passes of the layers now, on a short row: what can't be compiled costs speed and not a job."""
+        """Compile the layers now, kept and recomputed, both passes, on a short row: what can't be compiled costs speed
+        and not a job."""
         started = time.perf_counter()
         trained = [p for layer in self.recompute.layers for p in layer.parameters() if p.requires_grad]
         try:
             samples = [Sample([0] * n, [0]) for n in COMPILED_ROW]
-            for row in (samples[:1], samples) if self.forward.abilities.packs else (samples[:1],):
+            rows = (samples[:1], samples) if self.forward.abilities.packs else (samples[:1],)
+            for kept, row in product((0, len(self.recompute.layers)), rows):
+                self.recompute.kept = kept
                 with torch.enable_grad():
                     hidden = self.forward.hidden(collate(row, self.device))
                 # One parameter of the first layer: backward then passes through all of them, and keeps no gradient.

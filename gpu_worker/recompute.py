@@ -7,6 +7,7 @@ Our own wrapper instead of transformers' switch: that one drops the cache of a f
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,18 +36,25 @@ class Recompute:
 
             inductor.compile_threads = 1  # a handful of kernels: no pool of processes
         for i, layer in enumerate(self.layers):
-            # Rows have any length: symbolic shapes, or every new length would compile again.
-            compiled = torch.compile(layer.forward, dynamic=True) if compile_layers else layer.forward
-            layer.forward = self._wrap(i, layer.forward, compiled)
+            layer.forward = self._wrap(i, layer.forward)
 
-    def _wrap(self, index: int, forward: Callable[..., Any], compiled: Callable[..., Any]) -> Callable[..., Any]:
+    def _wrap(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        kept: Callable[..., Any] = forward
+        recomputed: Callable[..., Any] = partial(_recomputed, forward)
+        if self.compiles:
+            # Rows have any length: symbolic shapes, or every new length would compile again.
+            kept = torch.compile(forward, dynamic=True)
+            # The checkpoint inside what is compiled: backward is then one graph, without what only the layer's output
+            # needs (the last matrix product), and without Python's way through a checkpoint for each layer.
+            recomputed = partial(torch.compile(_recomputed, dynamic=True), forward)
+
         def run(*args: Any, **kwargs: Any) -> Any:
             if not torch.is_grad_enabled():
                 return forward(*args, **kwargs)
-            chosen = compiled if self.compiles and not self.eager else forward
-            if index >= len(self.layers) - self.kept:
-                return chosen(*args, **kwargs)
-            return checkpoint(chosen, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+            keep = index >= len(self.layers) - self.kept
+            if self.compiles and not self.eager:
+                return (kept if keep else recomputed)(*args, **kwargs)
+            return forward(*args, **kwargs) if keep else _recomputed(forward, *args, **kwargs)
 
         return run
 
@@ -54,6 +62,11 @@ class Recompute:
         """Give the layers their own forward back."""
         for layer in self.layers:
             layer.__dict__.pop("forward", None)
+
+
+def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What a layer returns, keeping only its inputs for backward."""
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 class ActivationMeter:

@@ -90,9 +90,9 @@ class Apollo(Optimizer):
             self.scale = other.scale
 
     def begin_job(self) -> None:
-        for state in self.state.values():
-            if "norm" in state:
-                state["norm"].zero_()
+        norms = [state["norm"] for state in self.state.values() if "norm" in state]
+        if norms:
+            torch._foreach_zero_(norms)
 
     def rank_of(self, name: str) -> int:
         """Rank of a matrix' projection."""

@@ -30,11 +30,12 @@ def losses(trainer: Trainer, **options: Any) -> list[float]:
     return trainer.run(trainer.plan(samples(6), config)).losses
 
 
-def test_compiled_layers_train_as_the_others_do_and_share_two_graphs() -> None:
+def test_compiled_layers_train_as_the_others_do_and_share_their_graphs() -> None:
     plain, compiled = Trainer(build("gemma2")), Trainer(build("gemma2"), compile_layers=True)
     for options in ({}, {"context_grad": False}, {"trainable": ["*mlp*"]}):
         assert losses(compiled, **options) == pytest.approx(losses(plain, **options), rel=1e-4), options
-        assert counters["stats"]["unique_graphs"] == 2  # with a mask and without one; other ways run as they are
+        # With a mask and without one, kept and recomputed; other ways run as they are
+        assert counters["stats"]["unique_graphs"] == 4, options
     assert compiled.recompute.compiles
 
 
@@ -43,6 +44,18 @@ def test_recomputed_layers_are_compiled_too() -> None:
     for trainer in (plain, compiled):
         trainer.memory_limit = trainer.plan(samples(6), TrainConfig(optimizer="sgd")).budget.total - 20_000
     assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
+    assert counters["stats"]["unique_graphs"] == 4
+
+
+def test_a_recomputed_compiled_layer_does_not_make_its_output_a_second_time() -> None:
+    trainer = Trainer(build(), compile_layers=True)
+    trainer.profile()
+    products = []
+    for trainer.recompute.kept in (LAYERS, 0):
+        with torch.profiler.profile() as found:
+            trainer.forward.row(16).sum().backward()
+        products.append(sum(e.count for e in found.key_averages() if e.key == "aten::mm"))
+    assert products[1] - products[0] == 6 * LAYERS  # of seven
 
 
 def test_a_model_that_cannot_be_compiled_is_trained_without(
