@@ -8,6 +8,7 @@ first failure the logger is silent.
 A step's latencies are written with the next step, because what that one does decides what they say: with asynchronous
 scheduling vLLM launches a step before it takes the time of the one before, and to launch one that reads prompts takes
 long. The tokens before it are late then, with training or without, and count as those of a step that reads prompts.
+The last step before silence has no next one and is written at once.
 
 It replaces nothing in vLLM, so it is none of the hooks that `hooks.install` looks for: a statistic of another shape
 costs the pulse and nothing else.
@@ -30,13 +31,15 @@ from hogwild.vllm_plugin.hooks import model_runtime_dir
 
 logger = logging.getLogger(__name__)
 
+NOTHING: tuple[list[float], bool] = [], False  # a step's latencies (s), and whether it read prompts
+
 
 class PulseStatLogger(StatLoggerBase):  # type: ignore[misc]  # vLLM is not there when types are checked
     """Writes `pulse.state` into the runtime directory of the served model; silent when nothing was exported there."""
 
     def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
         self._writer: PulseWriter | None = None
-        self._held: tuple[list[float], bool] = [], False  # the last step's latencies, and whether it read prompts
+        self._held = NOTHING  # the last step
         try:
             if load_settings().disable:
                 return
@@ -51,12 +54,15 @@ class PulseStatLogger(StatLoggerBase):  # type: ignore[misc]  # vLLM is not ther
         if self._writer is None:
             return
         try:
-            latencies, prompts = self._last_step(iteration_stats) if iteration_stats is not None else ([], False)
+            latencies, prompts = self._last_step(iteration_stats) if iteration_stats is not None else NOTHING
+            running = waiting = None
             if scheduler_stats is not None:
+                running = scheduler_stats.num_running_reqs
                 waiting = scheduler_stats.num_waiting_reqs + getattr(scheduler_stats, "num_skipped_waiting_reqs", 0)
-                self._writer.record(latencies, scheduler_stats.num_running_reqs, waiting, prompts=prompts)
-            else:
+            if running == waiting == 0:
                 self._writer.record(latencies, prompts=prompts)
+                (latencies, prompts), self._held = self._held, NOTHING
+            self._writer.record(latencies, running, waiting, prompts=prompts)
         except Exception:
             self._writer = None
             logger.exception("hogwild: the pulse stopped; the pacing governor will read /metrics instead")
@@ -66,7 +72,7 @@ class PulseStatLogger(StatLoggerBase):  # type: ignore[misc]  # vLLM is not ther
         # A step that makes some request's first token has read its prompt, or the last chunk of it.
         step = list(stats.inter_token_latencies_iter), bool(stats.time_to_first_tokens_iter)
         if not any(step):  # none at all: nothing came out
-            return [], False
+            return NOTHING
         (latencies, prompts), self._held = self._held, step
         return latencies, prompts or step[1]
 

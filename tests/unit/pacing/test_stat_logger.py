@@ -64,6 +64,17 @@ def test_steps_that_read_prompts_and_those_before_them_are_told_from_those_that_
     assert (counters.itl_sum_s, counters.mixed_sum_s) == (pytest.approx(0.21), pytest.approx(0.16))
 
 
+def test_silence_leaves_no_token_uncounted(runtime):
+    logger = PulseStatLogger(config())
+    for running, step in ((1, decoded(first=[0.2])), (1, decoded(0.01)), (0, decoded(0.02)), (0, decoded())):
+        logger.record(SchedulerStats(num_running_reqs=running), step)
+
+    counters = PulseReader(runtime / "pulse.state").read()
+    assert counters is not None
+    assert (counters.tokens, counters.mixed_tokens, counters.running) == (2, 0, 0)
+    assert counters.itl_sum_s == pytest.approx(0.03)
+
+
 def test_vllm_accepts_the_class():
     assert issubclass(PulseStatLogger, StatLoggerBase)
 
