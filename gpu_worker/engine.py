@@ -11,11 +11,12 @@ The weights are those that vLLM is serving. A step whose loss is not finite neve
 not finite leaves its tensor as it was.
 """
 
+import gc
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import astuple, dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -339,7 +340,7 @@ class Trainer:
             with self._placed():
                 self._replay(plan, control)  # before a step has begun: it takes a while
         bad_in_a_row = 0
-        with Updates(self.trainable(config), self.params, optimizer) as updates:
+        with Updates(self.trainable(config), self.params, optimizer) as updates, _older_objects_left_alone():
             for step in range(first_step, plan.n_steps):
                 control.before_step(step)
                 with self._placed():
@@ -513,6 +514,18 @@ class Trainer:
         what = f"Loading the optimizer's state (up to {most / 1e6:,.0f} MB)"
         self._within_memory(lambda: optimizer.load(path, self.params), what, optimizer=most)
         self.optimizer = optimizer
+
+
+@contextmanager
+def _older_objects_left_alone() -> Iterator[None]:
+    """Python's collector looks at nothing that is there now: the modules' hundreds of thousands of objects take it a
+    few tenths of a second, in which a step's kernels run out, and a step makes enough objects to send it there every
+    few steps. What a step itself makes is collected as ever."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _eager(config: TrainConfig) -> bool:
