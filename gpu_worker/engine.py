@@ -11,14 +11,15 @@ The weights are those that vLLM is serving. A step whose loss is not finite neve
 not finite leaves its tensor as it was.
 """
 
+import gc
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,7 @@ class Trainer:
         self.memory_limit = memory_limit
         self.recompute = Recompute(layers_of(model), compile_layers=compile_layers)
         self._profiles: dict[tuple[RowKind, bool], Profile] = {}
-        self._compiled = False
+        self._compiled: set[bool] = set()  # the ways tried: activations kept (True), recomputed (False)
         self._job: int | None = None  # hash of the samples that were trained last
         self._replayed: list[Replayed] | None = None  # of the running job; None: to be made
 
@@ -208,6 +209,8 @@ class Trainer:
                     )  # fmt: skip
                 state = build_optimizer(config, self.token_params).state_bytes(self.trainable(config))
                 layers = len(self.recompute.layers)
+                if need.kept_layers < layers and not _eager(config) and not self._compile(keep=False):
+                    continue  # what was measured holds no more
                 return Plan(laid_out, tuple(samples), steps, size, asked, len(whole), need, layers, state)
             if pack_tokens is not None or size <= max(lengths):
                 raise need.refuse(f"A pack of {max(size, max(lengths))} tokens")
@@ -241,11 +244,9 @@ class Trainer:
     def profile(self, kind: RowKind = "one", *, eager: bool = False) -> Profile:
         """Activation sizes of the model in rows of that kind, measured at the first call; `eager`: not compiled."""
         if (kind, eager) not in self._profiles:
-            self.recompute.eager = eager
-            if self.recompute.compiles and not eager and not self._compiled:
-                self._within_memory(self._compile, "Compiling the decoder layers")
-                self._compiled = True
-            self.recompute.kept = len(self.recompute.layers)
+            if not eager:
+                self._compile(keep=True)
+            self.recompute.kept, self.recompute.eager = len(self.recompute.layers), eager
             row = partial(self.forward.row, samples=2 if kind == "packed" else 1)
 
             def measured() -> Profile:
@@ -259,28 +260,38 @@ class Trainer:
             )
         return self._profiles[kind, eager]
 
-    def _compile(self) -> None:
-        """Compile the layers now, kept and recomputed, both passes, on a short row: what can't be compiled costs speed
-        and not a job."""
+    def _compile(self, *, keep: bool) -> bool:
+        """Compile the layers with their activations kept or recomputed, unless they are; False: it can't be done now.
+
+        What can't be compiled costs speed and not a job: from then on nothing is, and all is measured anew.
+        """
+        if not self.recompute.compiles or keep in self._compiled:
+            return True
+        self.recompute.kept, self.recompute.eager = len(self.recompute.layers) if keep else 0, False
         started = time.perf_counter()
-        trained = [p for layer in self.recompute.layers for p in layer.parameters() if p.requires_grad]
         try:
-            samples = [Sample([0] * n, [0]) for n in COMPILED_ROW]
-            rows = (samples[:1], samples) if self.forward.abilities.packs else (samples[:1],)
-            for kept, row in product((0, len(self.recompute.layers)), rows):
-                self.recompute.kept = kept
-                with torch.enable_grad():
-                    hidden = self.forward.hidden(collate(row, self.device))
-                # One parameter of the first layer: backward then passes through all of them, and keeps no gradient.
-                torch.autograd.grad(hidden.float().sum(), trained[0])
+            self._within_memory(self._pass_short_rows, "Compiling the decoder layers")
+        except DoesNotFit:  # says nothing about the model
+            raise
         except Exception as e:  # whatever a compiler can raise
-            if out_of_memory(e):  # says nothing about the model
-                raise
             self.recompute.compiles = False
+            self._profiles.clear()
             why = str(e).split("\n", 1)[0]
             log.warning("torch.compile does not work with this model, training without it: %s", why)
-        else:
-            log.info("decoder layers compiled in %.1f s", time.perf_counter() - started)
+            return False
+        self._compiled.add(keep)
+        log.info("decoder layers compiled in %.1f s", time.perf_counter() - started)
+        return True
+
+    def _pass_short_rows(self) -> None:
+        """Both passes of all layers, on rows that are as short as can be; no gradient is kept."""
+        trained = [p for layer in self.recompute.layers for p in layer.parameters() if p.requires_grad]
+        samples = [Sample([0] * n, [0]) for n in COMPILED_ROW]
+        for row in (samples[:1], samples) if self.forward.abilities.packs else (samples[:1],):
+            with torch.enable_grad():
+                hidden = self.forward.hidden(collate(row, self.device))
+            # One parameter of the first layer: backward then passes through all of them, and keeps no gradient.
+            torch.autograd.grad(hidden.float().sum(), trained[0])
 
     def _layer_gradients(self, trained: Mapping[str, Tensor], *, eager: bool = False) -> int:
         """Most bytes of gradients of layers that exist at once: a compiled backward pass hands out a layer's together,
@@ -332,7 +343,7 @@ class Trainer:
         if first_step < plan.n_steps:
             self._replay(plan, control)  # before a step has begun: it takes a while
         bad_in_a_row = 0
-        with Updates(self.trainable(config), self.params, optimizer) as updates:
+        with Updates(self.trainable(config), self.params, optimizer) as updates, _older_objects_left_alone():
             for step in range(first_step, plan.n_steps):
                 control.before_step(step)
                 report = self._step(plan, step, self._replay(plan, control), updates, control)
@@ -503,6 +514,18 @@ class Trainer:
         what = f"Loading the optimizer's state (up to {most / 1e6:,.0f} MB)"
         self._within_memory(lambda: optimizer.load(path, self.params), what, optimizer=most)
         self.optimizer = optimizer
+
+
+@contextmanager
+def _older_objects_left_alone() -> Iterator[None]:
+    """Python's collector looks at nothing that is there now: the modules' hundreds of thousands of objects take it a
+    few tenths of a second, in which a step's kernels run out, and a step makes enough objects to send it there every
+    few steps. What a step itself makes is collected as ever."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _eager(config: TrainConfig) -> bool:
