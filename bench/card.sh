@@ -28,7 +28,7 @@ functions() { # of one card: tests that don't mind each other
   part architectures 240 python3 tests/acceptance/architectures.py --device cuda --json "$out/architectures.json" \
     --table "$out/architectures.md" & waited+=($!)
   part ipc 240 "${tests[@]}" tests/gpu/test_cuda_ipc.py -k "not twenty" & waited+=($!)
-  part partition-tests 180 "${tests[@]}" tests/gpu/test_partition_gpu.py & waited+=($!)
+  part partition-tests 400 "${tests[@]}" tests/gpu/test_partition_gpu.py & waited+=($!)
   wait "${waited[@]}"
 }
 
