@@ -32,7 +32,7 @@ class Arrivals:
 
     An engine step reads the prompts of whoever waits: 1.2 to 1.7 times as long for one, 4 times for more. The step
     after it is late one time in four, and one step in a hundred takes 2 to 4 times as long for no reason, with training
-    or without. With 21.6 requests a second the mean gap between tokens is 1.17 of its median then; on an H100 it was 1.12.
+    or without. With 21.6 requests a second the mean gap between tokens is 1.17 of its median; on an H100 it was 1.12.
     """
 
     def __init__(self, rate: float, *, tokens: int = 128, seed: int = 0) -> None:
@@ -85,7 +85,8 @@ class Parts:
 class Plant:
     def __init__(self, config: GovernorConfig, traffic: Traffic | Arrivals, *,
                  alone: Callable[[int], float] = lambda n: 0.007, slowdown: float = 1.0,
-                 layer_s: float = 0.004, noise: float = 0.0, seed: int = 0, pulse_period_s: float = 0.0, visible: Callable[[float], bool] = lambda t: True,
+                 layer_s: float = 0.004, noise: float = 0.0, seed: int = 0, pulse_period_s: float = 0.0,
+                 visible: Callable[[float], bool] = lambda t: True,
                  parts: Parts | None = None, part_slowdown: float = 0.35, step_layers: int = 72,
                  prompts: float = 0.0, tells_prompts: bool = True) -> None:  # fmt: skip
         self.now = 100.0
