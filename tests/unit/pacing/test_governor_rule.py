@@ -89,8 +89,8 @@ def test_prompts_read_between_the_tokens_are_not_taken_for_trainings_doing(promp
 
 def poisson(rate: float, seed: int, serve_share: float = 0.9, **options) -> Plant:
     """An 8B model on an H100: training makes a token take 2.7 times as long on all of it, 1.18 times on a quarter."""
-    return Plant(GovernorConfig(serve_share=serve_share), Arrivals(rate, seed=seed), alone=lambda n: 7.15e-3 + 2.2e-5 * n,
-                 slowdown=1.7, part_slowdown=0.7, noise=0.02, seed=seed, **options)
+    return Plant(GovernorConfig(serve_share=serve_share), Arrivals(rate, seed=seed), slowdown=1.7,
+                 alone=lambda n: 7.15e-3 + 2.2e-5 * n, part_slowdown=0.7, noise=0.02, seed=seed, **options)
 
 
 @pytest.mark.parametrize("rate", [5, 12, 21.6])
