@@ -32,8 +32,7 @@ class Arrivals:
 
     An engine step reads the prompts of whoever waits: 1.2 to 1.7 times as long for one, 4 times for more. The step
     after it is late one time in four, and one step in a hundred takes 2 to 4 times as long for no reason, with training
-    or without. With 21.6 requests a second the mean gap between tokens is 1.17 of its median then; on an H100 it was
-    1.12.
+    or without. With 21.6 requests a second the mean gap between tokens is 1.17 of its median; on an H100 it was 1.12.
     """
 
     def __init__(self, rate: float, *, tokens: int = 128, seed: int = 0) -> None:

@@ -32,8 +32,9 @@ def config(name="tiny"):
 def test_engine_steps_reach_the_file_as_vllm_reports_them(runtime):
     logger = PerEngineStatLoggerAdapter(config(), [0], PulseStatLogger)  # how vLLM calls a plugin
 
-    logger.record(SchedulerStats(num_running_reqs=2, num_waiting_reqs=1), decoded(0.01, 0.03), mm_cache_stats=None,
-                  engine_idx=0)
+    logger.record(
+        SchedulerStats(num_running_reqs=2, num_waiting_reqs=1), decoded(0.01, 0.03), mm_cache_stats=None, engine_idx=0
+    )
     logger.record(None, None)
     logger.record(SchedulerStats(num_running_reqs=2, num_waiting_reqs=1), decoded(0.02), mm_cache_stats=None)
     logger.log_engine_initialized()
@@ -54,8 +55,13 @@ def decoded(*latencies, first=()):
 def test_steps_that_read_prompts_and_those_before_them_are_told_from_those_that_only_decode(runtime):
     """vLLM takes the time of a step after it launched the next: that of a prompt makes the tokens before it late."""
     logger = PulseStatLogger(config())
-    for step in (decoded(0.01, 0.01), decoded(0.03, 0.03), decoded(0.05, 0.05, first=[0.2]), decoded(0.01, 0.01, 0.01),
-                 decoded(0.01, 0.01, 0.01)):
+    for step in (
+        decoded(0.01, 0.01),
+        decoded(0.03, 0.03),
+        decoded(0.05, 0.05, first=[0.2]),
+        decoded(0.01, 0.01, 0.01),
+        decoded(0.01, 0.01, 0.01),
+    ):
         logger.record(SchedulerStats(num_running_reqs=3), step)
 
     counters = PulseReader(runtime / "pulse.state").read()
