@@ -21,7 +21,7 @@ from hogwild.gpu_worker import shm
 from hogwild.gpu_worker.cuda_ipc import IpcMemory, local_device
 from hogwild.manifest import ITEM_BYTES, Manifest, Refusal, manifest_path, refusal_path
 from hogwild.strided import Layout
-from hogwild.tensors import digest
+from hogwild.tensors import digest, hashers
 from hogwild.weight_state import FILE_NAME as STATE_FILE
 from hogwild.weight_state import WeightState
 
@@ -83,11 +83,12 @@ class Attachment:
                 logger.info("comparing weights with vLLM's: %.1f of %.1f GB", done / 1e9, total / 1e9)
 
         done, different = 0, []
-        for name, view in self.views.items():
-            if digest(view) != self.manifest.tensors[name].hash:
-                different.append(name)
-            done += view.nbytes
-            (progress or say)(done, total)
+        with hashers() as pool:
+            for (name, view), found in zip(self.views.items(), pool.map(digest, self.views.values()), strict=True):
+                if found != self.manifest.tensors[name].hash:
+                    different.append(name)
+                done += view.nbytes
+                (progress or say)(done, total)
         if different and self.weights.untouched:
             raise AttachRefused(
                 f"{len(different)} of {len(self.views)} tensors differ from what vLLM exported though nothing was "

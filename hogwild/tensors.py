@@ -4,9 +4,11 @@ The hash is xxh3_128 over the row-major bytes. It is no cryptographic hash and n
 non-copies, not friends from foes, and runs at memory speed.
 """
 
+import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from threading import BoundedSemaphore
 from typing import Any
 
@@ -17,7 +19,9 @@ from hogwild.strided import Layout
 
 # Bytes hashed at a time where a tensor has to be made contiguous or brought from the GPU first: enough for a copy at
 # full speed (50 GB/s through page-locked memory), and small beside any model.
-CHUNK_BYTES = 32 << 20
+CHUNK_BYTES = 8 << 20
+# Threads that hash tensors side by side: one does not keep up with a GPU's bus.
+HASHERS = min(4, os.cpu_count() or 1)
 # How many sources may wait for their hash; each is kept in memory (or mapped) until then.
 WAITING = 8
 
@@ -38,11 +42,6 @@ def digest(tensor: torch.Tensor) -> str:
     for chunk in _chunks(tensor.detach()):
         state.update(_on_host(chunk).numpy().data)
     return str(state.hexdigest())
-
-
-def release_staging() -> None:
-    """Give back this thread's page-locked memory."""
-    vars(_staging).clear()
 
 
 def _chunks(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -75,6 +74,16 @@ def _on_host(chunk: torch.Tensor) -> torch.Tensor:
         _staging.memory = torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=True)
     memory: torch.Tensor = _staging.memory[: flat.numel()]
     return memory.copy_(flat)
+
+
+@contextmanager
+def hashers() -> Iterator[ThreadPoolExecutor]:
+    """Threads to call `digest` from. At the end what they have not begun is dropped, and their page-locked memory."""
+    pool = ThreadPoolExecutor(HASHERS, thread_name_prefix="hogwild-digest")
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 class BackgroundDigests:

@@ -8,8 +8,10 @@ import logging
 import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -17,7 +19,7 @@ import torch
 from hogwild.errors import AttachRefused
 from hogwild.manifest import Allocation, Status, TensorRecord
 from hogwild.strided import Layout, fit
-from hogwild.tensors import digest, layout_of, storage_key
+from hogwild.tensors import digest, hashers, layout_of, storage_key
 from hogwild.vllm_plugin.arena import Arena
 from hogwild.vllm_plugin.trace import A_COPY, Landing, LoadTrace, tensors_in
 
@@ -73,30 +75,45 @@ def resolve(
     private, elsewhere = private_copies(model), _Elsewhere(model, trace)
     resolved: dict[str, Resolved] = {}
     started = said = time.monotonic()
-    for count, (name, seen) in enumerate(trace.tensors.items()):
-        if time.monotonic() - said > PROGRESS_S:
-            said = time.monotonic()
-            where = f"{count} of {len(trace.tensors)} tensors, {said - started:.0f} s"
-            logger.info("hogwild: comparing weights with the checkpoint: %s", where)
-        try:
-            if name in trace.duplicates:
-                raise _NotShared("unequal", "is in the checkpoint more than once")
-            live, label, group = _served(model, landings.get(name, []), places, layouts)
-            if label in private:
-                raise _NotShared("derived", private[label], label)
-            if (other := elsewhere.find(name, live, group)) is not None:
-                raise _NotShared("derived", f"vLLM serves it through {other}", label)
-            resolved[name] = _compare(seen.shape, live, label, group, places, layouts)
-        except _NotShared as error:
-            record = TensorRecord(
-                status=error.status,
-                reason=error.reason,
-                parameter=error.parameter,
-                shape=seen.shape,
-                full_shape=seen.shape,
-                dtype=str(seen.dtype).removeprefix("torch."),
-            )
-            resolved[name] = Resolved(record=record)
+
+    def find(name: str) -> Callable[[], Resolved]:
+        """What compares the tensor with its live view. Raises _NotShared, as that does."""
+        if name in trace.duplicates:
+            raise _NotShared("unequal", "is in the checkpoint more than once")
+        live, label, group = _served(model, landings.get(name, []), places, layouts)
+        if label in private:
+            raise _NotShared("derived", private[label], label)
+        if (other := elsewhere.find(name, live, group)) is not None:
+            raise _NotShared("derived", f"vLLM serves it through {other}", label)
+        return partial(_compare, trace.tensors[name].shape, live, label, group, places, layouts)
+
+    with hashers() as pool:
+        compared: dict[str, Future[Resolved] | _NotShared] = {}
+        for name in trace.tensors:
+            try:
+                compared[name] = pool.submit(find(name))
+            except _NotShared as error:
+                compared[name] = error
+        for count, (name, seen) in enumerate(trace.tensors.items()):
+            if time.monotonic() - said > PROGRESS_S:
+                said = time.monotonic()
+                where = f"{count} of {len(trace.tensors)} tensors, {said - started:.0f} s"
+                logger.info("hogwild: comparing weights with the checkpoint: %s", where)
+            try:
+                found = compared[name]
+                if isinstance(found, _NotShared):
+                    raise found
+                resolved[name] = found.result()
+            except _NotShared as error:
+                record = TensorRecord(
+                    status=error.status,
+                    reason=error.reason,
+                    parameter=error.parameter,
+                    shape=seen.shape,
+                    full_shape=seen.shape,
+                    dtype=str(seen.dtype).removeprefix("torch."),
+                )
+                resolved[name] = Resolved(record=record)
     return resolved
 
 

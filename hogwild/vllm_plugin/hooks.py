@@ -48,7 +48,7 @@ from hogwild.preflight import (
 )
 from hogwild.runtime_files import boot_id, private_dir, process_start_time, remove_at_exit
 from hogwild.strided import Layout
-from hogwild.tensors import BackgroundDigests, release_staging
+from hogwild.tensors import BackgroundDigests
 from hogwild.vllm_plugin import export
 from hogwild.vllm_plugin.arena import Arena, Prefault, rehome
 from hogwild.vllm_plugin.export import Place
@@ -428,7 +428,6 @@ class Load:
 
     def forget(self) -> None:
         """Everything but the shared memory itself has done its work."""
-        release_staging()
         self._trace = self._digests = self._prefault = None
         self._places, self._layouts = {}, {}
 
