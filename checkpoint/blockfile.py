@@ -1,6 +1,5 @@
 """Blocks of the safetensors files: read, checked and written in place."""
 
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,19 +11,18 @@ from hogwild.checkpoint.durable import FileIo, Handle
 from hogwild.checkpoint.fingerprints import Bytes, Indices, Table, differing, fingerprints
 from hogwild.checkpoint.layout import Layout, TensorSpec
 from hogwild.checkpoint.stage import bytes_of
+from hogwild.checkpoint.together import Pieces
 from hogwild.errors import CheckpointForeign
 
 _SPARSE = 8
 """Blocks spread wider than this many blocks apart are read one by one, closer ones with everything between them."""
 
 
-def runs(blocks: Indices) -> Iterator[tuple[int, int, int]]:
-    """Neighbouring blocks together: (first block, number of blocks, index of the first one in `blocks`)."""
-    breaks = np.flatnonzero(np.diff(blocks) != 1) + 1
-    starts = np.concatenate(([0], breaks, [len(blocks)])).tolist()
-    for start, stop in itertools.pairwise(starts):
-        if stop > start:
-            yield int(blocks[start]), stop - start, start
+def pieces_of(spec: TensorSpec, blocks: Indices) -> Pieces:
+    """Where `blocks` (ascending), one after the other in a buffer, lie in the file; neighbours are one piece."""
+    firsts = np.flatnonzero(np.diff(blocks, prepend=-2) != 1)
+    starts = firsts * BLOCK
+    return Pieces(starts, np.diff(starts, append=bytes_of(spec, blocks)), spec.offset + blocks[firsts] * BLOCK)
 
 
 def read_blocks(handle: Handle, spec: TensorSpec, blocks: Indices, out: Bytes | None = None) -> Bytes:
@@ -46,23 +44,23 @@ def read_blocks(handle: Handle, spec: TensorSpec, blocks: Indices, out: Bytes | 
             mode="clip",
         )
         out[head:] = window[(last - first) * BLOCK :]
-    else:
-        for block, count, index in runs(blocks):
-            nbytes = spec.block_bytes(block, block + count)
-            _fill(handle, spec, block, out[index * BLOCK : index * BLOCK + nbytes])
+    elif not handle.pread_pieces(out, pieces_of(spec, blocks)):
+        raise _too_short(handle)
     return out
 
 
 def _fill(handle: Handle, spec: TensorSpec, block: int, out: Bytes) -> None:
     if handle.pread_into(out.data, spec.offset + block * BLOCK) != len(out):
-        raise CheckpointForeign(f"{handle.path} is shorter than its header says.")
+        raise _too_short(handle)
+
+
+def _too_short(handle: Handle) -> CheckpointForeign:
+    return CheckpointForeign(f"{handle.path} is shorter than its header says.")
 
 
 def write_blocks(handle: Handle, spec: TensorSpec, blocks: Indices, data: Bytes) -> None:
     """Write `blocks` (ascending) from `data` to their places."""
-    for block, count, index in runs(blocks):
-        nbytes = spec.block_bytes(block, block + count)
-        handle.pwrite(data[index * BLOCK : index * BLOCK + nbytes].data, spec.offset + block * BLOCK)
+    handle.pwrite_pieces(data, pieces_of(spec, blocks))
 
 
 def check_old(handle: Handle, spec: TensorSpec, blocks: Indices, data: Bytes, table: Table) -> None:

@@ -13,6 +13,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from hogwild.checkpoint.fingerprints import Bytes
+from hogwild.checkpoint.together import READ, WRITE, Pieces, together
 from hogwild.errors import CheckpointError
 
 FICLONE = 0x40049409
@@ -90,6 +92,22 @@ class Handle:
                 break
             done += count
         return done
+
+    def pwrite_pieces(self, data: Bytes, pieces: Pieces) -> None:
+        """`pwrite` of each piece of `data`, in any order. Whoever overrides `pwrite` sees each by itself."""
+        if type(self).pwrite is Handle.pwrite:
+            pieces = together(self.fd, WRITE, data, pieces)
+        for start, size, offset in pieces:
+            self.pwrite(data[start : start + size].data, offset)
+
+    def pread_pieces(self, out: Bytes, pieces: Pieces) -> bool:
+        """`pread_into` of each piece of `out`; whether the file was long enough for all. See `pwrite_pieces`."""
+        if type(self).pread_into is Handle.pread_into:
+            flags = RWF_DONTCACHE if self.once else 0
+            # First without waiting: what is not in memory is asked of the disk, which can then fetch it side by side.
+            pieces = together(self.fd, READ, out, pieces, flags | os.RWF_NOWAIT)
+            pieces = together(self.fd, READ, out, pieces, flags)
+        return all(self.pread_into(out[start : start + size].data, offset) == size for start, size, offset in pieces)
 
     def size(self) -> int:
         """Length of the file in bytes."""

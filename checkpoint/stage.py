@@ -59,6 +59,14 @@ class Arena:
         self._used += nbytes
         return self._chunks[self._chunk][self._used - nbytes : self._used]
 
+    def extend(self, last: Bytes, nbytes: int) -> Bytes | None:  # (len(last) + nbytes,)
+        """What `take` gave last, `nbytes` longer; None where no room is left behind it."""
+        end = self._used + nbytes
+        if end > len(self._chunks[self._chunk]):
+            return None
+        self._used = end
+        return self._chunks[self._chunk][end - nbytes - len(last) : end]
+
     def reserve(self, nbytes: int) -> None:
         """Allocate and touch memory for `nbytes` now, within the budget, so that the first sync need not."""
         while (have := sum(map(len, self._chunks))) < min(nbytes, self.budget):
@@ -113,12 +121,26 @@ class Stage:
         self._spilled = 0
 
     def slots(self, spec: TensorSpec, blocks: Indices, table: Table) -> Iterator[tuple[StagedFrame, Bytes]]:
-        """Frames for `blocks` of a tensor; the caller fills each buffer before it asks for the next."""
+        """Frames for `blocks` of a tensor; the caller fills each buffer before it asks for the next.
+
+        Where a tensor comes piece by piece, small frames are put together: each costs something later on.
+        """
         for start in range(0, len(blocks), FRAME_BLOCKS):
-            part = blocks[start : start + FRAME_BLOCKS]
+            part, rows = blocks[start : start + FRAME_BLOCKS], table[start : start + FRAME_BLOCKS]
             nbytes = bytes_of(spec, part)
+            self.nbytes += nbytes
+            self.blocks += len(part)
+            last = self.frames[-1] if self.frames else None
+            if last and last.data is not None and last.spec is spec and len(last.blocks) + len(part) <= FRAME_BLOCKS:
+                longer = self.arena.extend(last.data, nbytes)
+                if longer is not None:
+                    yield StagedFrame(spec, part, rows, nbytes, longer[-nbytes:]), longer[-nbytes:]
+                    last.blocks = np.concatenate((last.blocks, part))
+                    last.table = np.concatenate((last.table, rows))
+                    last.nbytes, last.data = len(longer), longer
+                    continue
             buffer = self.arena.take(nbytes)
-            frame = StagedFrame(spec, part, table[start : start + FRAME_BLOCKS], nbytes, buffer)
+            frame = StagedFrame(spec, part, rows, nbytes, buffer)
             if buffer is None:
                 buffer = self.arena.bounce[:nbytes]
                 yield frame, buffer
@@ -126,8 +148,6 @@ class Stage:
             else:
                 yield frame, buffer
             self.frames.append(frame)
-            self.nbytes += nbytes
-            self.blocks += len(part)
 
     def _write_spill(self, frame: StagedFrame, buffer: Bytes) -> None:
         if self._spill is None:

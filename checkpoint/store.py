@@ -407,28 +407,28 @@ class CheckpointStore:
     def _write_alone(self, stage: Stage, commit: Commit) -> Written:
         blocks = np.concatenate([frame.spec.first_block + frame.blocks for frame in stage.frames])
         rows = np.concatenate([frame.table for frame in stage.frames])
-        table = self._table.copy()
-        table[blocks] = rows
+        before = self._table[blocks]
         self._stale = True  # until the end: whatever fails in between, the disk is asked what happened
         try:
             logs = write_logs(
                 self._io, self.directory, self._generations, self.layout, self._table, stage, self._known,
                 generation=commit.generation, parent=commit.parent, disk=self._disk,
             )  # fmt: skip
+            self._table[blocks] = rows  # no copy of it all: fresh memory of that size can cost as much as all the rest
             commit = replace(
                 commit, blocks_changed=stage.blocks, bytes_changed=stage.nbytes, undo_bytes=logs.undo_bytes,
-                redo=logs.redo, replaced=logs.replaced, deferred=logs.deferred, fingerprints=table_digest(table),
+                redo=logs.redo, replaced=logs.replaced, deferred=logs.deferred, fingerprints=table_digest(self._table),
                 base_model=self.head.base_model,
             )  # fmt: skip
-            written = logs.bytes_written + self._history.add(commit, blocks, table)
+            written = logs.bytes_written + self._history.add(commit, blocks, self._table)
         except BaseException:
+            self._table[blocks] = before
             if not self._history.path(commit.generation, "commit").exists():
                 with contextlib.suppress(OSError):
                     self._history.remove_uncommitted()
                     self._stale = False
             raise
         done = Written(commit, written, durable=time.perf_counter())
-        self._table = table
         with self._readers.alone() as alone:
             if alone:
                 frames = (

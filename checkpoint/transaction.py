@@ -29,9 +29,9 @@ from typing import TypeVar
 import numpy as np
 import xxhash
 
-from hogwild.checkpoint.blockfile import check_old, read_blocks, runs, write_blocks
+from hogwild.checkpoint.blockfile import check_old, pieces_of, read_blocks, write_blocks
 from hogwild.checkpoint.codec import DELTA, RAW, encode_delta, scratch
-from hogwild.checkpoint.constants import BLOCK, REDO_MAGIC, REPLACE_SHARE, UNDO_MAGIC
+from hogwild.checkpoint.constants import REDO_MAGIC, REPLACE_SHARE, UNDO_MAGIC
 from hogwild.checkpoint.durable import FileIo, Handle
 from hogwild.checkpoint.filesystem import FileSystem
 from hogwild.checkpoint.fingerprints import Bytes, Indices, Table
@@ -87,12 +87,10 @@ class NewFile:
             write_blocks(self.handle, spec, frame.blocks, data)
             self.written += frame.nbytes
             return
-        for block, count, index in runs(frame.blocks):
-            start = spec.offset + block * BLOCK
-            nbytes = spec.block_bytes(block, block + count)
-            self._copy_to(start)
-            self.handle.stream(data[index * BLOCK : index * BLOCK + nbytes].data, start)
-            self._cursor = start + nbytes
+        for start, nbytes, offset in pieces_of(spec, frame.blocks):
+            self._copy_to(offset)
+            self.handle.stream(data[start : start + nbytes].data, offset)
+            self._cursor = offset + nbytes
             self.written += nbytes
 
     def _copy_to(self, end: int) -> None:
