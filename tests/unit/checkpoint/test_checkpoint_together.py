@@ -6,9 +6,12 @@ import threading
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from hogwild.checkpoint import together as batches
 from hogwild.checkpoint.durable import Handle
+from hogwild.checkpoint.store import CheckpointStore
 from hogwild.checkpoint.together import DEPTH, READ, WRITE, Pieces, together
 
 SIZE = 4096
@@ -143,6 +146,23 @@ def test_threads_do_not_share_a_queue(file):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@pytest.mark.usefixtures("kernel")
+def test_a_sync_of_scattered_blocks_and_a_rollback(tmp_path, io, helpers):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    views = {"weight": torch.arange(600 * SIZE // 2 + 700, dtype=torch.int16)}
+    save_file(views, tmp_path / "model" / "model.safetensors")
+    first = views["weight"].clone()
+    with CheckpointStore.open(tmp_path / "checkpoint", source=tmp_path / "model", io=io) as store:
+        views["weight"][10 :: 10 * SIZE // 2] += 1
+        views["weight"][-1] += 1
+        assert store.sync(views, weight_version=1).blocks_changed == 61
+        helpers.assert_equal(helpers.weights_on_disk(tmp_path / "checkpoint"), views)
+        store.rollback(0, views, weight_version=2)
+        helpers.assert_equal(helpers.weights_on_disk(tmp_path / "checkpoint"), {"weight": first})
+        assert torch.equal(views["weight"], first) and store.verify(views).ok
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
