@@ -1,9 +1,8 @@
 """Yield points inside a training step: before every layer, forward and backward, on whatever device training runs.
 
 A step of a large model takes half a second, in which vLLM would make seventy tokens; a yield between steps comes too
-late for all of them. So the governor is also called before each decoder layer runs. With activation checkpointing the
-layer runs a second time inside backward, which gives the backward pass its yield points; without it, a hook on the
-layer's parameters does, with the first gradient that comes. A yield inside backward, where updates are applied layer by
+late for all of them. So the governor is also called before each decoder layer runs and, within backward, by a hook on
+the layer's parameters, with the first gradient that comes. A yield inside backward, where updates are applied layer by
 layer, leaves the weights between two versions for its length (a second at most): the mixture that serving tolerates
 anyway, a little longer.
 
