@@ -8,10 +8,8 @@ import logging
 import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Literal
 
 import torch
@@ -21,7 +19,7 @@ from hogwild.manifest import Allocation, Status, TensorRecord
 from hogwild.strided import Layout, fit
 from hogwild.tensors import digest, hashers, layout_of, storage_key
 from hogwild.vllm_plugin.arena import Arena
-from hogwild.vllm_plugin.trace import A_COPY, Landing, LoadTrace, tensors_in
+from hogwild.vllm_plugin.trace import A_COPY, Landing, LoadTrace, Seen, tensors_in
 
 PROGRESS_S = 5.0  # how often a long comparison says where it is
 
@@ -73,47 +71,36 @@ def resolve(
     for landing in trace.landings:
         landings[landing.name].append(landing)
     private, elsewhere = private_copies(model), _Elsewhere(model, trace)
+    def one(name: str, seen: Seen) -> Resolved:
+        try:
+            if name in trace.duplicates:
+                raise _NotShared("unequal", "is in the checkpoint more than once")
+            live, label, group = _served(model, landings.get(name, []), places, layouts)
+            if label in private:
+                raise _NotShared("derived", private[label], label)
+            if (other := elsewhere.find(name, live, group)) is not None:
+                raise _NotShared("derived", f"vLLM serves it through {other}", label)
+            return _compare(seen.shape, live, label, group, places, layouts)
+        except _NotShared as error:
+            record = TensorRecord(
+                status=error.status,
+                reason=error.reason,
+                parameter=error.parameter,
+                shape=seen.shape,
+                full_shape=seen.shape,
+                dtype=str(seen.dtype).removeprefix("torch."),
+            )
+            return Resolved(record=record)
+
     resolved: dict[str, Resolved] = {}
     started = said = time.monotonic()
-
-    def find(name: str) -> Callable[[], Resolved]:
-        """What compares the tensor with its live view. Raises _NotShared, as that does."""
-        if name in trace.duplicates:
-            raise _NotShared("unequal", "is in the checkpoint more than once")
-        live, label, group = _served(model, landings.get(name, []), places, layouts)
-        if label in private:
-            raise _NotShared("derived", private[label], label)
-        if (other := elsewhere.find(name, live, group)) is not None:
-            raise _NotShared("derived", f"vLLM serves it through {other}", label)
-        return partial(_compare, trace.tensors[name].shape, live, label, group, places, layouts)
-
     with hashers() as pool:
-        compared: dict[str, Future[Resolved] | _NotShared] = {}
-        for name in trace.tensors:
-            try:
-                compared[name] = pool.submit(find(name))
-            except _NotShared as error:
-                compared[name] = error
-        for count, (name, seen) in enumerate(trace.tensors.items()):
+        for name, found in zip(trace.tensors, pool.map(one, trace.tensors, trace.tensors.values()), strict=True):
             if time.monotonic() - said > PROGRESS_S:
                 said = time.monotonic()
-                where = f"{count} of {len(trace.tensors)} tensors, {said - started:.0f} s"
+                where = f"{len(resolved)} of {len(trace.tensors)} tensors, {said - started:.0f} s"
                 logger.info("hogwild: comparing weights with the checkpoint: %s", where)
-            try:
-                found = compared[name]
-                if isinstance(found, _NotShared):
-                    raise found
-                resolved[name] = found.result()
-            except _NotShared as error:
-                record = TensorRecord(
-                    status=error.status,
-                    reason=error.reason,
-                    parameter=error.parameter,
-                    shape=seen.shape,
-                    full_shape=seen.shape,
-                    dtype=str(seen.dtype).removeprefix("torch."),
-                )
-                resolved[name] = Resolved(record=record)
+            resolved[name] = found
     return resolved
 
 
