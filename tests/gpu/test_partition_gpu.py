@@ -98,7 +98,7 @@ def test_a_part_of_the_card_is_a_part_of_its_speed(mps: Mps) -> None:
     print(rates)
 
     for share in (0.25, 0.5, 0.75):
-        assert 0.6 * share < rates[str(share)] / rates["1.0"] < 1.4 * share  # fewer of them run at a higher clock
+        assert 0.6 * share < rates[str(share)] / rates["1.0"] < 1.25 * share
 
 
 def test_training_that_moves_between_parts_learns_the_same(mps: Mps) -> None:
