@@ -58,7 +58,7 @@ speed() {
 serving() {
   export CUDA_VISIBLE_DEVICES=$1
   local coserve=(python3 bench/coserve.py --device cuda --shape qwen3-8b --model "$tok" --seconds 6 --out "$out/coserve.json")
-  part coserve 1300 "${coserve[@]}" --parts "${COSERVE:-share,pace,reload}"
+  part coserve 1300 "${coserve[@]}" --parts "${COSERVE:-share,pace,undivided,reload}"
   part timeslice 500 "${coserve[@]}" --parts timeslice --append --streams 16
 }
 
@@ -81,8 +81,8 @@ first=${cards[0]} last=${cards[-1]}
 if [ "$first" != "$last" ]; then
   CUDA_VISIBLE_DEVICES=$last,$first part two-cards 90 "${tests[@]}" tests/gpu/test_cuda_ipc.py -k uuid &
   others=($!)
-  (functions "$first"; speed "$first"; serving "$first") & others+=($!)
-  loading "$last"; kills "$last"; units "$last"; beside "$last"
+  (speed "$first"; serving "$first") & others+=($!)
+  loading "$last"; functions "$last"; kills "$last"; units "$last"; beside "$last"
   wait "${others[@]}"
 else
   functions "$first"; units "$first"; kills "$first"; speed "$first"; loading "$first"; serving "$first"; beside "$first"

@@ -11,9 +11,10 @@ Starts the real stack (`hogwild up`'s own code), drives it with bench/load.py an
               with syncs; under MPS on a card. In turns: vLLM's and training's processes stopped for half a second by
               turns, a baseline. Also: what a reset of the prefix cache costs
   threads     (card only) training on each of --threads percent of the multiprocessors, alone and beside serving
-  pace        the governor: each --serve-share at each number of streams and with Poisson arrivals; on a card, the
-              first share also with training always on all multiprocessors; then an inter-token budget of 1.25 times
-              the p50 alone, the share of one-second windows that hold it, and how soon silence gives full speed
+  pace        the governor: each --serve-share at each number of streams and with Poisson arrivals; then an inter-token
+              budget of 1.25 times the p50 alone, the share of one-second windows that hold it, and how soon silence
+              gives full speed
+  undivided   (card only) the first --serve-share with training always on all multiprocessors
   timeslice   baseline (card only): the same without MPS
   reload      baseline: the way without Hogwild. vLLM is stopped, plain transformers trains the same steps and saves,
               vLLM starts on the result: seconds from the request to train to the first token of the new weights
@@ -53,7 +54,7 @@ from hogwild.stack import services
 from hogwild.stack.up import Stack
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("share", "threads", "pace", "reload", "timeslice")
+PARTS = ("share", "threads", "pace", "undivided", "reload", "timeslice")
 BUDGET = 1.25  # times the inter-token p50 alone
 LEARNING_RATE = 1e-7  # the weights hardly move: every measurement meets the same model
 console = Console(highlight=False, soft_wrap=True)
@@ -476,12 +477,6 @@ def part_pace(bed: Bed, report: Report, args: argparse.Namespace) -> None:
                 together(bed, report, part, f"share {share}", training, streams=streams, warmup=learn)
             if "poisson" in report.alone:
                 together(bed, report, part, f"share {share}", training, rate=rate, warmup=learn)
-    if args.device == "cuda":
-        bed.pace(serve_share=args.serve_share[0], mps_parts="off")
-        with bed.training() as training:
-            for streams in args.streams:
-                together(bed, report, part, f"share {args.serve_share[0]}, whole card", training, streams=streams,
-                         warmup=learn)  # fmt: skip
     idle = report.alone[f"{middle(args)} streams"]["load"]["itl_ms"]
     # Tokens that arrive in bursts have a median gap of nothing: then the mean stands for it.
     budget = BUDGET * (idle["p50"] if idle["p50"] > idle["mean"] / 2 else idle["mean"])
@@ -498,6 +493,17 @@ def part_pace(bed: Bed, report: Report, args: argparse.Namespace) -> None:
         entry["full_speed_after_s"] = full_speed_after(training, silent, alone_s)
     report.write()
     console.print(describe(entry))
+
+
+def part_undivided(bed: Bed, report: Report, args: argparse.Namespace) -> None:
+    """The governor without parts of the card."""
+    part, share = "undivided", args.serve_share[0]
+    measure_alone(bed, report, args, part)
+    bed.pace(serve_share=share, mps_parts="off")
+    with bed.training() as training:
+        for streams in args.streams:
+            together(bed, report, part, f"share {share}, whole card", training, streams=streams,
+                     warmup=max(args.warmup, 5.0))  # fmt: skip
 
 
 def full_speed_after(training: Training, silent: float, alone_s: float) -> float | None:
@@ -686,6 +692,8 @@ def main() -> None:
                     part_threads(bed, report, args)
                 if "pace" in args.parts:
                     part_pace(bed, report, args)
+                if "undivided" in args.parts:
+                    part_undivided(bed, report, args)
                 if "reload" in args.parts:
                     part_reload(bed, report, args, model, folder)
             shutil.rmtree(folder / "together")  # two copies of a large model are enough for a disk

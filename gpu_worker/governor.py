@@ -20,7 +20,9 @@ learned and the class's first duty, 20 %, stays.
     10 s / n, 2 s at least: that costs training 3 % where n is 1. Probes never take more than a third of the time,
     however the load jumps.
  3. BUDGET. B = the smaller of the budget in ms and alone / serve_share. The set point S lies three quarters of the way
-    from `alone` to B.
+    from `alone` to B. A budget in ms is a promise to whoever waits for tokens, in each second and whatever vLLM does
+    between two of them; S is then no more than leaves it for what prompts add to a second's mean (of all its tokens,
+    less that of decode-only steps) and for three times what seconds differ by (root of the mean square, 16 seconds).
  4. PACING. A window is at least 0.25 s and 8 tokens of each request (2 s at most). It has a latency (the mean or the
     median, whichever is larger) and the share of the device that training used (share of the time × part of the
     multiprocessors); y and u are their means over the last n windows. y less `alone` is what training costs, and the
@@ -34,8 +36,8 @@ learned and the class's first duty, 20 %, stays.
     windows as far apart as B is from `alone`, and no single one of them says anything about training.
  5. PARTS. Beside traffic training runs on the smallest part of the device that holds the duty, the largest part at
     most; the whole device is for silence.
- 6. FLOOR. When vLLM alone does not hold B, yielding can't make it so: duty is the floor (5 %), so that jobs still end,
-    and the status says that the budget can't be held at this load.
+ 6. FLOOR. When vLLM alone does not hold B (S is below `alone`), yielding can't make it so: duty is the floor (5 %), so
+    that jobs still end, and the status says that the budget can't be held at this load.
  7. BLIND. No reading for 2 s: duty 50 %, said in the log and the status. Whether vLLM is gone is for the lifecycle to
     decide; the governor never waits for it.
 
@@ -71,9 +73,12 @@ class GovernorConfig:
     blind_duty: float = 0.5  # without metrics: what half duty cost when it was measured is bearable, full duty was not
     first_duty: float = 0.2  # of a class never seen before: reaches 1 within four windows if nothing suffers
     set_point: float = 0.75  # how far from `alone` to the budget training is let
+    second_s: float = 1.0  # what is called a second below: a budget in ms is held in each
+    second_margin: float = 3.0  # standard deviations of these below it: prompts come in clusters, so 2.33 give 98 %
     certainty: float = 5.0  # readings are averaged until the means are right to a 5th of the way to the budget
     average_max: float = 20.0  # windows
     noise_windows: int = 16  # that the noise is the mean of
+    noise_seconds: int = 16  # the same for seconds
     window_s: float = 0.25
     window_max_s: float = 2.0
     window_steps: int = 8  # tokens of each running request
@@ -110,6 +115,10 @@ class LoadClass:
     used: float = 0.0  # share of the device that training used
     variance: float = 0.0  # of a window's latency about what the means let expect
     average: float = 1.0  # number of windows that the means are taken over
+    seconds: int = 0  # measured so far, of all tokens; means of them, the older the less:
+    second_s: float = 0.0  # latency
+    second_decoded_s: float = 0.0  # of the tokens of steps that only decoded
+    second_variance: float = 0.0  # of the first
 
 
 @dataclass(frozen=True)
@@ -136,7 +145,9 @@ class Controller:
     _last: Reading | None = None
     _seen_at: float | None = None
     _mark: _Mark | None = None
+    _second: Reading | None = None  # where the present second began
     _probe_started: float | None = None
+    _still_since: float = -math.inf
     _probe_mark: Reading | None = None
     _last_probe: float = -math.inf
     _no_probe_until: float = -math.inf
@@ -159,6 +170,10 @@ class Controller:
             self._end_probe(now)  # readings stopped in the middle of a probe: training must not wait for them
         return self.duty
 
+    def standing_still(self, now: float) -> None:
+        """The device has done what training had queued: from now on a probe can see vLLM alone."""
+        self._still_since = now
+
     def forget_window(self) -> None:
         """Training stood still for a reason of its own: what the window holds is not the duty's doing."""
         self._mark = None
@@ -174,25 +189,25 @@ class Controller:
             self._say("vLLM's latency can't be read: training at "
                       f"{self.config.blind_duty:.0%} duty until it can", "blind", now)
         self._drop_probe(now)
-        self._mark = self._last = None
+        self._mark = self._second = self._last = None
         self.mode, self.duty = "blind", self.config.blind_duty
 
     def _seen(self, reading: Reading, now: float, active_s: float, yielded_s: float) -> None:
         last, self._last, self._seen_at = self._last, reading, now
         if last is None or last.source != reading.source or reading.tokens < last.tokens:
             # Another vLLM, or another source's counters: not comparable with what came before.
-            last = self._mark = self._probe_mark = None
+            last = self._mark = self._second = self._probe_mark = None
         self._follow_progress(reading, last)
         if not reading.busy or self._stalled(reading):
             self._drop_probe(now)
-            self._mark = self.load_class = None
+            self._mark = self._second = self.load_class = None
             self.mode, self.duty, self.note, self.itl_s = "idle", 1.0, "", None
             return
         load_class = class_of(reading.running, self.load_class)
         if load_class != self.load_class:
             if self._probe_started is not None:
                 self._end_probe(now)  # what it measured so far belongs to neither class
-            self.load_class, self._mark = load_class, None
+            self.load_class, self._mark, self._second = load_class, None, None
         state = self.classes.setdefault(load_class, LoadClass(duty=self.config.first_duty))
         if self._probe_started is None and self._probe_is_due(state, reading.at):
             self._probe_started, self._probe_mark, self._last_probe = now, None, reading.at
@@ -203,7 +218,8 @@ class Controller:
         self.duty = state.duty
         if self.mode not in ("pacing", "floor"):
             self.mode = "pacing"
-        self._window(state, reading, last, active_s, yielded_s)
+        self._end_second(state, reading)
+        self._window(state, reading, active_s, yielded_s)
 
     def _follow_progress(self, reading: Reading, last: Reading | None) -> None:
         """Note when vLLM last made a step, and how far apart its steps are."""
@@ -231,9 +247,10 @@ class Controller:
         config, started = self.config, self._probe_started
         if started is None:
             return
-        settle_s = min(0.2, max(0.02, 1.5 * (self.itl_s or 0.0)))  # tokens that training delayed are still to come
+        # A token that training delayed is still to come, and the pulse counts it when the next one is there.
+        settle_s = min(0.3, max(0.02, 2.5 * (self.itl_s or self._gap_s)))
         if self._probe_mark is None:
-            if reading.at - started >= settle_s:
+            if reading.at - max(started, self._still_since) >= settle_s:
                 self._probe_mark = reading
             return
         tokens = reading.decoded - self._probe_mark.decoded
@@ -259,7 +276,7 @@ class Controller:
 
     def _end_probe(self, now: float) -> None:
         self._drop_probe(now)
-        self._mark = None
+        self._mark = self._second = None
         state = None if self.load_class is None else self.classes.get(self.load_class)
         if state is None:
             self.mode, self.duty = "blind", self.config.blind_duty
@@ -270,8 +287,26 @@ class Controller:
 
     # --- with training --------------------------------------------------------------------------------------------
 
-    def _window(self, state: LoadClass, reading: Reading, last: Reading | None, active_s: float,
-                yielded_s: float) -> None:
+    def _end_second(self, state: LoadClass, reading: Reading) -> None:
+        """Take a second's latency into the means, of all tokens: what a budget in ms was promised for."""
+        if self._second is None:
+            self._second = reading
+            return
+        if reading.at - self._second.at < self.config.second_s:
+            return
+        second, self._second = self._second, reading
+        tokens, decoded = reading.tokens - second.tokens, reading.decoded - second.decoded
+        if tokens == 0 or decoded == 0:
+            return
+        state.seconds += 1
+        weight = 1 / min(state.seconds, self.config.noise_seconds)
+        off = (reading.itl_sum_s - second.itl_sum_s) / tokens - state.second_s
+        state.second_variance = (1 - weight) * (state.second_variance + weight * off**2)
+        state.second_s += weight * off
+        decoded_s = (reading.decoded_sum_s - second.decoded_sum_s) / decoded
+        state.second_decoded_s += weight * (decoded_s - state.second_decoded_s)
+
+    def _window(self, state: LoadClass, reading: Reading, active_s: float, yielded_s: float) -> None:
         config = self.config
         if self._mark is None:
             self._mark = _Mark(reading, active_s, yielded_s)
@@ -297,15 +332,19 @@ class Controller:
         if budget is None:
             return  # only a share is asked for and nothing is known to take it of: the class's first duty stays
         alone = state.alone_s if state.alone_s is not None else 0.8 * min(itl_s, budget)
-        if alone >= budget:
+        taken = self._taken(state)
+        allowed = config.set_point * (budget - alone)
+        if config.itl_budget_ms is not None:
+            allowed = min(allowed, config.itl_budget_ms / 1e3 - taken - alone)
+        if allowed <= 0:
             state.duty = self.duty = config.floor
             if self.mode != "floor":
-                self._say(f"{reading.running} running requests take {alone * 1e3:.1f} ms a token without training, "
-                          f"above the budget of {budget * 1e3:.1f} ms: training at the floor of {config.floor:.0%}",
-                          "floor", reading.at)
+                more = f" and up to {taken * 1e3:.1f} ms more for prompts and by chance" if alone < budget else ""
+                self._say(f"{reading.running} running requests take {alone * 1e3:.1f} ms a token without training"
+                          f"{more}, above the budget of {budget * 1e3:.1f} ms: training at the floor of "
+                          f"{config.floor:.0%}", "floor", reading.at)
             return
         self.mode, self.note = "pacing", ""
-        allowed = config.set_point * (budget - alone)
         cost = itl_s - alone
         target = min(1.0, state.used * allowed / cost) if cost > 0.01 * alone else 1.0
         duty = state.duty
@@ -330,6 +369,13 @@ class Controller:
         weight = 1 / min(state.windows, state.average)
         state.itl_s += weight * (itl_s - state.itl_s)
         state.used += weight * (used - state.used)
+
+    def _taken(self, state: LoadClass) -> float:
+        """What prompts and the differences between seconds take of a budget in ms, in 99 seconds of 100 (s)."""
+        if state.seconds < 3:
+            return 0.0
+        margin = self.config.second_margin * math.sqrt(state.second_variance)
+        return max(0.0, state.second_s - state.second_decoded_s + margin)
 
     def _budget(self, state: LoadClass) -> float | None:
         budgets = []
@@ -474,6 +520,7 @@ class Governor:
         else:
             self._device.drain()
             now = self._clock()
+            self.controller.standing_still(now)
             active = self._account(now)
             self._owed_s = min(self.LONGEST_YIELD_S, self._owed_s + active * _rest_per_work(self._working_share()))
             if self._owed_s >= self.QUANTUM_S or self.controller.duty == 0.0:
@@ -484,10 +531,13 @@ class Governor:
         """For `GET /train/status`: milliseconds and shares."""
         rule = self.controller
         reading = rule._last
+        state = rule.classes.get(rule.load_class) if rule.load_class is not None else None
+        alone_s = state.alone_s if state is not None else None
         return {
             "mode": rule.mode if self._enabled else "off", "duty": round(rule.duty, 4), "note": rule.note,
             "device_share": round(self._place.share, 4),
             "itl_ms": None if rule.itl_s is None else round(rule.itl_s * 1e3, 3),
+            "itl_alone_ms": None if alone_s is None else round(alone_s * 1e3, 3),
             "itl_budget_ms": None if rule.budget_s is None else round(rule.budget_s * 1e3, 3),
             "requests_running": None if reading is None else reading.running,
             "requests_waiting": None if reading is None else reading.waiting,

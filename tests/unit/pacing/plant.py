@@ -88,7 +88,7 @@ class Plant:
                  layer_s: float = 0.004, noise: float = 0.0, seed: int = 0, pulse_period_s: float = 0.0,
                  visible: Callable[[float], bool] = lambda t: True,
                  parts: Parts | None = None, part_slowdown: float = 0.35, step_layers: int = 72,
-                 prompts: float = 0.0, tells_prompts: bool = True) -> None:  # fmt: skip
+                 prompts: float = 0.0, tells_prompts: bool = True, ahead: bool = False) -> None:  # fmt: skip
         self.now = 100.0
         self.start = self.now
         self.traffic, self.alone, self.slowdown, self.layer_s, self.noise = traffic, alone, slowdown, layer_s, noise
@@ -105,7 +105,9 @@ class Plant:
         self.parts, self.part_slowdown, self.step_layers = parts, part_slowdown, step_layers
         self.prompts, self.tells_prompts = prompts, tells_prompts  # share of the steps that also read prompts
         self.mixed, self.mixed_sum_s, self._reads = 0, 0.0, False
-        self.governor = Governor(config, self, place=parts, clock=lambda: self.now,
+        self.ahead, self._queued_s = ahead, 0.0  # training's layers run after they were queued, as on a GPU
+        self._counted = self._counters()
+        self.governor = Governor(config, self, device=self, place=parts, clock=lambda: self.now,
                                  sleep=lambda s: self.advance(s, training=False))
 
     @property
@@ -118,15 +120,25 @@ class Plant:
         if self._reading is None or self.now - self._reading.at >= self.pulse_period_s:
             running, waiting = self.traffic.load(self.t)
             polled = self.pulse_period_s > 0
+            tokens, itl_sum_s, mixed, mixed_sum_s, histogram = self._counted if self.ahead else self._counters()
             self._reading = Reading(
-                at=self.now, tokens=self.tokens, itl_sum_s=self.itl_sum_s, running=running, waiting=waiting,
-                mixed_tokens=self.mixed, mixed_sum_s=self.mixed_sum_s,
-                histogram=() if polled else tuple(self.histogram), updated=None if polled else self.updated,
-                source="metrics" if polled else "state")
+                at=self.now, tokens=tokens, itl_sum_s=itl_sum_s, running=running, waiting=waiting,
+                mixed_tokens=mixed, mixed_sum_s=mixed_sum_s, histogram=() if polled else histogram,
+                updated=None if polled else self.updated, source="metrics" if polled else "state")
         return self._reading
+
+    def _counters(self) -> tuple[int, float, int, float, tuple[int, ...]]:
+        return self.tokens, self.itl_sum_s, self.mixed, self.mixed_sum_s, tuple(self.histogram)
 
     def close(self) -> None:
         pass
+
+    def drain(self) -> None:
+        """A layer that was queued runs when it is waited for."""
+        queued, self._queued_s = self._queued_s, 0.0
+        self.advance(queued, training=True)
+
+    bound = drain
 
     def advance(self, seconds: float, *, training: bool) -> None:
         end = self.now + seconds
@@ -154,6 +166,7 @@ class Plant:
     def _end_step(self, running: int) -> None:
         latency = self.now - self._last_token
         made = self.traffic.end_step() if isinstance(self.traffic, Arrivals) else running
+        self._counted = self._counters()  # the stat logger is told of a step when the next one ends
         self.tokens += made
         self.itl_sum_s += latency * made
         if self._reads and self.tells_prompts:
@@ -191,7 +204,9 @@ class Plant:
                 self.governor.begin_work()
                 self.governor.yield_point()
             layers += 1
-            self.advance(self.layer_s / self.share, training=True)
+            layer_s = self.layer_s / self.share
+            self.advance(0.3 * layer_s if self.ahead else layer_s, training=True)  # while the rest is being queued
+            self._queued_s = 0.7 * layer_s if self.ahead else 0.0
             before = self.now
             self.governor.yield_point()
             self.longest_yield_s = max(self.longest_yield_s, self.now - before)
@@ -220,3 +235,9 @@ class Plant:
                 total += 1
                 held += latencies[len(latencies) // 2] <= budget_s
         return held / total
+
+    def seconds_held(self, budget_s: float, since: float, until: float) -> float:
+        """Share of the one-second windows whose mean and median inter-token latency, of all tokens, are within it."""
+        return self.windows_held(budget_s, since, until) - sum(
+            self.itl_s(first, first + 1) > budget_s for first in range(math.ceil(since), math.floor(until))
+        ) / (math.floor(until) - math.ceil(since))

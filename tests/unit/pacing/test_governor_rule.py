@@ -173,6 +173,43 @@ def test_a_probe_does_not_choose_a_part():
     assert plant.parts.share in PARTS
 
 
+@pytest.mark.parametrize("layer_s", [0.003, 0.004, 0.008])
+@pytest.mark.parametrize("token_s", [0.007, 0.03])
+def test_a_probe_begins_when_what_training_had_queued_is_done(layer_s, token_s):
+    """A quarter of a GPU takes four times as long for a layer, and that goes on when training has decided to yield."""
+    plant = Plant(GovernorConfig(serve_share=0.8), steady(1), slowdown=1.7, parts=Parts(), part_slowdown=0.9,
+                  alone=lambda n: token_s, layer_s=layer_s, ahead=True).run(30)
+
+    assert plant.governor.controller.classes[1].alone_s == pytest.approx(token_s, rel=0.002)
+    assert plant.training_share(5, 30) >= 0.15
+
+
+@pytest.mark.parametrize("prompts", [0.003, 0.01])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_budget_in_ms_is_held_in_every_second_by_prompts_and_tokens_together(prompts, seed):
+    """What was promised to clients is the time between their tokens, whatever vLLM does meanwhile."""
+    def run(config):
+        return Plant(config, steady(16), slowdown=1.7, noise=0.1, prompts=prompts, parts=Parts(), part_slowdown=0.7,
+                     ahead=True, seed=seed)
+
+    alone, plant = run(GovernorConfig()), run(BUDGET).run(120)
+    alone.advance(120, training=False)
+
+    assert alone.seconds_held(8.75e-3, 20, 120) == 1.0
+    assert plant.seconds_held(8.75e-3, 20, 120) >= 0.98
+    assert plant.training_share(20, 120) >= 0.07
+
+
+def test_a_budget_that_prompts_use_up_leaves_training_at_the_floor_and_says_so(caplog):
+    with caplog.at_level(logging.WARNING):
+        plant = Plant(BUDGET, steady(16), prompts=0.1, noise=0.05, parts=Parts(), ahead=True).run(60)
+
+    assert plant.training_share(30, 60) <= 0.06
+    assert plant.governor.status()["mode"] == "floor"
+    assert "prompts" in plant.governor.status()["note"]
+    assert "prompts" in caplog.text
+
+
 def test_silence_gives_full_speed_within_a_second():
     plant = Plant(BUDGET, Traffic(lambda t: (64 if t < 10 else 0, 0)), slowdown=3.0).run(13)
 
