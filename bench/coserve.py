@@ -542,14 +542,16 @@ def part_reload(bed: Bed, report: Report, args: argparse.Namespace, model: Path,
     trained = time.monotonic()
     argv = services.vllm_command(bed.stack.settings, new)
     env = services.environment(bed.stack.settings) | {"VLLM_PLUGINS": ""}
-    with (folder / "vllm-again.log").open("wb") as log:
+    again = args.out.with_suffix(".vllm-again.log")  # stays where vLLM does not start: why is far up in it
+    with again.open("wb") as log:
         server = subprocess.Popen(argv, env=env, stdout=log, stderr=subprocess.STDOUT)
     try:
         wait_until(lambda: server.poll() is not None or answers(bed.stack.vllm_url), 900, "vLLM to start again")
         if server.poll() is not None:
-            raise SystemExit("vLLM did not start again:\n" + (folder / "vllm-again.log").read_text()[-3000:])
+            raise SystemExit(f"vLLM did not start again, see {again}:\n" + again.read_text()[-3000:])
         token(bed.stack.vllm_url)
         done = time.monotonic()
+        again.unlink()
     finally:
         server.terminate()
         server.wait(60)
