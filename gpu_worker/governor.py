@@ -332,14 +332,15 @@ class Controller:
         if budget is None:
             return  # only a share is asked for and nothing is known to take it of: the class's first duty stays
         alone = state.alone_s if state.alone_s is not None else 0.8 * min(itl_s, budget)
+        promised = math.inf if config.itl_budget_ms is None else config.itl_budget_ms / 1e3
         taken = self._taken(state)
-        allowed = config.set_point * (budget - alone)
-        if config.itl_budget_ms is not None:
-            allowed = min(allowed, config.itl_budget_ms / 1e3 - taken - alone)
+        allowed = min(config.set_point * (budget - alone), promised - taken - alone)
         if allowed <= 0:
             state.duty = self.duty = config.floor
             if self.mode != "floor":
-                more = f" and up to {taken * 1e3:.1f} ms more for prompts and by chance" if alone < budget else ""
+                more = ""
+                if alone < budget:
+                    budget, more = promised, f" and up to {taken * 1e3:.1f} ms more for prompts and by chance"
                 self._say(f"{reading.running} running requests take {alone * 1e3:.1f} ms a token without training"
                           f"{more}, above the budget of {budget * 1e3:.1f} ms: training at the floor of "
                           f"{config.floor:.0%}", "floor", reading.at)

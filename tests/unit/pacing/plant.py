@@ -237,7 +237,6 @@ class Plant:
         return held / total
 
     def seconds_held(self, budget_s: float, since: float, until: float) -> float:
-        """Share of the one-second windows whose mean and median inter-token latency, of all tokens, are within it."""
-        return self.windows_held(budget_s, since, until) - sum(
-            self.itl_s(first, first + 1) > budget_s for first in range(math.ceil(since), math.floor(until))
-        ) / (math.floor(until) - math.ceil(since))
+        """Share of the seconds whose mean inter-token latency, of all tokens, is within a budget."""
+        seconds = range(math.ceil(since), math.floor(until))
+        return sum(self.itl_s(first, first + 1) <= budget_s for first in seconds) / len(seconds)
