@@ -468,22 +468,20 @@ def part_pace(bed: Bed, report: Report, args: argparse.Namespace) -> None:
     """The governor."""
     part = "pace"
     measure_alone(bed, report, args, part)
-    learn = max(args.warmup, 5.0)  # the first seconds at a load are spent on learning it
     rate = poisson_rate(report, args)
     for share in args.serve_share:
         bed.pace(serve_share=share)
         with bed.training() as training:
-            for streams in args.streams:
-                together(bed, report, part, f"share {share}", training, streams=streams, warmup=learn)
+            beside_streams(bed, report, args, part, f"share {share}", training)
             if "poisson" in report.alone:
-                together(bed, report, part, f"share {share}", training, rate=rate, warmup=learn)
+                together(bed, report, part, f"share {share}", training, rate=rate, warmup=learning_s(args))
     idle = report.alone[f"{middle(args)} streams"]["load"]["itl_ms"]
     # Tokens that arrive in bursts have a median gap of nothing: then the mean stands for it.
     budget = BUDGET * (idle["p50"] if idle["p50"] > idle["mean"] / 2 else idle["mean"])
     bed.pace(itl_budget_ms=budget)
     with bed.training() as training:
         entry = together(bed, report, part, "budget 1.25 × p50", training, streams=middle(args),
-                         seconds=3 * args.seconds, warmup=learn)  # fmt: skip
+                         seconds=3 * args.seconds, warmup=learning_s(args))  # fmt: skip
         load = entry["load"]
         entry["itl_budget_ms"] = budget
         entry["windows_held"] = windows_held(load["windows"], budget, int(load["seconds"]))
@@ -501,9 +499,19 @@ def part_undivided(bed: Bed, report: Report, args: argparse.Namespace) -> None:
     measure_alone(bed, report, args, part)
     bed.pace(serve_share=share, mps_parts="off")
     with bed.training() as training:
-        for streams in args.streams:
-            together(bed, report, part, f"share {share}, whole card", training, streams=streams,
-                     warmup=max(args.warmup, 5.0))  # fmt: skip
+        beside_streams(bed, report, args, part, f"share {share}, whole card", training)
+
+
+def learning_s(args: argparse.Namespace) -> float:
+    """Seconds before a paced measurement: the first ones at a load are spent on learning it."""
+    return float(max(args.warmup, 5.0))
+
+
+def beside_streams(bed: Bed, report: Report, args: argparse.Namespace, part: str, mode: str,
+                   training: Training) -> None:  # fmt: skip
+    """Paced training beside each number of streams."""
+    for streams in args.streams:
+        together(bed, report, part, mode, training, streams=streams, warmup=learning_s(args))
 
 
 def full_speed_after(training: Training, silent: float, alone_s: float) -> float | None:

@@ -35,9 +35,8 @@ def plot_coserve(data: dict[str, Any], path: Path) -> None:
         streams = budget["load"]["streams"]
         same = [m for m in data["measurements"] if m.get("load", {}).get("streams") == streams]
         alone = [m for m in same if m["mode"] == "serving alone"]
+        alone.sort(key=lambda m: m["part"] != "pace")  # first the one that was measured anew for this part, if it was
         paced = alone[:1] + [m for m in same if m["part"] == "pace" and m["mode"] != "serving alone"]
-        if any(m["part"] == "pace" for m in alone):  # measured anew for this part
-            paced[0] = next(m for m in alone if m["part"] == "pace")
         styles = iter(("-", "--", ":", "-."))
         for m in paced:
             color = ALONE if m["mode"] == "serving alone" else TRAINING if m is budget else SERVING
