@@ -127,8 +127,12 @@ class WeightState:
         self._words[_RESTORING] = 0
 
     def note_generation(self, directory: Path, generation: int) -> None:
-        """The live weights come from this generation of the checkpoint in `directory`: saved as it, or read from it."""
-        self._words[_ORIGIN] = _directory_hash(directory) << 32 | generation + 1
+        """The live weights come from this generation of the checkpoint in `directory`: saved as it, or read from it.
+
+        A commit may end after its weights were let go of: then there is nothing to note.
+        """
+        with contextlib.suppress(ValueError):  # closed
+            self._words[_ORIGIN] = _directory_hash(directory) << 32 | generation + 1
 
     def generation_in(self, directory: Path) -> int | None:
         """The generation of the checkpoint in `directory` that the live weights come from; None: not known."""

@@ -305,6 +305,20 @@ def test_a_reader_that_ends_in_time_costs_no_step_of_the_last_sync(bench: Bench,
     assert bench.attachment.closed
 
 
+def test_a_commit_that_ends_after_its_weights_were_let_go_of_has_not_failed(bench: Bench, reader: FileLock) -> None:
+    bench.saver.store._readers._patience = 1.0
+    bench.attachment.close = bench.weights.close
+    bench.step()
+    lose(bench)  # durable, and let go of: the reader keeps the commit from its end
+    assert bench.saver.store.head.weight_version == 1
+    assert bench.saver.busy
+    wait_until(lambda: not bench.saver.busy)
+    assert bench.saver.error is None
+    assert not bench.runtime.dirty.state().dirty
+    assert bench.saver.last is not None
+    assert bench.saver.last["applied"] is False
+
+
 @pytest.mark.parametrize("end", ["vLLM is gone", "shutdown"])
 def test_a_disk_that_is_full_for_a_moment_costs_no_step_of_the_last_sync(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, end: str

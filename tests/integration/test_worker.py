@@ -148,6 +148,18 @@ def site(redis_server: str, tiny_model: Path, tmp_path_factory: pytest.TempPathF
             print(made.log.read_text(errors="replace")[-20000:])
 
 
+@pytest.fixture(autouse=True)
+def shown_on_failure(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test that failed shows what the worker said last, and whether the exporter lived."""
+    yield
+    if "site" in request.fixturenames:
+        site: Site = request.getfixturevalue("site")
+        assert site.exporter is not None
+        print("exporter:", "runs" if site.exporter.poll() is None else f"ended with {site.exporter.returncode}")
+        print("worker's status:", site.registry.worker())
+        print("".join(site.log.read_text(errors="replace").splitlines(keepends=True)[-30:]))
+
+
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(a[name], b[name]) for name in a)
 
