@@ -91,10 +91,16 @@ def rehome(model: torch.nn.Module, name: str) -> Arena:
         os.close(fd)
         raise
     _advise_huge_pages(mapping)
+    anonymous = _anonymous_memory()
     for key, tensors in storages.items():
         count = tensors[0].untyped_storage().nbytes()
         block = torch.frombuffer(mapping, dtype=torch.uint8, count=count, offset=starts[key])
-        _copy_touched(torch.empty(0, dtype=torch.uint8).set_(tensors[0].untyped_storage(), 0, (count,), (1,)), block)
+        source = torch.empty(0, dtype=torch.uint8).set_(tensors[0].untyped_storage(), 0, (count,), (1,))
+        address = source.data_ptr()
+        if any(start <= address and address + count <= end for start, end in anonymous):
+            _copy_touched(source, block)
+        else:
+            block.copy_(source)
         for tensor in tensors:
             item = tensor.element_size()
             flat = block[: count // item * item].view(tensor.dtype)
@@ -125,8 +131,29 @@ def _storages(model: torch.nn.Module) -> dict[int, list[torch.Tensor]]:
     return storages
 
 
+def _anonymous_memory() -> list[tuple[int, int]]:
+    """Ranges of this process' addresses that are private memory of no file: what was never touched there is zero.
+
+    Of a file, or of memory shared with others, a page that this process has not touched can hold anything.
+    """
+    try:
+        lines = Path("/proc/self/maps").read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+    found: list[tuple[int, int]] = []
+    for line in lines:  # proc_pid_maps(5): start-end permissions offset device inode [name]
+        addresses, permissions, _, _, inode, *_ = line.split(maxsplit=5)
+        if permissions[3] != "p" or inode != "0":
+            continue
+        start, end = (int(address, 16) for address in addresses.split("-"))
+        if found and found[-1][1] == start:
+            start = found.pop()[0]
+        found.append((start, end))
+    return found
+
+
 def _copy_touched(source: torch.Tensor, target: torch.Tensor) -> None:
-    """Copy bytes into fresh shared memory, leaving out pages that were never touched.
+    """Copy bytes of anonymous memory into fresh shared memory, leaving out pages that were never touched.
 
     Parameters that wait for their checkpoint are mostly such: reading them would map each page only to copy zeros over
     zeros, and cost as much as the load itself.

@@ -6,6 +6,7 @@ map is resolved and compared. The danger is always the same: a view that is call
 
 import logging
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -581,6 +582,18 @@ def test_rehoming_copies_what_was_touched_wherever_it_lies(told: bool, monkeypat
 
     for name, value in wanted.items():  # bits, not numbers: fresh memory may hold a NaN
         assert torch.equal(getattr(model, name).view(torch.int32), value.view(torch.int32))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_rehoming_brings_along_what_a_file_holds_and_nobody_has_looked_at_yet(tmp_path: Path, shared: bool) -> None:
+    """A parameter on a mapped file, as safetensors loads it: no page of it is this process' before it is read."""
+    wanted = torch.randn(300_000)
+    wanted.numpy().tofile(tmp_path / "w")
+    model = nn.Module()
+    mapped = torch.from_file(str(tmp_path / "w"), shared=shared, size=300_000)
+    model.register_parameter("w", nn.Parameter(mapped, requires_grad=False))
+    rehome(model, "test")
+    assert torch.equal(model.w, wanted)
 
 
 def test_pages_provided_beside_a_load_change_nothing_in_them() -> None:
