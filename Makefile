@@ -8,7 +8,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install demo up test test-unit test-integration test-acceptance test-gpu check format bench lock clean distclean
+.PHONY: help install demo up test test-unit test-integration test-acceptance test-gpu soak check format bench lock clean distclean
 
 # The first that runs and is new enough: a name on PATH may be a version manager's shim for nothing.
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
@@ -72,6 +72,10 @@ test: $(STAMP) $(MODEL)/config.json
 
 test-unit test-integration test-acceptance test-gpu: test-%: $(STAMP) $(MODEL)/config.json
 	@$(BIN)/python -m pytest tests/$* $(ARGS)
+
+# Everything is killed at random for SECONDS, once for each of SEEDS.
+soak: $(STAMP)
+	@HOGWILD_SOAK_S=$(or $(SECONDS),300) HOGWILD_SOAK_SEEDS='$(or $(SEEDS),1)' $(BIN)/python -m pytest -s tests/integration/test_soak.py
 
 check: $(STAMP)
 	@$(BIN)/ruff check .
