@@ -39,7 +39,9 @@ KEEP_LAST = 4
 # What an operation may fail with when those who do it are killed, or its generation is pruned before its turn.
 PARDONED = ("The worker died", "there is no generation")
 # In the worker's log these are nobody's fault but ours, but for what Celery's gossip says when Redis is gone.
-OURS = re.compile(r"^(?:Assertion|Attribute|Buffer|Index|Key|Name|Runtime|Type|UnboundLocal|Value)Error\b(?!.*connection_errors).*", re.M)
+OURS = re.compile(
+    r"^(?:Assertion|Attribute|Buffer|Index|Key|Name|Runtime|Type|UnboundLocal|Value)Error\b(?!.*connection_errors).*", re.M
+)
 
 pytestmark = pytest.mark.timeout(SECONDS * 3 + 900)
 
