@@ -40,7 +40,8 @@ KEEP_LAST = 4
 PARDONED = ("The worker died", "there is no generation")
 # In the worker's log these are nobody's fault but ours, but for what Celery's gossip says when Redis is gone.
 OURS = re.compile(
-    r"^(?:Assertion|Attribute|Buffer|Index|Key|Name|Runtime|Type|UnboundLocal|Value)Error\b(?!.*connection_errors).*", re.M
+    r"^(?:Assertion|Attribute|Buffer|Index|Key|Name|Runtime|Type|UnboundLocal|Value)Error: (?!.*connection_errors).*",
+    re.M,
 )
 
 pytestmark = pytest.mark.timeout(SECONDS * 3 + 900)
