@@ -470,7 +470,7 @@ class Governor:
     SLICE_S = 0.005  # sleeps are cut into these, so that a yield ends soon after traffic does
     QUANTUM_S = 0.001  # shorter sleeps are saved up: the kernel's timer slack would double them
     LONGEST_YIELD_S = 1.0  # of one yield point: cancel, pause and sync requests are looked at after it
-    STANDSTILL_S = 0.1  # without work: what a window measured since is not training's doing
+    STANDSTILL_S = 0.5  # without work: what a window measured since is not training's doing
     LONGEST_ACTIVE_S = 5.0  # between two yield points; more was a pause of training's own, not work
 
     def __init__(self, config: GovernorConfig, pulse: PulseSource, *, device: DeviceQueue | None = None,
@@ -494,13 +494,17 @@ class Governor:
     def begin_work(self) -> None:
         """Training goes on after something else (a new job, a pause, a sync): that time was not work.
 
-        Cheap; to be called at the start of every step. As a rule a step follows the last at once: nothing changes then.
+        Cheap; to be called at the start of every step. What lies between two steps, the ledger's writes to a disk that
+        may be slow, is rest like any other: forgotten with its window, it could keep short steps from ever being judged.
         """
         now = self._clock()
-        if now - self._resumed > self.STANDSTILL_S:
+        paused, self._resumed = max(0.0, now - self._resumed), now
+        if paused > self.STANDSTILL_S:
             self._owed_s = 0.0
-            self._resumed = now
             self.controller.forget_window()
+        elif self._enabled:
+            self.yielded_s += paused
+            self._owed_s = max(0.0, self._owed_s - paused)
 
     def worked(self) -> None:
         """The time up to now was work: called at a step's end, before what is none."""

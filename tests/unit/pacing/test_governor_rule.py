@@ -324,6 +324,21 @@ def test_time_that_training_stood_still_is_not_work():
     assert plant.governor.active_s == before
 
 
+@pytest.mark.parametrize("pause_s", [0.09, 0.11, 0.3])
+def test_short_steps_with_pauses_between_them_are_judged_and_the_pauses_count_as_rest(pause_s: float):
+    """Given training that hardly costs anything, in steps of 33 ms, and a ledger on a slow disk."""
+    plant = Plant(GovernorConfig(serve_share=0.9), steady(16), slowdown=0.02)
+    for _ in range(int(20 / (0.033 + pause_s))):
+        plant.governor.begin_work()
+        plant.run(0.033)
+        plant.governor.worked()
+        plant.advance(pause_s, training=False)
+
+    assert plant.governor.controller.duty == 1.0
+    assert plant.governor.active_s + plant.governor.yielded_s == pytest.approx(plant.t, abs=0.5)
+    assert plant.governor.active_s == pytest.approx(plant.training_share(0, plant.t) * plant.t, rel=0.05)
+
+
 def test_a_yield_inside_a_step_waits_for_the_device_first():
     calls: list[str] = []
 
