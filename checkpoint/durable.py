@@ -26,7 +26,10 @@ RWF_DONTCACHE = 0x80
 STREAM = 256 << 10
 """Bytes of a write from which it pays to go round the page cache."""
 
-_NO_REFLINK = {errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.ETXTBSY}
+# EAGAIN: OpenZFS, while blocks of the source are still to be written.
+_NO_REFLINK = {
+    errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.ETXTBSY, errno.EAGAIN,
+}  # fmt: skip
 
 
 class Handle:
@@ -81,12 +84,13 @@ class Handle:
         """Fill `buffer` from `offset`; the number of bytes read, fewer only at the end of the file."""
         done = 0
         while done < len(buffer):
+            flags = RWF_DONTCACHE if self.once else 0
             try:
-                count = os.preadv(self.fd, [buffer[done:]], offset + done, RWF_DONTCACHE if self.once else 0)
+                count = os.preadv(self.fd, [buffer[done:]], offset + done, flags)
             except OSError as error:
-                if not self.once or error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                if not flags or error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
                     raise
-                self.once = False
+                self.once = False  # for other threads that read here as well
                 continue
             if not count:
                 break

@@ -103,7 +103,9 @@ class History:
     def table(self, generation: int) -> Table:
         """Fingerprints of all blocks in a generation; raises CheckpointCorrupt when they can't be proved."""
         later: list[Record] = []
-        wanted = next(commit for commit in self._commits if commit.generation == generation)
+        wanted = next((commit for commit in self._commits if commit.generation == generation), None)
+        if wanted is None:
+            raise CheckpointCorrupt(f"there is no record of generation {generation} that can be read.")
         for commit in reversed([commit for commit in self._commits if commit.generation <= generation]):
             record = read_record(self.path(commit.generation, "commit"))
             if record.blocks is None:

@@ -157,6 +157,11 @@ class CheckpointStore:
     def _prepare(self) -> None:
         """Folders and the writer's lock."""
         make_folders(self._io, self.directory)
+        if self._generations.stat().st_dev != self.directory.stat().st_dev:
+            raise CheckpointError(
+                f"{self._generations} is on another file system than {self.directory}, and files can't be renamed from "
+                f"one to the other. Move {self._store} to where the model is."
+            )
         if not self._writer.acquire():
             raise CheckpointError(
                 f"{self.directory} is kept by another process ({self._writer.read_note()}): stop it, or use its API."

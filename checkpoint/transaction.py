@@ -14,6 +14,7 @@ file, or, where at least half of a file changes, the file system can reflink, or
 `cp -al`, which is to keep what it has), in a new file that is renamed over the old one.
 """
 
+import contextlib
 import errno
 import functools
 import os
@@ -70,7 +71,10 @@ class NewFile:
         self._io, self._old = io, old
         self.path = path
         self.handle = io.create(path, 0o600)
-        os.fchmod(self.handle.fd, stat.S_IMODE(os.fstat(old.fd).st_mode))  # whatever the umask is
+        info = os.fstat(old.fd)
+        with contextlib.suppress(PermissionError):  # those who may read the old one may read the new one
+            os.fchown(self.handle.fd, info.st_uid, info.st_gid)
+        os.fchmod(self.handle.fd, stat.S_IMODE(info.st_mode))  # whatever the umask is
         self.written = 0
         self._cursor = 0
         self._shared = False
@@ -142,7 +146,7 @@ def write_logs(
         for file in layout.files
         if sum(frame.nbytes for frame in by_file[file.name]) >= REPLACE_SHARE * file.size
     }
-    deferred = dense if disk.links else set[str]()
+    deferred = {name for name in dense if disk.links and _may_link(directory / name)}
     # Undo data of a generation that is not complete yet has another name: a history never has holes.
     kind = "part" if deferred else "undo"
     undo = FrameWriter(io, generations / f"{generation:08d}.{kind}", UNDO_MAGIC, generation, parent, layout.id)
@@ -161,8 +165,7 @@ def write_logs(
             check_header(old, file.size, file.header)
             new = None
             if anew:
-                if not os.access(directory, os.W_OK):
-                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(directory))
+                _check_replaceable(directory, file.name)
                 new = NewFile(io, old, generations / f"{generation:08d}.{number}.new")
                 to_sync.append(new.handle)
                 logs.replaced[file.name] = new.path.name
@@ -206,6 +209,19 @@ def write_logs(
     logs.undo_bytes = undo.bytes
     logs.bytes_written += undo.bytes
     return logs
+
+
+def _may_link(path: Path) -> bool:
+    """Whether Linux lets this user give the file a second name (proc_sys_fs(5), protected_hardlinks)."""
+    return os.geteuid() in (0, path.stat().st_uid) or os.access(path, os.R_OK | os.W_OK)
+
+
+def _check_replaceable(directory: Path, file: str) -> None:
+    """Raise PermissionError where the file can't be replaced: once there is a generation it would be too late."""
+    place, owner = directory.stat(), (directory / file).stat().st_uid
+    others = place.st_mode & stat.S_ISVTX and os.geteuid() not in (0, place.st_uid, owner)  # as in /tmp
+    if others or not os.access(directory, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(directory))
 
 
 def check_header(handle: Handle, size: int, header: str) -> None:

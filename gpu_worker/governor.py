@@ -495,7 +495,7 @@ class Governor:
         """Training goes on after something else (a new job, a pause, a sync): that time was not work.
 
         Cheap; to be called at the start of every step. What lies between two steps, the ledger's writes to a disk that
-        may be slow, is rest like any other: forgotten with its window, it could keep short steps from ever being judged.
+        may be slow, is rest like any other: forgotten with its window, it could keep short steps from being judged.
         """
         now = self._clock()
         paused, self._resumed = max(0.0, now - self._resumed), now

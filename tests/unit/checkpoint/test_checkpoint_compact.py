@@ -6,6 +6,7 @@ import logging
 import os
 import struct
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import xxhash
@@ -310,6 +311,38 @@ def test_streams_hold_what_was_written_on_kernels_that_can_and_cannot(tmp_path, 
     assert bytes(found[: len(data) + 3]) == b"abc" + data
     flags = {flag for name, flag in calls if name == "pwritev"}
     assert flags == {0, durable.RWF_DONTCACHE}  # the small write stays in the page cache
+
+
+def test_two_threads_are_refused_the_same_flag(tmp_path, monkeypatch):
+    """Undo data is encoded in threads that share a handle: none may take the other's discovery for its own failure."""
+    both = threading.Barrier(2)
+    original = os.preadv
+
+    def played(fd, buffers, offset, flags=0):
+        if flags:
+            both.wait(10)
+            raise OSError(errno.EOPNOTSUPP, "flag")
+        return original(fd, buffers, offset)
+
+    monkeypatch.setattr(durable.os, "preadv", played)
+    data = os.urandom(4096)
+    with FileIo().create(tmp_path / "file") as handle, ThreadPoolExecutor(2) as pool:
+        handle.pwrite(data, 0)
+        handle.once = True
+        found = [bytearray(4096), bytearray(4096)]
+        assert list(pool.map(lambda buffer: handle.pread_into(memoryview(buffer), 0), found)) == [4096, 4096]
+        assert found == [data, data]
+
+
+@pytest.mark.parametrize("error", [errno.EOPNOTSUPP, errno.EAGAIN])  # EAGAIN: OpenZFS, soon after a write
+def test_extents_that_can_not_be_shared_now_are_copied(tmp_path, monkeypatch, error):
+    def refused(*_):
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(durable.fcntl, "ioctl", refused)
+    io = FileIo()
+    with io.create(tmp_path / "a") as a, io.create(tmp_path / "b") as b:
+        assert io.reflink(a, b) is False
 
 
 def rewritten(path, version, fields):

@@ -4,11 +4,13 @@ import errno
 import itertools
 import json
 import os
+import re
 import resource
 import shutil
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -246,9 +248,81 @@ def test_files_that_can_not_be_written_are_found_before_there_is_a_generation(st
     assert store.verify(model.views).ok
 
 
-def test_a_shard_that_is_replaced_keeps_its_mode(store, model):
+def as_another_user(work) -> str:
+    """What `work` returns, or the message of the CheckpointError it raises, in a child process of user 65534."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        answer = "ended"
+        try:
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+            answer = work()
+        except CheckpointError as error:
+            answer = error.message
+        except BaseException as error:
+            answer = repr(error)
+        finally:
+            os.write(writing, answer.encode())
+            os._exit(0)
+    os.close(writing)
+    os.waitpid(child, 0)
+    with os.fdopen(reading) as pipe:
+        return pipe.read()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize("sticky", [False, True])
+def test_a_shard_of_another_user_is_replaced_where_the_directory_lets_one(model, io, helpers, sticky):
+    """Linux links no file that is neither one's own nor writable, and in a sticky directory replaces none of others."""
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))  # others may enter it, unlike pytest's
+    try:
+        folder.chmod(0o755)
+        directory = folder / "c"
+        with CheckpointStore.open(directory, source=model.directory, io=io) as store:
+            before = helpers.weights_on_disk(directory)["head.weight"].clone()
+            model.views["norm.weight"] += 1
+            store.sync(model.views, weight_version=1)  # what this imports, the other user need not be able to read
+        for path in [directory / ".hogwild", *(directory / ".hogwild").rglob("*")]:
+            os.chown(path, 65534, 65534)
+        for path in filter(Path.is_file, directory.iterdir()):
+            path.chmod(0o644)
+        directory.chmod(0o1777 if sticky else 0o777)
+        model.views["head.weight"] += 1
+
+        def work() -> str:
+            with CheckpointStore.open(directory, io=io) as mine:
+                assert mine.sync(model.views, weight_version=2).applied
+                assert mine.head.replaced
+                assert not mine.head.deferred
+                assert mine.verify(model.views).ok
+                mine.rollback(1, model.views)
+                return f"rolled back: {torch.equal(helpers.weights_on_disk(directory)['head.weight'], before)}"
+
+        answer = as_another_user(work)
+        assert re.search(r"can't be written.*still generation 1, whole" if sticky else "^rolled back: True$", answer)
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_generations_on_another_file_system_are_refused_at_once(store, io, tmp_path):
+    if os.stat("/dev/shm").st_dev == os.stat(tmp_path).st_dev:
+        pytest.skip("there is no other file system")
+    store.close()
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as elsewhere:
+        moved = Path(elsewhere) / "moved"
+        shutil.move(store.directory / ".hogwild", moved)
+        (store.directory / ".hogwild").symlink_to(moved)
+        with pytest.raises(CheckpointError, match="is on another file system than"):
+            CheckpointStore.open(store.directory, io=io)
+
+
+def test_a_shard_that_is_replaced_keeps_its_mode_and_owner(store, model):
     path = store.directory / "model-00002-of-00002.safetensors"
     path.chmod(0o664)
+    owner = (1234, 2345) if os.geteuid() == 0 else (os.getuid(), os.getgid())
+    os.chown(path, *owner)
     before = os.umask(0o077)
     try:
         model.views["head.weight"] += 1
@@ -257,6 +331,7 @@ def test_a_shard_that_is_replaced_keeps_its_mode(store, model):
         os.umask(before)
     assert store.head.replaced
     assert path.stat().st_mode & 0o777 == 0o664
+    assert (path.stat().st_uid, path.stat().st_gid) == owner
 
 
 def test_files_changed_by_somebody_else_are_refused_and_can_be_adopted(store, model, io, helpers):
@@ -633,6 +708,30 @@ def test_a_damaged_record_that_the_newer_ones_do_not_need_ends_the_history(model
     damaged.write_bytes(damaged.read_bytes()[:-1])
     with pytest.raises(CheckpointCorrupt, match=r"00000002\.commit does not match its checksum"):
         CheckpointStore.open(store.directory, io=io)
+
+
+def test_a_damaged_record_that_undo_data_was_still_to_be_made_with_ends_the_history(
+    model, tmp_path, io, helpers, caplog
+):
+    """Given a sync that replaced everything, a worker that stopped before its undo data was made, and damage before."""
+    with CheckpointStore.open(tmp_path / "c", source=model.directory, io=io) as store:
+        model.views["norm.weight"][0] = 1
+        store.sync(model.views, weight_version=1)
+        for view in model.views.values():
+            view.add_(1)
+        store.sync(model.views, weight_version=2)
+        assert store.head.deferred
+    damaged = store.directory / ".hogwild/generations/00000001.commit"
+    data = bytearray(damaged.read_bytes())
+    data[60] ^= 1
+    damaged.write_bytes(data)
+    with CheckpointStore.open(store.directory, io=io) as again:
+        assert [commit.generation for commit in again.generations()] == [2]
+        assert again.verify(model.views).ok
+        model.views["norm.weight"][0] = 3
+        again.sync(model.views, weight_version=3)
+        again.rollback(2, model.views)
+        assert again.verify(model.views).ok
 
 
 def test_a_reader_opens_while_old_generations_are_forgotten(store, model, io, monkeypatch):
