@@ -28,7 +28,7 @@ class Updates:
         self.known = known
         self.optimizer = optimizer
         self.touched = 0
-        """Parameters handed to the optimizer since `begin`."""
+        """Parameters handed to the optimizer in this step; `abort` counts anew."""
         self._applying = False
         self._stream: torch.cuda.Stream | None = None
         self._handles: list[Any] = []
@@ -50,7 +50,6 @@ class Updates:
             p.requires_grad_(True)
 
     def begin(self, rate: float, seed: int) -> None:
-        self.touched = 0
         device = next((p.device for p in self.trained.values() if p.is_cuda), None)
         self._stream = None if device is None else torch.cuda.current_stream(device)
         self.optimizer.begin_step(rate, seed=seed)
@@ -66,6 +65,7 @@ class Updates:
 
     def abort(self) -> None:
         """Back to rest, with no gradient left; harmless after `end`."""
+        self.touched = 0
         self._applying = False
         self.optimizer.abort_step()
         for p in self.trained.values():

@@ -367,24 +367,30 @@ def test_gradient_that_is_not_finite_spares_only_its_own_tensor(trainer: Trainer
     assert all(not torch.equal(t, before[n]) for n, t in weights_of(trainer.model).items())
 
 
+@pytest.mark.parametrize("step", [0, 1])
 def test_out_of_memory_in_forward_fails_the_job_and_nothing_else(
-    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
-    plan = trainer.plan(samples(), TrainConfig(learning_rate=1e-3, steps=2))
-    before = weights_of(trainer.model)
+    # Given memory that runs out in the first step, or in a later one
+    plan = trainer.plan(samples(), TrainConfig(learning_rate=1e-3, steps=3))
+    seen: dict[str, Tensor] = {}
 
     def fail(*args: Any) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer.forward, "losses", fail)
-        with pytest.raises(DoesNotFit, match=r"20\.00 GiB") as e:
-            trainer.run(plan)
-    assert e.value.details["interrupted"] is False
+    class Full(Recorder):
+        def before_step(self, at: int) -> None:
+            if at == step:
+                seen.update(weights_of(trainer.model))
+                patch.setattr(trainer.forward, "losses", fail)
+
+    with monkeypatch.context() as patch, pytest.raises(DoesNotFit, match=r"20\.00 GiB") as e:
+        trainer.run(plan, Full())
+    assert (e.value.details["step"], e.value.details["interrupted"]) == (step, False)
     assert e.value.__context__ is None  # a traceback would keep the tensors alive
-    assert same(weights_of(trainer.model), before)
+    assert same(weights_of(trainer.model), seen)
     # and the next job runs
-    assert trainer.run(plan).n_steps == 2
+    assert trainer.run(plan).n_steps == 3
 
 
 def test_out_of_memory_in_backward_says_that_the_step_is_torn(trainer: Trainer) -> None:
