@@ -189,7 +189,12 @@ class Forward:
     def _frozen_cache(self, ids: Tensor) -> Any:
         """Run context ids (1, n) without gradient; returns a cache that later calls read but never change.
 
-        A cache that grows when it is read would grow again when a checkpointed layer is recomputed in backward.
+        A cache that grows when it is read would grow again when a checkpointed layer is recomputed in backward. What a
+        layer keeps beside keys and values (a hybrid's recurrent states, an indexer's keys) models also write past the
+        cache's methods, so it can't be held still.
+
+        Raises:
+            InvalidRequest: layers keep something else than keys and values.
         """
         from transformers import DynamicCache
 
@@ -198,9 +203,12 @@ class Forward:
             self.backbone(input_ids=ids, past_key_values=cache, use_cache=True)
         for layer in cache.layers:
             keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-            if not isinstance(keys, Tensor) or not isinstance(values, Tensor):
+            more = any(name.startswith("update_") for name in dir(layer))  # `update` is for keys and values
+            if more or not isinstance(keys, Tensor) or not isinstance(values, Tensor):
                 raise InvalidRequest(
-                    "context_grad: false needs a model whose layers all keep keys and values.", field="context_grad"
+                    "context_grad: false needs a model whose layers all keep keys and values, and nothing else: send "
+                    "the job with context_grad: true.",
+                    field="context_grad",
                 )
             layer.update = _reader(keys, values)
         return cache

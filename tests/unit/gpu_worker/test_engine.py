@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, SMALL, VOCAB, Recorder, build, samples, weights_of
+from tiny_models import ARCHITECTURES, NOT_ONLY_KEYS_AND_VALUES, SMALL, VOCAB, Recorder, build, samples, weights_of
 from torch import Tensor
 from transformers import (
     Gemma2Config,
@@ -278,6 +278,15 @@ def test_frozen_context_gives_the_gradient_of_the_same_computation(name: str, ke
     # and it is another gradient than that of the whole context
     full = torch.autograd.grad(plain_loss(model, sample), params)
     assert any(not torch.allclose(a, b, rtol=1e-2) for a, b in zip(got, full, strict=True))
+
+
+@pytest.mark.parametrize("name", NOT_ONLY_KEYS_AND_VALUES)
+@pytest.mark.parametrize("kept", [0, 3])
+def test_frozen_context_is_refused_where_a_layer_recomputed_would_read_what_it_wrote(name: str, kept: int) -> None:
+    trainer = Trainer(build(name))
+    trainer.recompute.kept = kept
+    with pytest.raises(InvalidRequest, match="keys and values, and nothing else"):
+        trainer.forward.loss(with_frozen_context(samples(4)[3], trainer.device), 1.0)
 
 
 def test_frozen_context_trains_samples_of_all_shapes() -> None:
