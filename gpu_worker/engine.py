@@ -181,13 +181,16 @@ class Trainer:
             pack_tokens: of an earlier plan of this job, when it is being resumed.
 
         Raises:
-            InvalidRequest: no samples, ids outside the vocabulary, a pattern that matches nothing.
+            InvalidRequest: no samples, ids outside the vocabulary, a pattern that matches nothing, a context to freeze
+                and a model that can't.
             DoesNotFit: more memory is needed than free, for the job or for measuring that; `details` has the numbers.
         """
         if not samples:
             raise InvalidRequest("There are no samples to train on.", field="samples")
         check_tokens(samples, self.forward.vocab_size, self.forward.max_tokens)
         self.trainable(config)
+        if not config.context_grad and any(len(s.context_ids) > 1 for s in samples):
+            self._within_memory(self.forward.try_frozen_context, "Trying a frozen context")
         config = config.for_width(self.forward.head_weight.shape[1])
         lengths = [s.input_tokens for s in samples]
         packs = self.forward.abilities.packs

@@ -289,6 +289,17 @@ def test_frozen_context_is_refused_where_a_layer_recomputed_would_read_what_it_w
         trainer.forward.loss(with_frozen_context(samples(4)[3], trainer.device), 1.0)
 
 
+def test_job_with_contexts_that_the_model_cannot_freeze_is_refused_before_its_first_step() -> None:
+    # Given a recurrent model, and samples of which only the later ones have a context to freeze
+    trainer = Trainer(build("mamba2"))
+    config = TrainConfig(epochs=1, context_grad=False, shuffle=False)
+    data = [Sample([1], [2, 3]), Sample([1, 2, 3, 4], [5, 6])]
+    with pytest.raises(InvalidRequest, match="context_grad: true"):
+        trainer.plan(data, config)
+    # and a job without such a context runs
+    assert trainer.run(trainer.plan(data[:1], config)).n_steps == 1
+
+
 def test_frozen_context_trains_samples_of_all_shapes() -> None:
     # Given contexts of no, one and many tokens
     data = [Sample([], [1, 2, 3]), Sample([4], [5]), Sample(list(range(30)), [6, 7])]
