@@ -123,8 +123,8 @@ class Trainer:
     Args:
         model: a transformers causal language model, float32 or bf16, whose parameters are the live weights. It is put
             into eval mode: there is no dropout. Parameters that do not require gradients are never trained.
-        aliases: other names of parameters, for the `trainable` patterns; None: the checkpoint tensors in each, when the
-            model was built over live weights.
+        aliases: names of what is in each parameter, for the `trainable` patterns; None: the checkpoint tensors, when
+            the model was built over live weights.
         memory_limit: most bytes that training may take beside the weights; None: what is free.
         compile_layers: run the decoder layers through torch.compile, where that works with the model. Costs up to a
             minute before the first step, and pays on a GPU, where it fuses what lies between the matrix products.
@@ -308,16 +308,30 @@ class Trainer:
         """The parameters that a job trains, by name.
 
         Raises:
-            InvalidRequest: a pattern matches no parameter.
+            InvalidRequest: a pattern matches no parameter, or only a part of one: all of it would be trained.
         """
-        if config.trainable is None:
+        patterns = config.trainable
+        if patterns is None:
             return dict(self.params)
+
+        def matches(name: str) -> bool:
+            return any(fnmatchcase(name, pattern) for pattern in patterns)
+
         chosen: set[str] = set()
-        for pattern in config.trainable:
+        for pattern in patterns:
             hits = {n for n in self.params if any(fnmatchcase(x, pattern) for x in (n, *self.aliases[n]))}
             if not hits:
                 raise InvalidRequest(f"trainable: {pattern!r} matches no parameter of the model.", field="trainable")
             chosen |= hits
+        for n in sorted(chosen):
+            parts = {x: matches(x) for x in self.aliases[n]}
+            if not matches(n) and not all(parts.values()):
+                one, other = (next(x for x, matched in parts.items() if matched is wanted) for wanted in (True, False))
+                raise InvalidRequest(
+                    f"trainable: {one} matches a pattern and {other} does not, but both are in one tensor, {n}. They "
+                    "are trained together, as all experts of a layer are: match all of it, or nothing.",
+                    field="trainable",
+                )
         return {n: p for n, p in self.params.items() if n in chosen}
 
     # --- running ---------------------------------------------------------------------------------------------------

@@ -338,6 +338,19 @@ def test_pattern_that_matches_nothing_is_refused(trainer: Trainer) -> None:
         trainer.plan(samples(), TrainConfig(trainable=("*.nothing.*",)))
 
 
+def test_pattern_for_one_expert_of_a_stack_is_refused() -> None:
+    # Given experts that are tensors of their own in the checkpoint, and one stack in the model
+    model, stack = build("mixtral"), "model.layers.1.mlp.experts.gate_up_proj"
+    experts = tuple(f"model.layers.1.block_sparse_moe.experts.{i}.{w}.weight" for i in range(4) for w in ("w1", "w3"))
+    trainer = Trainer(model, aliases={stack: experts})
+    for patterns in (("*.experts.3.*",), ("*.w1.weight", "model.norm.*"), tuple(experts[1:])):
+        with pytest.raises(InvalidRequest, match=rf"in one tensor, {stack}\. They are trained together"):
+            trainer.plan(samples(), TrainConfig(trainable=patterns))
+    # Then those that match all of it train it
+    for patterns in (("*.w1.*", "*.w3.*"), ("*.block_sparse_moe.*",), (stack,), (stack, "*.experts.3.*")):
+        assert list(trainer.trainable(TrainConfig(trainable=patterns))) == [stack]
+
+
 def test_parameters_that_came_without_gradient_are_never_trained() -> None:
     model = build()
     model.model.embed_tokens.weight.requires_grad_(False)
