@@ -34,6 +34,7 @@ from hogwild.gpu_worker.batch import (
     Step,
     check_tokens,
     collate,
+    fingerprint,
     plan_steps,
     with_frozen_context,
 )
@@ -161,7 +162,6 @@ class Trainer:
         self.recompute = Recompute(layers_of(model), compile_layers=compile_layers)
         self._profiles: dict[tuple[RowKind, bool], Profile] = {}
         self._compiled: set[bool] = set()  # the ways tried: activations kept (True), recomputed (False)
-        self._job: int | None = None  # hash of the samples that were trained last
         self._replayed: list[Replayed] | None = None  # of the running job; None: to be made
 
     def close(self) -> None:
@@ -348,10 +348,10 @@ class Trainer:
         control = control or Unattended()
         config = plan.config
         optimizer = self._optimizer_for(config)
-        job = hash(tuple((*s.context_ids, None, *s.continuation_ids) for s in plan.samples))
-        if first_step == 0 or self._job not in (None, job):  # not when the job of before, or of a saved state, goes on
+        job = fingerprint(plan.samples)
+        if first_step == 0 or optimizer.job != job:  # not when the job of before, or of a saved state, goes on
             optimizer.begin_job()
-        self._job = job
+        optimizer.job = job
         self.recompute.kept, self.recompute.eager = plan.budget.kept_layers, _eager(config)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, NOT_ONLY_KEYS_AND_VALUES, SMALL, VOCAB, Recorder, build, samples, weights_of
 from torch import Tensor
 from transformers import (
@@ -563,6 +565,28 @@ def test_the_growth_limiter_starts_afresh_when_another_job_ran_between(
     trainer.run(other)
     trainer.run(plan, first_step=2)
     assert len(begun) == 3
+
+
+def test_the_growth_limiter_starts_afresh_after_a_restart_unless_the_saved_state_is_the_jobs_own(
+    trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given state that was saved when the job paused, when another had run since, and by a version that noted no job
+    plan, other = (trainer.plan(samples(seed=seed), TrainConfig(steps=3)) for seed in (0, 1))
+    for name, last in (("own", plan), ("other", other)):
+        trainer.run(last)
+        trainer.save_optimizer(tmp_path / name)
+    with safe_open(tmp_path / "own", "pt") as f:
+        metadata = {key: value for key, value in f.metadata().items() if key != "job"}
+    save_file(load_file(tmp_path / "own"), tmp_path / "old", metadata)
+    begun = []
+    monkeypatch.setattr(Apollo, "begin_job", lambda self: begun.append(name))
+    # Then a job that goes on in a new process keeps the limiter's norms in the first case alone
+    for name in ("own", "other", "old"):
+        restarted = Trainer(trainer.model)
+        restarted.load_optimizer(tmp_path / name, plan.config)
+        restarted.run(plan, first_step=2)
+        restarted.close()
+    assert begun == ["other", "old"]
 
 
 def test_job_without_samples_or_with_foreign_tokens_is_refused(trainer: Trainer) -> None:
