@@ -33,7 +33,9 @@ from hogwild.gpu_worker.config import TrainConfig
 from hogwild.gpu_worker.control import StepReport
 from hogwild.gpu_worker.engine import Plan, Trainer, Unattended
 from hogwild.gpu_worker.optim.apollo import Apollo
+from hogwild.gpu_worker.optim.sgd import SGD
 from hogwild.gpu_worker.replay import OwnText
+from hogwild.gpu_worker.updates import Updates
 
 STORED = Path(__file__).parent / "engine_losses.json"
 
@@ -225,9 +227,33 @@ def test_packs_accumulated_equal_one_large_pack() -> None:
         torch.testing.assert_close(a, models[1][n], rtol=1e-4, atol=1e-6)
 
 
-def test_bf16_model_learns_in_place() -> None:
+def test_no_pack_is_lost_in_the_rounding_of_a_long_sum() -> None:
+    # Given a bf16 weight with a gradient of 1 in each of 1,024 packs, and one that is in the first half of them only
+    gradients: dict[str, float] = {}
+
+    class Look(SGD):
+        def step_param(self, name: str, p: Tensor, grad: Tensor) -> None:
+            gradients[name] = float(grad)
+            super().step_param(name, p, grad)
+
+    params = {name: torch.nn.Parameter(torch.zeros((), dtype=torch.bfloat16)) for name in ("all", "half")}
+    with Updates(params, params, Look()) as updates:
+        for pack in range(1024):
+            if pack == 1023:
+                updates.begin(0.1, seed=0)
+            (params["all"] + params["half"] if pack < 512 else params["all"]).backward()
+        updates.end()
+    # Then their sums are whole (a sum in bf16 stays at 256)
+    assert gradients == {"all": 1024.0, "half": 512.0}
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_bf16_model_learns_in_place(accumulation: int) -> None:
     trainer = Trainer(build(dtype=torch.bfloat16))
-    losses = trainer.run(trainer.plan(samples(), TrainConfig(learning_rate=1e-3, steps=30))).losses
+    config = TrainConfig(
+        learning_rate=1e-3, steps=30, gradient_accumulation=accumulation, max_tokens_per_step=200 * accumulation
+    )
+    losses = trainer.run(trainer.plan(samples(), config)).losses
     assert losses[-1] < 0.5 * losses[0]
 
 
