@@ -114,7 +114,7 @@ class MemoryOut(BaseModel):
     """Bytes on top of the weights, by what they are for. Not all of them are there at the same moment."""
 
     optimizer: int = Field(description="State that was not there yet.")
-    gradients: int = Field(description="Held between the packs of a step.")
+    gradients: int = Field(description="Held between the packs of a step, float32.")
     activations: int
     working: int = Field(description="Of one layer in backward, with its gradients.")
     head: int = Field(description="Logits of a chunk, and the head's gradient.")

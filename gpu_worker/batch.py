@@ -3,6 +3,7 @@
 A plan is a pure function of (lengths, config, pack size): a worker that restarts at step k rebuilds the same one.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -168,6 +169,15 @@ def check_tokens(samples: Sequence[Sample], vocab_size: int, max_tokens: int | N
             raise InvalidRequest(
                 f"samples[{i}] has {s.input_tokens} input tokens; the model takes {max_tokens}.", sample=i
             )
+
+
+def fingerprint(samples: Sequence[Sample]) -> str:
+    """Of the samples' tokens, in hexadecimal: the same in every process."""
+    digest = hashlib.blake2b(digest_size=16)
+    for s in samples:
+        for ids in (s.context_ids, s.continuation_ids):
+            digest.update(len(ids).to_bytes(8, "little") + np.asarray(ids, np.int64).tobytes())
+    return digest.hexdigest()
 
 
 def plan_steps(

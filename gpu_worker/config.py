@@ -73,7 +73,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     """Decoupled: each step multiplies a matrix by 1 - rate · weight_decay. Vectors are never decayed."""
     gradient_accumulation: int = 1
-    """Packs in one optimizer step. Above 1 all gradients are held between packs: one more copy of the weights."""
+    """Packs in one optimizer step. Above 1 all gradients are held between packs: 4 bytes for each trained weight."""
     trainable: tuple[str, ...] | None = None
     """Shell patterns (fnmatch) over parameter names; only those that match one are trained. None: all."""
     max_tokens_per_step: int | None = None

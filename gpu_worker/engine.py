@@ -34,6 +34,7 @@ from hogwild.gpu_worker.batch import (
     Step,
     check_tokens,
     collate,
+    fingerprint,
     plan_steps,
     with_frozen_context,
 )
@@ -123,8 +124,8 @@ class Trainer:
     Args:
         model: a transformers causal language model, float32 or bf16, whose parameters are the live weights. It is put
             into eval mode: there is no dropout. Parameters that do not require gradients are never trained.
-        aliases: other names of parameters, for the `trainable` patterns; None: the checkpoint tensors in each, when the
-            model was built over live weights.
+        aliases: names of what is in each parameter, for the `trainable` patterns; None: the checkpoint tensors, when
+            the model was built over live weights.
         memory_limit: most bytes that training may take beside the weights; None: what is free.
         compile_layers: run the decoder layers through torch.compile, where that works with the model. Costs up to a
             minute before the first step, and pays on a GPU, where it fuses what lies between the matrix products.
@@ -161,7 +162,6 @@ class Trainer:
         self.recompute = Recompute(layers_of(model), compile_layers=compile_layers)
         self._profiles: dict[tuple[RowKind, bool], Profile] = {}
         self._compiled: set[bool] = set()  # the ways tried: activations kept (True), recomputed (False)
-        self._job: int | None = None  # hash of the samples that were trained last
         self._replayed: list[Replayed] | None = None  # of the running job; None: to be made
 
     def close(self) -> None:
@@ -181,13 +181,16 @@ class Trainer:
             pack_tokens: of an earlier plan of this job, when it is being resumed.
 
         Raises:
-            InvalidRequest: no samples, ids outside the vocabulary, a pattern that matches nothing.
+            InvalidRequest: no samples, ids outside the vocabulary, a pattern that matches nothing, a context to freeze
+                and a model that can't.
             DoesNotFit: more memory is needed than free, for the job or for measuring that; `details` has the numbers.
         """
         if not samples:
             raise InvalidRequest("There are no samples to train on.", field="samples")
         check_tokens(samples, self.forward.vocab_size, self.forward.max_tokens)
         self.trainable(config)
+        if not config.context_grad and any(len(s.context_ids) > 1 for s in samples):
+            self._within_memory(self.forward.try_frozen_context, "Trying a frozen context")
         config = config.for_width(self.forward.head_weight.shape[1])
         lengths = [s.input_tokens for s in samples]
         packs = self.forward.abilities.packs
@@ -305,16 +308,30 @@ class Trainer:
         """The parameters that a job trains, by name.
 
         Raises:
-            InvalidRequest: a pattern matches no parameter.
+            InvalidRequest: a pattern matches no parameter, or only a part of one: all of it would be trained.
         """
-        if config.trainable is None:
+        patterns = config.trainable
+        if patterns is None:
             return dict(self.params)
+
+        def matches(name: str) -> bool:
+            return any(fnmatchcase(name, pattern) for pattern in patterns)
+
         chosen: set[str] = set()
-        for pattern in config.trainable:
+        for pattern in patterns:
             hits = {n for n in self.params if any(fnmatchcase(x, pattern) for x in (n, *self.aliases[n]))}
             if not hits:
                 raise InvalidRequest(f"trainable: {pattern!r} matches no parameter of the model.", field="trainable")
             chosen |= hits
+        for n in sorted(chosen):
+            parts = {x: matches(x) for x in self.aliases[n]}
+            if not matches(n) and not all(parts.values()):
+                one, other = (next(x for x, matched in parts.items() if matched is wanted) for wanted in (True, False))
+                raise InvalidRequest(
+                    f"trainable: {one} matches a pattern and {other} does not, but both are in one tensor, {n}. They "
+                    "are trained together, as all experts of a layer are: match all of it, or nothing.",
+                    field="trainable",
+                )
         return {n: p for n, p in self.params.items() if n in chosen}
 
     # --- running ---------------------------------------------------------------------------------------------------
@@ -331,10 +348,10 @@ class Trainer:
         control = control or Unattended()
         config = plan.config
         optimizer = self._optimizer_for(config)
-        job = hash(tuple((*s.context_ids, None, *s.continuation_ids) for s in plan.samples))
-        if first_step == 0 or self._job not in (None, job):  # not when the job of before, or of a saved state, goes on
+        job = fingerprint(plan.samples)
+        if first_step == 0 or optimizer.job != job:  # not when the job of before, or of a saved state, goes on
             optimizer.begin_job()
-        self._job = job
+        optimizer.job = job
         self.recompute.kept, self.recompute.eager = plan.budget.kept_layers, _eager(config)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)

@@ -31,6 +31,7 @@ HeadKind = Literal["linear", "own", "whole"]
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 HEAD_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 PROBE_TOKENS = 12
+TRIED_TOKENS = 4  # of a frozen context
 
 
 @dataclass(frozen=True)
@@ -80,13 +81,19 @@ class Forward:
 
     def cache_bytes_per_token(self) -> float:
         """Keys and values that one token leaves in all layers; 0.0 when the model has no such cache."""
-        if self.abilities.head == "whole":
-            return 0.0
         try:
-            layers = self._frozen_cache(torch.zeros(1, 4, dtype=torch.int64, device=self.device)).layers
+            cache = self.try_frozen_context()
         except InvalidRequest:
             return 0.0
-        return float(sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)) / 4
+        return float(sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)) / TRIED_TOKENS
+
+    def try_frozen_context(self) -> Any:
+        """The cache that `TRIED_TOKENS` tokens leave.
+
+        Raises:
+            InvalidRequest: the model can't run behind a frozen context.
+        """
+        return self._frozen_cache(torch.zeros(1, TRIED_TOKENS, dtype=torch.int64, device=self.device))
 
     # --- losses ----------------------------------------------------------------------------------------------------
 
@@ -145,7 +152,7 @@ class Forward:
 
     def _losses_of_logits(self, batch: Batch, total_weight: float, replay_weight: float) -> Tensor:
         if batch.frozen:
-            raise InvalidRequest("context_grad: false is not possible with this architecture.", field="context_grad")
+            raise _not_behind_a_frozen_context()
         logits = self.model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
@@ -189,19 +196,26 @@ class Forward:
     def _frozen_cache(self, ids: Tensor) -> Any:
         """Run context ids (1, n) without gradient; returns a cache that later calls read but never change.
 
-        A cache that grows when it is read would grow again when a checkpointed layer is recomputed in backward.
+        A cache that grows when it is read would grow again when a checkpointed layer is recomputed in backward. What a
+        layer keeps beside keys and values (a hybrid's recurrent states, an indexer's keys) models also write past the
+        cache's methods, so it can't be held still.
+
+        Raises:
+            InvalidRequest: layers keep something else than keys and values, or the model is not made of backbone and
+                head.
         """
         from transformers import DynamicCache
 
+        if self.abilities.head == "whole":
+            raise _not_behind_a_frozen_context()
         cache = DynamicCache(config=self.model.config.get_text_config())
         with torch.no_grad():
             self.backbone(input_ids=ids, past_key_values=cache, use_cache=True)
         for layer in cache.layers:
             keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-            if not isinstance(keys, Tensor) or not isinstance(values, Tensor):
-                raise InvalidRequest(
-                    "context_grad: false needs a model whose layers all keep keys and values.", field="context_grad"
-                )
+            more = any(name.startswith("update_") for name in dir(layer))  # `update` is for keys and values
+            if more or not isinstance(keys, Tensor) or not isinstance(values, Tensor):
+                raise _not_behind_a_frozen_context()
             layer.update = _reader(keys, values)
         return cache
 
@@ -276,6 +290,14 @@ def _anchor(batches: Sequence[Batch], weight: float) -> Anchor | None:
         return None
     likeliest, probabilities = zip(*said, strict=True)
     return Anchor(torch.cat(likeliest), torch.cat(probabilities), weight)
+
+
+def _not_behind_a_frozen_context() -> InvalidRequest:
+    return InvalidRequest(
+        "context_grad: false needs a model of backbone and head whose layers all keep keys and values, and nothing "
+        "else: send the job with context_grad: true.",
+        field="context_grad",
+    )
 
 
 def _reader(keys: Tensor, values: Tensor) -> Any:

@@ -3,7 +3,7 @@
 Needed on top of the weights, which vLLM holds:
 
     optimizer state not yet there
-    + gradients held between packs            (accumulation only)
+    + gradients held between packs, float32   (accumulation only)
     + the largest of three moments of the step:
         backward begins   activations of all layers + logits of one chunk + the head's gradient
         in the layers     activations of all layers + one layer recomputed and differentiated + its gradients
@@ -215,7 +215,7 @@ def budget(
         whole_logits: logits are made for all predictors at once.
         layer_gradients: bytes of a layer's gradients that exist at once.
         optimizer_bytes: state that does not exist yet.
-        accumulates: gradients are held from pack to pack.
+        accumulates: gradients are held from pack to pack, in float32.
     """
     vocabulary = head.shape[0]
     sizes = {name: p.numel() * p.element_size() for name, p in params.items()}
@@ -232,7 +232,7 @@ def budget(
     working += layer_gradients + tied_head
     # The gradient and one temporary as large; the layers' activations are gone by then.
     embedding = 2 * max(of_tokens, default=0) + tied_head
-    gradients = sum(sizes.values()) if accumulates else 0
+    gradients = sum(4 * p.numel() for p in params.values()) if accumulates else 0  # float32
     cache = int(profile.cache * load.frozen)
     least = int(load.tokens * (row * profile.layers + profile.elsewhere))
 

@@ -1,6 +1,8 @@
 """Gradients on their way from autograd to the optimizer.
 
 A hook on each parameter applies the optimizer as soon as autograd has summed that parameter's gradient, and frees it.
+In all packs of a step but the last it adds the gradient to those of the packs before, in float32: a sum in bf16 has 8
+significant bits, and after some hundred packs the next one is lost in rounding.
 """
 
 from collections.abc import Mapping
@@ -15,8 +17,8 @@ from hogwild.gpu_worker.optim import Optimizer, StepStats
 class Updates:
     """The hooks of one run, installed while it is entered.
 
-    While gradients are only being accumulated nothing happens; between `begin` and `end` each gradient is applied as
-    it appears, and freed.
+    Gradients are held until `begin`; between `begin` and `end` each is applied, with what is held of it, as it appears,
+    and freed.
 
     Args:
         trained: parameters of this run, by name.
@@ -28,7 +30,8 @@ class Updates:
         self.known = known
         self.optimizer = optimizer
         self.touched = 0
-        """Parameters handed to the optimizer since `begin`."""
+        """Parameters handed to the optimizer in this step; `abort` counts anew."""
+        self._held: dict[str, Tensor] = {}  # sums of the step's earlier packs, float32
         self._applying = False
         self._stream: torch.cuda.Stream | None = None
         self._handles: list[Any] = []
@@ -50,46 +53,53 @@ class Updates:
             p.requires_grad_(True)
 
     def begin(self, rate: float, seed: int) -> None:
-        self.touched = 0
         device = next((p.device for p in self.trained.values() if p.is_cuda), None)
         self._stream = None if device is None else torch.cuda.current_stream(device)
         self.optimizer.begin_step(rate, seed=seed)
         self._applying = True
 
     def end(self) -> StepStats:
-        # A parameter that took part in earlier packs but not in the last one still has its gradient here.
-        for name, p in self.trained.items():
-            if p.grad is not None:
-                self._apply(name, p)
+        # A parameter that took part in earlier packs but not in the last one is still held.
+        for name in list(self._held):
+            self._take(name, self.trained[name])
         self._applying = False
         return self.optimizer.end_step()
 
     def abort(self) -> None:
         """Back to rest, with no gradient left; harmless after `end`."""
+        self.touched = 0
         self._applying = False
         self.optimizer.abort_step()
+        self._held.clear()
         for p in self.trained.values():
             p.grad = None
 
     def _hook(self, name: str) -> Any:
-        def apply(p: Tensor) -> None:
-            if not self._applying:
-                return
+        def take(p: Tensor) -> None:
             mine, here = self._stream, torch.cuda.current_stream(p.device) if p.is_cuda else None
-            if mine is None or here is None or mine == here:
-                self._apply(name, p)
+            if not self._applying or mine is None or here is None or mine == here:
+                self._take(name, p)
                 return
             # Autograd's stream here is the one that was current when the leaf was first used, maybe steps ago.
             mine.wait_stream(here)
-            if p.grad is not None:
-                p.grad.record_stream(mine)
+            for grad in (p.grad, self._held.get(name)):
+                if grad is not None:
+                    grad.record_stream(mine)
             with torch.cuda.stream(mine):
-                self._apply(name, p)
+                self._take(name, p)
 
-        return apply
+        return take
 
-    def _apply(self, name: str, p: Tensor) -> None:
-        grad, p.grad = p.grad, None
-        if grad is not None:
+    def _take(self, name: str, p: Tensor) -> None:
+        """Apply, or hold, the sum of a parameter's gradient and what is held of it."""
+        grad, held = p.grad, self._held.pop(name, None)
+        p.grad = None
+        if held is not None:
+            grad = held if grad is None else held.add_(grad)
+        if grad is None:
+            return
+        if self._applying:
             self.touched += 1
             self.optimizer.step_param(name, p, grad)
+        else:
+            self._held[name] = grad.float()

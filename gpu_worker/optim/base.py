@@ -56,6 +56,8 @@ class Optimizer(ABC):
         self.token_params = frozenset(token_params)
         self.steps = 0
         """Optimizer steps begun since the state was created; seeds rounding and projections."""
+        self.job = ""
+        """Fingerprint of the job that the state was updated in last; empty: none, or not known."""
         self.state: dict[str, State] = {}
         self.lr = 0.0
         self._seed = 0
@@ -157,7 +159,8 @@ class Optimizer(ABC):
     def save(self, path: Path) -> None:
         """Write the state as one safetensors file: whole or not at all, also when the machine dies."""
         tensors = {f"{key}/{name}": t.contiguous() for name, state in self.state.items() for key, t in state.items()}
-        metadata = {"format": FORMAT, "format_version": FORMAT_VERSION, "kind": self.kind, "steps": str(self.steps)}
+        metadata = {"format": FORMAT, "format_version": FORMAT_VERSION, "kind": self.kind}
+        metadata |= {"steps": str(self.steps), "job": self.job}
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
             temporary = Path(folder) / "state"
@@ -203,7 +206,7 @@ class Optimizer(ABC):
                 raise TrainingError(
                     f"The optimizer state in {path} was made for another shape of {name}: delete it to start afresh."
                 )
-        self.state, self.steps = loaded, int(metadata["steps"])
+        self.state, self.steps, self.job = loaded, int(metadata["steps"]), metadata.get("job", "")
 
 
 def measured(g: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,20 +6,24 @@ from torch import Tensor
 from hogwild.gpu_worker import inplace, kernels
 from hogwild.gpu_worker.optim import Apollo, ApolloMini, apollo
 
+# Of the weight and of its gradient: those of several packs are summed in float32.
+DTYPES = ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32))
 BETAS, EPS, KEY = (0.9, 0.999), 1e-8, inplace.rounding_key(0, 3, "w")
 
 
-def tensors(shape: tuple[int, int, int], dtype: torch.dtype, *, transposed: bool) -> tuple[Tensor, Tensor]:
+def tensors(
+    shape: tuple[int, int, int], dtype: torch.dtype, of_gradient: torch.dtype, *, transposed: bool
+) -> tuple[Tensor, Tensor]:
     """A weight with odd strides and a gradient of its own layout."""
     b, m, n = shape
     base = torch.randn(b, n + 3, m + 2) if transposed else torch.randn(b, m + 3, n + 2)
     base = base.to(dtype)
-    return (base[:, 1 : n + 1, :m].mT if transposed else base[:, 1 : m + 1, :n]), torch.randn(shape).to(dtype)
+    return (base[:, 1 : n + 1, :m].mT if transposed else base[:, 1 : m + 1, :n]), torch.randn(shape).to(of_gradient)
 
 
-def compare(shape: tuple[int, int, int], dtype: torch.dtype, *, transposed: bool) -> None:
+def compare(shape: tuple[int, int, int], dtype: torch.dtype, of_gradient: torch.dtype, *, transposed: bool) -> None:
     for good in (torch.tensor(True), torch.tensor(False)):
-        p, g = tensors(shape, dtype, transposed=transposed)
+        p, g = tensors(shape, dtype, of_gradient, transposed=transposed)
         if not good:
             g[0, 0, 0] = float("nan")
         b, rows, columns = shape
@@ -69,16 +73,18 @@ def compare_mini(shape: tuple[int, int, int], dtype: torch.dtype, *, transposed:
         raise SystemExit("a bad gradient changed the state")
 
 
-def compare_channels(shape: tuple[int, int, int], dtype: torch.dtype, *, transposed: bool) -> None:
+def compare_channels(
+    shape: tuple[int, int, int], dtype: torch.dtype, of_gradient: torch.dtype, *, transposed: bool
+) -> None:
     """Whole updates with a factor for each channel: APOLLO, and Mini's embeddings."""
-    p, _ = tensors(shape, dtype, transposed=transposed)
+    p, _ = tensors(shape, dtype, of_gradient, transposed=transposed)
     for make in (lambda: Apollo(rank=4), lambda: ApolloMini(token_params={"w"})):
         weights, states, squares = [p.clone(), p.clone()], [], []
         for by_kernels in (False, True):
             apollo.use_kernels = inplace.use_kernels = lambda _, chosen=by_kernels: chosen
             optimizer, generator = make(), torch.Generator().manual_seed(1)
             for poison in (False, False, False, True):
-                g = torch.randn(shape, generator=generator).to(dtype)
+                g = torch.randn(shape, generator=generator).to(of_gradient)
                 if poison:
                     g[0, -1, 1] = float("inf")
                     before = weights[by_kernels].clone(), {k: t.clone() for k, t in optimizer.state["w"].items()}
@@ -104,13 +110,14 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for kind in (torch.float32, torch.bfloat16):
         for transpose in (False, True):
-            compare((1, 37, 70), kind, transposed=transpose)
             compare_mini((2, 17, 70), kind, transposed=transpose)
             compare_mini((1, 33, 70), kind, transposed=transpose)
-        compare((2, 9, 12), kind, transposed=False)
-        compare((1, 1, 300), kind, transposed=False)
-    for kind in (torch.float32, torch.bfloat16):
+    for kinds in DTYPES:
+        compare((1, 37, 70), *kinds, transposed=False)
+        compare((1, 37, 70), *kinds, transposed=True)
+        compare((2, 9, 12), *kinds, transposed=False)
+        compare((1, 1, 300), *kinds, transposed=False)
         for shape in ((1, 20, 70), (2, 40, 17), (1, 1, 70)):
-            compare_channels(shape, kind, transposed=False)
-            compare_channels(shape, kind, transposed=True)
+            compare_channels(shape, *kinds, transposed=False)
+            compare_channels(shape, *kinds, transposed=True)
     print("compared")

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, SMALL, VOCAB, Recorder, build, samples, weights_of
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny_models import ARCHITECTURES, NOT_ONLY_KEYS_AND_VALUES, SMALL, VOCAB, Recorder, build, samples, weights_of
 from torch import Tensor
 from transformers import (
     Gemma2Config,
@@ -31,7 +33,9 @@ from hogwild.gpu_worker.config import TrainConfig
 from hogwild.gpu_worker.control import StepReport
 from hogwild.gpu_worker.engine import Plan, Trainer, Unattended
 from hogwild.gpu_worker.optim.apollo import Apollo
+from hogwild.gpu_worker.optim.sgd import SGD
 from hogwild.gpu_worker.replay import OwnText
+from hogwild.gpu_worker.updates import Updates
 
 STORED = Path(__file__).parent / "engine_losses.json"
 
@@ -223,9 +227,33 @@ def test_packs_accumulated_equal_one_large_pack() -> None:
         torch.testing.assert_close(a, models[1][n], rtol=1e-4, atol=1e-6)
 
 
-def test_bf16_model_learns_in_place() -> None:
+def test_no_pack_is_lost_in_the_rounding_of_a_long_sum() -> None:
+    # Given a bf16 weight with a gradient of 1 in each of 1,024 packs, and one that is in the first half of them only
+    gradients: dict[str, float] = {}
+
+    class Look(SGD):
+        def step_param(self, name: str, p: Tensor, grad: Tensor) -> None:
+            gradients[name] = float(grad)
+            super().step_param(name, p, grad)
+
+    params = {name: torch.nn.Parameter(torch.zeros((), dtype=torch.bfloat16)) for name in ("all", "half")}
+    with Updates(params, params, Look()) as updates:
+        for pack in range(1024):
+            if pack == 1023:
+                updates.begin(0.1, seed=0)
+            (params["all"] + params["half"] if pack < 512 else params["all"]).backward()
+        updates.end()
+    # Then their sums are whole (a sum in bf16 stays at 256)
+    assert gradients == {"all": 1024.0, "half": 512.0}
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_bf16_model_learns_in_place(accumulation: int) -> None:
     trainer = Trainer(build(dtype=torch.bfloat16))
-    losses = trainer.run(trainer.plan(samples(), TrainConfig(learning_rate=1e-3, steps=30))).losses
+    config = TrainConfig(
+        learning_rate=1e-3, steps=30, gradient_accumulation=accumulation, max_tokens_per_step=200 * accumulation
+    )
+    losses = trainer.run(trainer.plan(samples(), config)).losses
     assert losses[-1] < 0.5 * losses[0]
 
 
@@ -280,6 +308,26 @@ def test_frozen_context_gives_the_gradient_of_the_same_computation(name: str, ke
     assert any(not torch.allclose(a, b, rtol=1e-2) for a, b in zip(got, full, strict=True))
 
 
+@pytest.mark.parametrize("name", NOT_ONLY_KEYS_AND_VALUES)
+@pytest.mark.parametrize("kept", [0, 3])
+def test_frozen_context_is_refused_where_a_layer_recomputed_would_read_what_it_wrote(name: str, kept: int) -> None:
+    trainer = Trainer(build(name))
+    trainer.recompute.kept = kept
+    with pytest.raises(InvalidRequest, match="keys and values, and nothing else"):
+        trainer.forward.loss(with_frozen_context(samples(4)[3], trainer.device), 1.0)
+
+
+def test_job_with_contexts_that_the_model_cannot_freeze_is_refused_before_its_first_step() -> None:
+    # Given a recurrent model, and samples of which only the later ones have a context to freeze
+    trainer = Trainer(build("mamba2"))
+    config = TrainConfig(epochs=1, context_grad=False, shuffle=False)
+    data = [Sample([1], [2, 3]), Sample([1, 2, 3, 4], [5, 6])]
+    with pytest.raises(InvalidRequest, match="context_grad: true"):
+        trainer.plan(data, config)
+    # and a job without such a context runs
+    assert trainer.run(trainer.plan(data[:1], config)).n_steps == 1
+
+
 def test_frozen_context_trains_samples_of_all_shapes() -> None:
     # Given contexts of no, one and many tokens
     data = [Sample([], [1, 2, 3]), Sample([4], [5]), Sample(list(range(30)), [6, 7])]
@@ -316,6 +364,19 @@ def test_only_parameters_that_match_a_pattern_move() -> None:
 def test_pattern_that_matches_nothing_is_refused(trainer: Trainer) -> None:
     with pytest.raises(InvalidRequest, match="matches no parameter"):
         trainer.plan(samples(), TrainConfig(trainable=("*.nothing.*",)))
+
+
+def test_pattern_for_one_expert_of_a_stack_is_refused() -> None:
+    # Given experts that are tensors of their own in the checkpoint, and one stack in the model
+    model, stack = build("mixtral"), "model.layers.1.mlp.experts.gate_up_proj"
+    experts = tuple(f"model.layers.1.block_sparse_moe.experts.{i}.{w}.weight" for i in range(4) for w in ("w1", "w3"))
+    trainer = Trainer(model, aliases={stack: experts})
+    for patterns in (("*.experts.3.*",), ("*.w1.weight", "model.norm.*"), tuple(experts[1:])):
+        with pytest.raises(InvalidRequest, match=rf"in one tensor, {stack}\. They are trained together"):
+            trainer.plan(samples(), TrainConfig(trainable=patterns))
+    # Then those that match all of it train it
+    for patterns in (("*.w1.*", "*.w3.*"), ("*.block_sparse_moe.*",), (stack,), (stack, "*.experts.3.*")):
+        assert list(trainer.trainable(TrainConfig(trainable=patterns))) == [stack]
 
 
 def test_parameters_that_came_without_gradient_are_never_trained() -> None:
@@ -367,24 +428,30 @@ def test_gradient_that_is_not_finite_spares_only_its_own_tensor(trainer: Trainer
     assert all(not torch.equal(t, before[n]) for n, t in weights_of(trainer.model).items())
 
 
+@pytest.mark.parametrize("step", [0, 1])
 def test_out_of_memory_in_forward_fails_the_job_and_nothing_else(
-    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
-    plan = trainer.plan(samples(), TrainConfig(learning_rate=1e-3, steps=2))
-    before = weights_of(trainer.model)
+    # Given memory that runs out in the first step, or in a later one
+    plan = trainer.plan(samples(), TrainConfig(learning_rate=1e-3, steps=3))
+    seen: dict[str, Tensor] = {}
 
     def fail(*args: Any) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer.forward, "losses", fail)
-        with pytest.raises(DoesNotFit, match=r"20\.00 GiB") as e:
-            trainer.run(plan)
-    assert e.value.details["interrupted"] is False
+    class Full(Recorder):
+        def before_step(self, at: int) -> None:
+            if at == step:
+                seen.update(weights_of(trainer.model))
+                patch.setattr(trainer.forward, "losses", fail)
+
+    with monkeypatch.context() as patch, pytest.raises(DoesNotFit, match=r"20\.00 GiB") as e:
+        trainer.run(plan, Full())
+    assert (e.value.details["step"], e.value.details["interrupted"]) == (step, False)
     assert e.value.__context__ is None  # a traceback would keep the tensors alive
-    assert same(weights_of(trainer.model), before)
+    assert same(weights_of(trainer.model), seen)
     # and the next job runs
-    assert trainer.run(plan).n_steps == 2
+    assert trainer.run(plan).n_steps == 3
 
 
 def test_out_of_memory_in_backward_says_that_the_step_is_torn(trainer: Trainer) -> None:
@@ -524,6 +591,28 @@ def test_the_growth_limiter_starts_afresh_when_another_job_ran_between(
     trainer.run(other)
     trainer.run(plan, first_step=2)
     assert len(begun) == 3
+
+
+def test_the_growth_limiter_starts_afresh_after_a_restart_unless_the_saved_state_is_the_jobs_own(
+    trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given state that was saved when the job paused, when another had run since, and by a version that noted no job
+    plan, other = (trainer.plan(samples(seed=seed), TrainConfig(steps=3)) for seed in (0, 1))
+    for name, last in (("own", plan), ("other", other)):
+        trainer.run(last)
+        trainer.save_optimizer(tmp_path / name)
+    with safe_open(tmp_path / "own", "pt") as f:
+        metadata = {key: value for key, value in f.metadata().items() if key != "job"}
+    save_file(load_file(tmp_path / "own"), tmp_path / "old", metadata)
+    begun = []
+    monkeypatch.setattr(Apollo, "begin_job", lambda self: begun.append(name))
+    # Then a job that goes on in a new process keeps the limiter's norms in the first case alone
+    for name in ("own", "other", "old"):
+        restarted = Trainer(trainer.model)
+        restarted.load_optimizer(tmp_path / name, plan.config)
+        restarted.run(plan, first_step=2)
+        restarted.close()
+    assert begun == ["other", "old"]
 
 
 def test_job_without_samples_or_with_foreign_tokens_is_refused(trainer: Trainer) -> None:

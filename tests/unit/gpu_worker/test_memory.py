@@ -251,10 +251,11 @@ def test_a_plan_accounts_for_its_memory() -> None:
     assert f"{memory['free'] / 1e6:,.0f} MB are free" in str(plan)
 
 
-def test_accumulation_is_charged_with_all_gradients() -> None:
-    trainer = Trainer(build())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_accumulation_is_charged_with_all_gradients_in_float32(dtype: torch.dtype) -> None:
+    trainer = Trainer(build().to(dtype))
     need = trainer.plan(rows(4, 10), TrainConfig(gradient_accumulation=2)).budget
-    assert need.gradients == sum(p.nbytes for p in trainer.params.values())
+    assert need.gradients == sum(4 * p.numel() for p in trainer.params.values())
 
 
 def test_limit_is_an_upper_bound_on_free_memory() -> None:

@@ -5,12 +5,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    FalconH1Config,
+    FalconH1ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GlmMoeDsaConfig,
+    GlmMoeDsaForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     Qwen2Config,
@@ -40,11 +46,26 @@ ARCHITECTURES: dict[str, Any] = {
     "granite": lambda: GraniteForCausalLM(GraniteConfig(**SMALL, logits_scaling=4.0)),
     "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2)),
 }
+# They keep something else than keys and values: states, states beside keys and values, an indexer's keys beside them.
+NOT_ONLY_KEYS_AND_VALUES: dict[str, Any] = {
+    "mamba2": lambda: Mamba2ForCausalLM(
+        Mamba2Config(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, state_size=8, num_heads=4, head_dim=8,
+                     n_groups=1, chunk_size=8)
+    ),
+    "falcon_h1": lambda: FalconH1ForCausalLM(
+        FalconH1Config(**SMALL, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=8)
+    ),
+    "glm_moe_dsa": lambda: GlmMoeDsaForCausalLM(
+        GlmMoeDsaConfig(**{**SMALL, "num_key_value_heads": 4}, moe_intermediate_size=16, n_routed_experts=4,
+                        num_experts_per_tok=2, kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8,
+                        v_head_dim=16, index_topk=8, index_head_dim=16, index_n_heads=2)
+    ),
+}  # fmt: skip
 
 
 def build(name: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
     torch.manual_seed(seed)
-    model = ARCHITECTURES[name]().to(dtype)
+    model = (ARCHITECTURES | NOT_ONLY_KEYS_AND_VALUES)[name]().to(dtype)
     # Larger than transformers initialises: attention must be sharp for a leak between samples to show.
     with torch.no_grad():
         for p in model.parameters():
