@@ -187,7 +187,7 @@ def job_object(job: Job, served: str) -> JobObject:
         finished_at=None if job.finished_at is None else int(job.finished_at),
         fine_tuned_model=model_at(served, job.weight_version_last) if job.state == "succeeded" else None,
         hyperparameters=shown, method={"type": "supervised", "supervised": {"hyperparameters": shown}},
-        model=extra.get("model", served), seed=int(job.config.get("seed", 0)),
+        model=extra.get("model", served), seed=int(job.config.get("seed") or 0),
         status="paused" if job.paused else job.state,
         trained_tokens=job.tokens_trained if job.final else None, training_file=extra.get("training_file", ""),
         estimated_finish=finish, metadata=job.metadata)

@@ -122,13 +122,15 @@ def _check_sample(found: Findings, sample: SampleIn, at: str, model: ModelInfo, 
 
 def check_config(request: TrainRequest, settings: Settings) -> dict[str, Any]:
     """The job's configuration: what was given, and the deployment's defaults. Raises InvalidRequest."""
-    given = request.model_dump(exclude=_NOT_CONFIG, exclude_none=True)
-    return complete_config(given, settings)
+    return complete_config(request.model_dump(exclude=_NOT_CONFIG), settings)
 
 
 def complete_config(given: dict[str, Any], settings: Settings) -> dict[str, Any]:
-    """`given` with the deployment's optimizer and rate, as the engine will take it. Raises InvalidRequest."""
-    config = {"optimizer": settings.optimizer, **given}
+    """`given` with the deployment's optimizer and rate, as the engine will take it. Raises InvalidRequest.
+
+    None is as good as nothing: kept with the job, it would hide the deployment's defaults from whoever reads it.
+    """
+    config = {"optimizer": settings.optimizer, **{name: value for name, value in given.items() if value is not None}}
     if settings.learning_rate is not None and config["optimizer"] == settings.optimizer:
         config.setdefault("learning_rate", settings.learning_rate)
     try:

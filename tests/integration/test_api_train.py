@@ -64,6 +64,13 @@ def test_job_is_accepted_and_can_be_polled(client, ledger):
     assert (shown["plan"], shown["steps"]["total"]) == (plan, 6)
 
 
+def test_null_means_the_default(client, ledger, settings):
+    settings.optimizer, settings.learning_rate = "sgd", 0.123
+    options = dict.fromkeys(("optimizer", "learning_rate", "replay", "seed", "epochs", "trainable"))
+    job_id = client.post("/train", json={**BODY, **options, "steps": 2}).json()["id"]
+    assert ledger.get(job_id).config == {"optimizer": "sgd", "learning_rate": 0.123, "steps": 2}
+
+
 @pytest.mark.parametrize(("change", "field", "pointer", "limit"), [
     ({"continuation_ids": []}, "continuation_ids", "/continuation_ids", 1),
     ({"continuation_ids": [4, 100]}, "continuation_ids", "/continuation_ids/1", 99),
