@@ -210,21 +210,22 @@ _INTEGERS = {
 
 def _choice(field: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise InvalidRequest(f"{field} must be one of {', '.join(choices)}; got {value!r}.", field=field)
+        raise InvalidRequest(f"{field} must be one of {', '.join(choices)}; got {value!r:.99}.", field=field)
 
 
 def _integer(field: str, value: object, least: int) -> None:
     # The upper bound keeps every derived seed and count inside 63 bits.
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**62:
-        raise InvalidRequest(f"{field} must be a whole number of at least {least}; got {value!r}.", field=field)
+        raise InvalidRequest(f"{field} must be a whole number of at least {least}; got {value!r:.99}.", field=field)
 
 
 def _number(field: str, value: object, *, above: float | None = None, least: float | None = None, most: float) -> None:
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value <= most
+    # Compared as it came: an integer need not fit into a float, and NaN is neither above nor at least anything.
+    good = isinstance(value, int | float) and not isinstance(value, bool) and value <= most
     if good and above is not None:
         good = value > above  # type: ignore[operator]
     if good and least is not None:
         good = value >= least  # type: ignore[operator]
     if not good:
         bound = f"above {above}" if above is not None else f"at least {least}"
-        raise InvalidRequest(f"{field} must be a number {bound} and at most {most}; got {value!r}.", field=field)
+        raise InvalidRequest(f"{field} must be a number {bound} and at most {most}; got {value!r:.99}.", field=field)

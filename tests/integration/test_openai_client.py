@@ -202,7 +202,8 @@ def test_what_vllm_refuses_names_the_line_and_queues_nothing(client, ledger):
     ({"hyperparameters": {"batch_size": 4}}, openai.UnprocessableEntityError),
     ({"hyperparameters": {"n_epochs": 0}}, openai.UnprocessableEntityError),
     ({"extra_body": {"hogwild": {"optimiser": "sgd"}}}, openai.UnprocessableEntityError),
-    ({"extra_body": {"hogwild": {"optimizer": "adam"}}}, openai.UnprocessableEntityError)])
+    ({"extra_body": {"hogwild": {"optimizer": "adam"}}}, openai.UnprocessableEntityError),
+    ({"extra_body": {"hogwild": {"learning_rate": 10**400}}}, openai.UnprocessableEntityError)])
 def test_what_is_not_supported_is_refused_and_not_ignored(client, ledger, change, error):
     file = upload(client, CHATS[:1])
     with pytest.raises(error):

@@ -40,6 +40,21 @@ def test_field_out_of_bounds_is_refused_by_name(field: str, value: object) -> No
     assert e.value.details["field"] == field
 
 
+@pytest.mark.parametrize(
+    "field", ["learning_rate", "learning_rate_multiplier", "weight_decay", "scale", "replay", "steps", "optimizer"]
+)
+@pytest.mark.parametrize(
+    "value",
+    [10**400, -(10**400), float("inf"), float("-inf"), float("nan"), [0] * 1000],
+    ids=["huge", "-huge", "inf", "-inf", "nan", "list"],
+)
+def test_what_is_no_sane_number_is_refused_in_a_few_words(field: str, value: object) -> None:
+    with pytest.raises(InvalidRequest) as e:
+        TrainConfig.from_dict({field: value})
+    assert e.value.details["field"] == field
+    assert len(e.value.message) < 200
+
+
 def test_rank_without_the_optimizer_that_it_belongs_to_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="'apollo'"):
         TrainConfig(optimizer="sgd", rank=4)
