@@ -11,7 +11,7 @@ from hogwild.api.schemas import FiniteFloat, Metadata, Strict
 from hogwild.api.validation import complete_config
 from hogwild.config import Settings
 from hogwild.errors import InvalidRequest
-from hogwild.gpu_worker.config import TrainConfig
+from hogwild.gpu_worker.config import INTEGERS, NUMBERS, TrainConfig
 from hogwild.tasks.jobs import Job
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
@@ -21,8 +21,8 @@ Auto = Literal["auto"]
 class Hyperparameters(Strict):
     """As OpenAI names them; "auto" is the same as leaving one out."""
 
-    n_epochs: Auto | Annotated[StrictInt, Field(ge=1, le=100_000)] = "auto"
-    learning_rate_multiplier: Auto | Annotated[FiniteFloat, Field(gt=0, le=1e6)] = Field(
+    n_epochs: Auto | Annotated[StrictInt, Field(**INTEGERS["epochs"])] = "auto"
+    learning_rate_multiplier: Auto | Annotated[FiniteFloat, Field(**NUMBERS["learning_rate_multiplier"])] = Field(
         "auto", description="Times the optimizer's usual learning rate.")
     batch_size: Auto | Annotated[StrictInt, Field(ge=1)] = Field(
         "auto", description="Only \"auto\": samples are packed to a number of tokens; see "
@@ -53,7 +53,7 @@ class CreateRequest(Strict):
     training_file: Name = Field(description="An uploaded file.")
     hyperparameters: Hyperparameters | None = Field(None, description="The older place of method.supervised's.")
     method: Method | None = None
-    seed: Annotated[StrictInt, Field(ge=0, lt=2**62)] | None = None
+    seed: Annotated[StrictInt, Field(**INTEGERS["seed"])] | None = None
     suffix: Annotated[str, StringConstraints(max_length=64)] | None = Field(
         None, description="Kept with the job; the model's name does not change.")
     metadata: Metadata | None = None

@@ -4,7 +4,8 @@ Errors name the field, the place and the limit, as in RFC 9457's `errors` extens
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from hogwild.api.problems import MOST_ERRORS
@@ -134,12 +135,25 @@ def complete_config(given: dict[str, Any], settings: Settings) -> dict[str, Any]
     if settings.learning_rate is not None and config["optimizer"] == settings.optimizer:
         config.setdefault("learning_rate", settings.learning_rate)
     try:
-        TrainConfig.from_dict(config)
+        with _option_named():
+            TrainConfig.from_dict(config)
         json.dumps(config, ensure_ascii=False, allow_nan=False).encode()
     except UnicodeEncodeError:
         raise InvalidRequest("The options hold half of a surrogate pair, which is no character.") from None
+    return config
+
+
+def check_length(config: dict[str, Any], payload: Payload) -> None:
+    """That the samples are not trained so often that no plan could hold it. Raises InvalidRequest."""
+    with _option_named():
+        TrainConfig.from_dict(config).check_length(payload.samples)
+
+
+@contextmanager
+def _option_named() -> Iterator[None]:
+    try:
+        yield
     except InvalidRequest as error:
         field = str(error.details.get("field", "body"))
         raise InvalidRequest(error.message, errors=[
             {"pointer": f"/{field}", "field": field, "message": error.message}]) from error
-    return config

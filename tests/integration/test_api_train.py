@@ -90,6 +90,8 @@ def test_null_means_the_default(client, ledger, settings):
     ({"learning_rate": "1e-4"}, "learning_rate", "/learning_rate", None),
     ({"steps": 0}, "steps", "/steps", 1),
     ({"steps": 3, "epochs": 3}, "steps", "/steps", None),
+    ({"steps": 1_000_001}, "steps", "/steps", 1_000_000),
+    ({"steps": 1_000_000, "gradient_accumulation": 100_000}, "steps", "/steps", None),
     ({"optimizer": "adam"}, "optimizer", "/optimizer", None),
     ({"rank": 4, "optimizer": "sgd"}, "rank", "/rank", None),
     ({"scale": 1.0, "optimizer": "adamw"}, "scale", "/scale", None),
@@ -108,6 +110,14 @@ def test_wrong_field_is_named_and_nothing_is_queued(client, ledger, change, fiel
     if limit is not None:
         assert error["limit"] == limit
     assert ledger.counts()["queued"] == 0 and ledger.list().jobs == []
+
+
+def test_more_epochs_than_a_plan_can_hold_are_refused(client, ledger):
+    samples = {"samples": [BODY] * 101}
+    document = assert_problem(client.post("/train", json={**samples, "epochs": 100_000}), 422, "invalid-request")
+    assert "100,000 epochs of 101 samples" in document["detail"] and document["errors"][0]["pointer"] == "/epochs"
+    assert ledger.list().jobs == []
+    assert client.post("/train", json={**samples, "epochs": 99_000}).status_code == 202
 
 
 def test_place_of_a_wrong_id_among_many_samples_is_named(client):

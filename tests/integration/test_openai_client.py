@@ -203,7 +203,9 @@ def test_what_vllm_refuses_names_the_line_and_queues_nothing(client, ledger):
     ({"hyperparameters": {"n_epochs": 0}}, openai.UnprocessableEntityError),
     ({"extra_body": {"hogwild": {"optimiser": "sgd"}}}, openai.UnprocessableEntityError),
     ({"extra_body": {"hogwild": {"optimizer": "adam"}}}, openai.UnprocessableEntityError),
-    ({"extra_body": {"hogwild": {"learning_rate": 10**400}}}, openai.UnprocessableEntityError)])
+    ({"extra_body": {"hogwild": {"learning_rate": 10**400}}}, openai.UnprocessableEntityError),
+    ({"extra_body": {"hogwild": {"steps": 2**62 - 1}}}, openai.UnprocessableEntityError),
+    ({"extra_body": {"hogwild": {"steps": 101, "gradient_accumulation": 10**5}}}, openai.UnprocessableEntityError)])
 def test_what_is_not_supported_is_refused_and_not_ignored(client, ledger, change, error):
     file = upload(client, CHATS[:1])
     with pytest.raises(error):
