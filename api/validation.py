@@ -4,6 +4,7 @@ Errors name the field, the place and the limit, as in RFC 9457's `errors` extens
 """
 
 import json
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -117,8 +118,8 @@ def _check_sample(found: Findings, sample: SampleIn, at: str, model: ModelInfo, 
             found.add(f"{at}/weights", "must be 0 or more", 0)
         elif weights and max(weights) > 1e6:
             found.add(f"{at}/weights", "must be at most 1000000", 1e6)
-        elif weights and not any(weights if context else weights[1:]):
-            found.add(f"{at}/weights", "all are 0: nothing would be learned from this sample")
+        elif weights and not any(array("f", weights if context else weights[1:])):  # as they are stored
+            found.add(f"{at}/weights", "all are 0 in single precision: nothing would be learned from this sample")
 
 
 def check_config(request: TrainRequest, settings: Settings) -> dict[str, Any]:
