@@ -11,7 +11,7 @@ from hogwild.api.schemas import FiniteFloat, Metadata, Strict
 from hogwild.api.validation import complete_config
 from hogwild.config import Settings
 from hogwild.errors import InvalidRequest
-from hogwild.gpu_worker.config import TrainConfig
+from hogwild.gpu_worker.config import INTEGERS, NUMBERS, TrainConfig
 from hogwild.tasks.jobs import Job
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
@@ -21,8 +21,8 @@ Auto = Literal["auto"]
 class Hyperparameters(Strict):
     """As OpenAI names them; "auto" is the same as leaving one out."""
 
-    n_epochs: Auto | Annotated[StrictInt, Field(ge=1, le=100_000)] = "auto"
-    learning_rate_multiplier: Auto | Annotated[FiniteFloat, Field(gt=0, le=1e6)] = Field(
+    n_epochs: Auto | Annotated[StrictInt, Field(**INTEGERS["epochs"])] = "auto"
+    learning_rate_multiplier: Auto | Annotated[FiniteFloat, Field(**NUMBERS["learning_rate_multiplier"])] = Field(
         "auto", description="Times the optimizer's usual learning rate.")
     batch_size: Auto | Annotated[StrictInt, Field(ge=1)] = Field(
         "auto", description="Only \"auto\": samples are packed to a number of tokens; see "
@@ -53,7 +53,7 @@ class CreateRequest(Strict):
     training_file: Name = Field(description="An uploaded file.")
     hyperparameters: Hyperparameters | None = Field(None, description="The older place of method.supervised's.")
     method: Method | None = None
-    seed: Annotated[StrictInt, Field(ge=0, lt=2**62)] | None = None
+    seed: Annotated[StrictInt, Field(**INTEGERS["seed"])] | None = None
     suffix: Annotated[str, StringConstraints(max_length=64)] | None = Field(
         None, description="Kept with the job; the model's name does not change.")
     metadata: Metadata | None = None
@@ -187,7 +187,7 @@ def job_object(job: Job, served: str) -> JobObject:
         finished_at=None if job.finished_at is None else int(job.finished_at),
         fine_tuned_model=model_at(served, job.weight_version_last) if job.state == "succeeded" else None,
         hyperparameters=shown, method={"type": "supervised", "supervised": {"hyperparameters": shown}},
-        model=extra.get("model", served), seed=int(job.config.get("seed", 0)),
+        model=extra.get("model", served), seed=int(job.config.get("seed") or 0),
         status="paused" if job.paused else job.state,
         trained_tokens=job.tokens_trained if job.final else None, training_file=extra.get("training_file", ""),
         estimated_finish=finish, metadata=job.metadata)

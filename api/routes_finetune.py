@@ -27,7 +27,7 @@ from hogwild.api.routes_files import known_file
 from hogwild.api.routes_train import JobId, known_id, last_event_id
 from hogwild.api.service import Service
 from hogwild.api.tokenizer import Tokenizer
-from hogwild.api.validation import check_lines
+from hogwild.api.validation import check_length, check_lines
 from hogwild.config import url_host
 from hogwild.errors import InvalidRequest, NotFound
 from hogwild.tasks.jobs import Job
@@ -66,6 +66,7 @@ def finetune_router(service: Service, router: APIRouter) -> None:
         async with tokenizer() as vllm:
             samples = await vllm.samples(examples)
         payload = await run_in_threadpool(check_lines, samples, model, settings)
+        check_length(config, payload)
         extra = body.model_dump(include={"training_file", "suffix", "hyperparameters", "method"}, exclude_none=True)
         job_id, _ = await run_in_threadpool(
             service.ledger.submit, payload, config, metadata=body.metadata, api_key=key.name, kind="fine_tuning",

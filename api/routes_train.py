@@ -16,7 +16,7 @@ from hogwild.api.auth import ApiKey
 from hogwild.api.problems import responses
 from hogwild.api.schemas import AcceptedOut, JobOut, JobPage, StatusOut, TrainRequest
 from hogwild.api.service import Service
-from hogwild.api.validation import check_config, check_samples
+from hogwild.api.validation import check_config, check_length, check_samples
 from hogwild.api.views import job_out, status_out
 from hogwild.errors import InvalidRequest, NotFound
 
@@ -66,6 +66,7 @@ def train_router(service: Service, router: APIRouter) -> None:
         key: ApiKey = request.state.api_key
         config = check_config(body, service.settings)
         payload = check_samples(body, service.model(), service.settings)
+        check_length(config, payload)
         job_id, new = service.ledger.submit(
             payload, config, metadata=body.metadata, priority=body.priority, api_key=key.name,
             idempotency_key=None if idempotency_key is None else f"{key.name}:{idempotency_key}")

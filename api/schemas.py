@@ -4,14 +4,21 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StringConstraints
 
-from hogwild.gpu_worker.config import OptimizerName, ScheduleName
+from hogwild.gpu_worker.config import (
+    INTEGERS,
+    MOST_PATTERN_CHARACTERS,
+    MOST_PATTERNS,
+    NUMBERS,
+    OptimizerName,
+    ScheduleName,
+)
 
 # The limits of OpenAI's API, which its clients already know.
 Metadata = Annotated[
     dict[Annotated[str, StringConstraints(min_length=1, max_length=64)],
          Annotated[str, StringConstraints(max_length=512)]],
     Field(max_length=16, description="Labels of your own: up to 16 pairs, shown and filtered by, never interpreted.")]
-Pattern = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+Pattern = Annotated[str, StringConstraints(min_length=1, max_length=MOST_PATTERN_CHARACTERS)]
 FiniteFloat = Annotated[float, Field(allow_inf_nan=False, strict=True)]
 
 _EXAMPLE_SAMPLE: dict[str, Any] = {"context_ids": [504, 3575, 282, 4649, 314], "continuation_ids": [7042, 30]}
@@ -46,34 +53,41 @@ class TrainRequest(Strict):
     samples: list[SampleIn] | None = Field(None, description="Several samples, instead of the three fields above.")
 
     learning_rate: FiniteFloat | None = Field(
-        None, gt=0, le=10, description="Peak rate; default: by optimizer and width.")
+        None, **NUMBERS["learning_rate"], description="Peak rate; default: by optimizer and width.")
     learning_rate_multiplier: FiniteFloat | None = Field(
-        None, gt=0, le=1e6, description="Factor of the peak rate, given or by default.")
-    steps: StrictInt | None = Field(None, ge=1, le=1_000_000, description="Optimizer steps; not with epochs.")
-    epochs: StrictInt | None = Field(None, ge=1, le=100_000, description="Passes over the samples; not with steps.")
+        None, **NUMBERS["learning_rate_multiplier"], description="Factor of the peak rate, given or by default.")
+    steps: StrictInt | None = Field(None, **INTEGERS["steps"], description="Optimizer steps; not with epochs.")
+    epochs: StrictInt | None = Field(
+        None, **INTEGERS["epochs"], description="Passes over the samples; not with steps.")
     optimizer: OptimizerName | None = Field(
         None, description="Default: HOGWILD_OPTIMIZER.")
     context_grad: StrictBool | None = Field(
         None, description="False: the context runs without gradient, memory follows the continuation's length.")
-    seed: StrictInt | None = Field(None, ge=0, lt=2**62, description="Of shuffling and stochastic rounding.")
+    seed: StrictInt | None = Field(None, **INTEGERS["seed"], description="Of shuffling and stochastic rounding.")
     shuffle: StrictBool | None = Field(None, description="Draw a new order for every epoch (default).")
-    warmup_steps: StrictInt | None = Field(None, ge=0, le=1_000_000, description="Steps of linear warm-up; default: an "
-                                           "eighth of them.")
+    warmup_steps: StrictInt | None = Field(
+        None, **INTEGERS["warmup_steps"], description="Steps of linear warm-up; default: an eighth of them.")
     schedule: ScheduleName | None = Field(None, description="Rate after the warm-up.")
-    weight_decay: FiniteFloat | None = Field(None, ge=0, le=10, description="Decoupled weight decay.")
-    gradient_accumulation: StrictInt | None = Field(None, ge=1, le=100_000, description="Packs in one step.")
+    weight_decay: FiniteFloat | None = Field(
+        None, **NUMBERS["weight_decay"], description="Decoupled weight decay.")
+    gradient_accumulation: StrictInt | None = Field(
+        None, **INTEGERS["gradient_accumulation"], description="Packs in one step.")
     trainable: list[Pattern] | None = Field(
-        None, min_length=1, max_length=100, description="Shell patterns over parameter names; default: all.")
-    max_tokens_per_step: StrictInt | None = Field(None, ge=1, lt=2**31, description="Input tokens in one step.")
-    rank: StrictInt | None = Field(None, ge=1, le=65_536, description="Rank of APOLLO's projection.")
+        None, min_length=1, max_length=MOST_PATTERNS,
+        description="Shell patterns over parameter names; default: all.")
+    max_tokens_per_step: StrictInt | None = Field(
+        None, **INTEGERS["max_tokens_per_step"], description="Input tokens in one step.")
+    rank: StrictInt | None = Field(None, **INTEGERS["rank"], description="Rank of APOLLO's projection.")
     scale: FiniteFloat | None = Field(
-        None, gt=0, le=10_000, description="α, APOLLO's factor of each update; default: √(m / r) of each matrix.")
+        None, **NUMBERS["scale"], description="α, APOLLO's factor of each update; default: √(m / r) of each matrix.")
     replay: FiniteFloat | None = Field(
-        None, ge=0, le=1000, description="Weight of staying as it was on text of its own (default 1); 0: no replay.")
+        None, **NUMBERS["replay"],
+        description="Weight of staying as it was on text of its own (default 1); 0: no replay.")
     replay_tokens: StrictInt | None = Field(
-        None, ge=1, le=1_000_000, description="Tokens of its own text in each step (default 256).")
+        None, **INTEGERS["replay_tokens"], description="Tokens of its own text in each step (default 256).")
     max_nonfinite_steps: StrictInt | None = Field(
-        None, ge=1, le=1_000_000, description="Steps in a row without finite gradient before the job fails.")
+        None, **INTEGERS["max_nonfinite_steps"],
+        description="Steps in a row without finite gradient before the job fails.")
 
     priority: StrictInt = Field(5, ge=0, le=9, description="9 goes first, 0 last.")
     metadata: Metadata = {}

@@ -4,7 +4,9 @@ Errors name the field, the place and the limit, as in RFC 9457's `errors` extens
 """
 
 import json
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from hogwild.api.problems import MOST_ERRORS
@@ -116,28 +118,43 @@ def _check_sample(found: Findings, sample: SampleIn, at: str, model: ModelInfo, 
             found.add(f"{at}/weights", "must be 0 or more", 0)
         elif weights and max(weights) > 1e6:
             found.add(f"{at}/weights", "must be at most 1000000", 1e6)
-        elif weights and not any(weights if context else weights[1:]):
-            found.add(f"{at}/weights", "all are 0: nothing would be learned from this sample")
+        elif weights and not any(array("f", weights if context else weights[1:])):  # as they are stored
+            found.add(f"{at}/weights", "all are 0 in single precision: nothing would be learned from this sample")
 
 
 def check_config(request: TrainRequest, settings: Settings) -> dict[str, Any]:
     """The job's configuration: what was given, and the deployment's defaults. Raises InvalidRequest."""
-    given = request.model_dump(exclude=_NOT_CONFIG, exclude_none=True)
-    return complete_config(given, settings)
+    return complete_config(request.model_dump(exclude=_NOT_CONFIG), settings)
 
 
 def complete_config(given: dict[str, Any], settings: Settings) -> dict[str, Any]:
-    """`given` with the deployment's optimizer and rate, as the engine will take it. Raises InvalidRequest."""
-    config = {"optimizer": settings.optimizer, **given}
+    """`given` with the deployment's optimizer and rate, as the engine will take it. Raises InvalidRequest.
+
+    None is as good as nothing: kept with the job, it would hide the deployment's defaults from whoever reads it.
+    """
+    config = {"optimizer": settings.optimizer, **{name: value for name, value in given.items() if value is not None}}
     if settings.learning_rate is not None and config["optimizer"] == settings.optimizer:
         config.setdefault("learning_rate", settings.learning_rate)
     try:
-        TrainConfig.from_dict(config)
+        with _option_named():
+            TrainConfig.from_dict(config)
         json.dumps(config, ensure_ascii=False, allow_nan=False).encode()
     except UnicodeEncodeError:
         raise InvalidRequest("The options hold half of a surrogate pair, which is no character.") from None
+    return config
+
+
+def check_length(config: dict[str, Any], payload: Payload) -> None:
+    """That the samples are not trained so often that no plan could hold it. Raises InvalidRequest."""
+    with _option_named():
+        TrainConfig.from_dict(config).check_length(payload.samples)
+
+
+@contextmanager
+def _option_named() -> Iterator[None]:
+    try:
+        yield
     except InvalidRequest as error:
         field = str(error.details.get("field", "body"))
         raise InvalidRequest(error.message, errors=[
             {"pointer": f"/{field}", "field": field, "message": error.message}]) from error
-    return config

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hogwild.errors import InvalidRequest
-from hogwild.gpu_worker.config import DEFAULT_EPOCHS, LEAST_STEPS, TrainConfig
+from hogwild.gpu_worker.config import DEFAULT_EPOCHS, LEAST_STEPS, TrainConfig, check_trained
 
 # Packs that stay open while samples are placed: first fit over a few keeps packs full without reordering far.
 OPEN_PACKS = 16
@@ -189,7 +189,11 @@ def plan_steps(
         lengths: input tokens of each sample.
         pack_tokens: most tokens in a pack; a longer sample gets a pack to itself; 0: one sample a pack.
         least_tokens: a job that names `steps` takes more of them until it has trained so many tokens.
+
+    Raises:
+        InvalidRequest: the job trains more samples than are laid out in one plan.
     """
+    config.check_length(len(lengths))
     steps: list[Step] = []
     pending: list[Pack] = []
     epoch = tokens = 0
@@ -207,6 +211,7 @@ def plan_steps(
                 if config.steps is not None and len(steps) >= config.steps and tokens >= least_tokens:
                     return tuple(steps)
         epoch += 1
+        check_trained(epoch * len(lengths), f"The first {len(steps) + 1:,} steps", "steps")
     if pending:
         steps.append(tuple(pending))
     return tuple(steps)
@@ -215,7 +220,7 @@ def plan_steps(
 def _packs(lengths: Sequence[int], config: TrainConfig, epoch: int, pack_tokens: int) -> list[Pack]:
     """First fit over the last few packs, in this epoch's order."""
     order = np.arange(len(lengths))
-    if config.shuffle:
+    if config.shuffle and len(order) > 1:  # a generator takes longer than the rest of a plan of one sample
         np.random.Generator(np.random.PCG64([config.seed, epoch])).shuffle(order)
     packs: list[list[int]] = []
     room: list[int] = []

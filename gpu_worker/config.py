@@ -39,6 +39,32 @@ DEFAULT_PACK_TOKENS = 4096
 # section 5); 32 learned as much on the task of bench/learning.py, at an eighth of the memory.
 DEFAULT_RANK = {"apollo": 32, "apollo-mini": 1}
 
+# What the options may be, in the words of pydantic's Field, which says it in the API's document.
+INTEGERS: dict[str, dict[str, Any]] = {
+    "epochs": {"ge": 1, "le": 100_000},
+    "steps": {"ge": 1, "le": 1_000_000},
+    "seed": {"ge": 0, "le": 2**62 - 1},  # keeps every derived seed inside 63 bits
+    "warmup_steps": {"ge": 0, "le": 1_000_000},
+    "gradient_accumulation": {"ge": 1, "le": 100_000},
+    "max_tokens_per_step": {"ge": 1, "le": 2**31 - 1},
+    "rank": {"ge": 1, "le": 65_536},
+    "replay_tokens": {"ge": 1, "le": 1_000_000},
+    "max_nonfinite_steps": {"ge": 1, "le": 1_000_000},
+}
+NUMBERS: dict[str, dict[str, Any]] = {
+    "learning_rate": {"gt": 0, "le": 10},
+    "learning_rate_multiplier": {"gt": 0, "le": 1_000_000},
+    "weight_decay": {"ge": 0, "le": 10},
+    "replay": {"ge": 0, "le": 1000},
+    "scale": {"gt": 0, "le": 10_000},
+}
+MOST_PATTERNS = 100
+MOST_PATTERN_CHARACTERS = 200
+
+# Samples that one job may train, each counted every time: all of them are laid out before the first step. So many took
+# up to 90 s and 3 GB of host memory (two samples a pack, one pack a step).
+MOST_TRAINED = 10_000_000
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -95,19 +121,16 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _choice("optimizer", self.optimizer, OPTIMIZERS)
         _choice("schedule", self.schedule, SCHEDULES)
-        if self.learning_rate is not None:
-            _number("learning_rate", self.learning_rate, above=0.0, most=10.0)
-        _number("learning_rate_multiplier", self.learning_rate_multiplier, above=0.0, most=1e6)
+        for name, bounds in NUMBERS.items():
+            if (value := getattr(self, name)) is not None:
+                _number(name, value, **bounds)
+        for name, bounds in INTEGERS.items():
+            if (value := getattr(self, name)) is not None:
+                _integer(name, value, **bounds)
         if self.peak_rate > 10.0:
             raise InvalidRequest(
                 f"The peak rate would be {self.peak_rate:g}; at most 10 is taken.", field="learning_rate_multiplier"
             )
-        _number("weight_decay", self.weight_decay, least=0.0, most=10.0)
-        _number("replay", self.replay, least=0.0, most=1000.0)
-        for name, least in _INTEGERS.items():
-            value = getattr(self, name)
-            if value is not None:
-                _integer(name, value, least)
         for name in ("context_grad", "shuffle"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidRequest(f"{name} must be true or false.", field=name)
@@ -115,17 +138,20 @@ class TrainConfig:
             raise InvalidRequest("Give either epochs or steps, not both.", field="steps")
         if self.rank is not None and self.optimizer != "apollo":
             raise InvalidRequest(f"rank belongs to the optimizer 'apollo', not to {self.optimizer!r}.", field="rank")
-        if self.scale is not None:
-            _number("scale", self.scale, above=0.0, most=1e4)
-            if self.optimizer not in ("apollo", "apollo-mini"):
-                raise InvalidRequest(
-                    f"scale belongs to 'apollo' and 'apollo-mini', not to {self.optimizer!r}.", field="scale"
-                )
+        if self.scale is not None and self.optimizer not in ("apollo", "apollo-mini"):
+            raise InvalidRequest(
+                f"scale belongs to 'apollo' and 'apollo-mini', not to {self.optimizer!r}.", field="scale"
+            )
         if self.trainable is not None:
             patterns: Any = self.trainable
             listed = isinstance(patterns, tuple | list) and len(patterns) > 0
             if not listed or not all(isinstance(p, str) and p for p in patterns):
                 raise InvalidRequest("trainable must be a list of patterns such as '*.mlp.*'.", field="trainable")
+            if len(patterns) > MOST_PATTERNS or max(map(len, patterns)) > MOST_PATTERN_CHARACTERS:
+                raise InvalidRequest(
+                    f"trainable may have {MOST_PATTERNS} patterns of {MOST_PATTERN_CHARACTERS} characters: use '*'.",
+                    field="trainable",
+                )
             object.__setattr__(self, "trainable", tuple(patterns))
         if self.max_tokens_per_step is not None and self.max_tokens_per_step < self.gradient_accumulation:
             raise InvalidRequest(
@@ -174,6 +200,15 @@ class TrainConfig:
         """Whether it is left to the engine how long the job is."""
         return self.epochs is None and self.steps is None
 
+    def check_length(self, samples: int) -> None:
+        """That a job of so many samples can be laid out, as far as it can be told before. Raises InvalidRequest."""
+        if self.steps is not None:
+            packs = self.steps * self.gradient_accumulation  # of one sample or more
+            check_trained(packs, f"{self.steps:,} steps of {self.gradient_accumulation:,} packs", "steps")
+        else:
+            epochs = self.epochs or DEFAULT_EPOCHS
+            check_trained(epochs * samples, f"{epochs:,} epochs of {samples:,} samples", "epochs")
+
     def pack_tokens(self, total: int) -> int:
         """Most input tokens in one pack (one forward and backward pass), for samples of `total` tokens."""
         if self.max_tokens_per_step is not None:
@@ -202,29 +237,33 @@ def default_rate(optimizer: str, width: int) -> float:
     return DEFAULT_LEARNING_RATE[optimizer] * scale
 
 
-_INTEGERS = {
-    "epochs": 1, "steps": 1, "seed": 0, "warmup_steps": 0, "gradient_accumulation": 1, "max_tokens_per_step": 1,
-    "rank": 1, "max_nonfinite_steps": 1, "replay_tokens": 1,
-}  # fmt: skip
+def check_trained(count: int, what: str, field: str) -> None:
+    """That `what` (whose length `field` says) trains no more than `MOST_TRAINED` samples. Raises InvalidRequest."""
+    if count > MOST_TRAINED:
+        raise InvalidRequest(
+            f"{what} train at least {count:,} samples, each counted every time; one job may train {MOST_TRAINED:,}. "
+            "Name fewer steps or epochs, or a smaller gradient_accumulation, or send several jobs.",
+            field=field,
+        )
 
 
 def _choice(field: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise InvalidRequest(f"{field} must be one of {', '.join(choices)}; got {value!r}.", field=field)
+        raise InvalidRequest(f"{field} must be one of {', '.join(choices)}; got {value!r:.99}.", field=field)
 
 
-def _integer(field: str, value: object, least: int) -> None:
-    # The upper bound keeps every derived seed and count inside 63 bits.
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**62:
-        raise InvalidRequest(f"{field} must be a whole number of at least {least}; got {value!r}.", field=field)
+def _integer(field: str, value: object, *, ge: int, le: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not ge <= value <= le:
+        raise InvalidRequest(f"{field} must be a whole number from {ge} to {le:,}; got {value!r:.99}.", field=field)
 
 
-def _number(field: str, value: object, *, above: float | None = None, least: float | None = None, most: float) -> None:
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value <= most
-    if good and above is not None:
-        good = value > above  # type: ignore[operator]
-    if good and least is not None:
-        good = value >= least  # type: ignore[operator]
+def _number(field: str, value: object, *, gt: float | None = None, ge: float | None = None, le: float) -> None:
+    # Compared as it came: an integer need not fit into a float, and NaN is neither above nor at least anything.
+    good = isinstance(value, int | float) and not isinstance(value, bool) and value <= le
+    if good and gt is not None:
+        good = value > gt  # type: ignore[operator]
+    if good and ge is not None:
+        good = value >= ge  # type: ignore[operator]
     if not good:
-        bound = f"above {above}" if above is not None else f"at least {least}"
-        raise InvalidRequest(f"{field} must be a number {bound} and at most {most}; got {value!r}.", field=field)
+        bound = f"above {gt}" if gt is not None else f"at least {ge}"
+        raise InvalidRequest(f"{field} must be a number {bound} and at most {le:,}; got {value!r:.99}.", field=field)

@@ -38,7 +38,7 @@ from hogwild.gpu_worker.batch import (
     plan_steps,
     with_frozen_context,
 )
-from hogwild.gpu_worker.config import TrainConfig
+from hogwild.gpu_worker.config import INTEGERS, TrainConfig
 from hogwild.gpu_worker.control import Control, StepReport, TrainResult, Unattended
 from hogwild.gpu_worker.forward import Forward
 from hogwild.gpu_worker.inplace import SUPPORTED_DTYPES
@@ -181,8 +181,8 @@ class Trainer:
             pack_tokens: of an earlier plan of this job, when it is being resumed.
 
         Raises:
-            InvalidRequest: no samples, ids outside the vocabulary, a pattern that matches nothing, a context to freeze
-                and a model that can't.
+            InvalidRequest: no samples or too many, ids outside the vocabulary, a pattern that matches nothing, a
+                context to freeze and a model that can't.
             DoesNotFit: more memory is needed than free, for the job or for measuring that; `details` has the numbers.
         """
         if not samples:
@@ -558,7 +558,8 @@ def _in_smaller_packs(
     steps = plan_steps(lengths, config, size, least_tokens=tokens)
     if config.warmup_steps is None:
         return steps, config
-    return steps, replace(config, warmup_steps=round(config.warmup_steps * len(steps) / len(whole)))
+    warmup = min(round(config.warmup_steps * len(steps) / len(whole)), INTEGERS["warmup_steps"]["le"])
+    return steps, replace(config, warmup_steps=warmup)
 
 
 def _load(samples: Sequence[Sample], context_grad: bool, replayed: int) -> Load:

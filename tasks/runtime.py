@@ -386,7 +386,7 @@ class Runtime:
     def _run_lease(self, task: Any, lease: Lease) -> None:
         """Train the lease's remaining steps, through as many restarts of vLLM as there are."""
         samples = [Sample(s.context_ids, s.continuation_ids, s.weights) for s in self.ledger.samples(lease)]
-        config = TrainConfig.from_dict({**self._defaults(lease.config), **lease.config})
+        config = self.config_of(lease.config)
         while left := self._train_on(task, lease, samples, config):
             lease = left
             gc.collect()  # the dead vLLM's memory stays mapped as long as one tensor is on it
@@ -416,11 +416,13 @@ class Runtime:
             if self._live is live and self._resets:
                 self.prefix_cache.reset(patience_s=PREFIX_CACHE_S)
 
-    def _defaults(self, config: dict[str, Any]) -> dict[str, Any]:
+    def config_of(self, asked: dict[str, Any]) -> TrainConfig:
+        """A job's options over the deployment's defaults; None is as good as nothing. Raises InvalidRequest."""
+        given = {name: value for name, value in asked.items() if value is not None}
         defaults: dict[str, Any] = {"replay": self.settings.replay}
-        if config.get("optimizer") is None:
+        if "optimizer" not in given:
             defaults.update(optimizer=self.settings.optimizer, learning_rate=self.settings.learning_rate)
-        return defaults
+        return TrainConfig.from_dict({**defaults, **given})
 
     def _state_of(self, job_id: str) -> str:
         try:

@@ -64,6 +64,13 @@ def test_job_is_accepted_and_can_be_polled(client, ledger):
     assert (shown["plan"], shown["steps"]["total"]) == (plan, 6)
 
 
+def test_null_means_the_default(client, ledger, settings):
+    settings.optimizer, settings.learning_rate = "sgd", 0.123
+    options = dict.fromkeys(("optimizer", "learning_rate", "replay", "seed", "epochs", "trainable"))
+    job_id = client.post("/train", json={**BODY, **options, "steps": 2}).json()["id"]
+    assert ledger.get(job_id).config == {"optimizer": "sgd", "learning_rate": 0.123, "steps": 2}
+
+
 @pytest.mark.parametrize(("change", "field", "pointer", "limit"), [
     ({"continuation_ids": []}, "continuation_ids", "/continuation_ids", 1),
     ({"continuation_ids": [4, 100]}, "continuation_ids", "/continuation_ids/1", 99),
@@ -74,6 +81,9 @@ def test_job_is_accepted_and_can_be_polled(client, ledger):
     ({"weights": [1.0]}, "weights", "/weights", 2),
     ({"weights": [0, 0]}, "weights", "/weights", None),
     ({"weights": [1, -1]}, "weights", "/weights", 0),
+    ({"weights": [1e-46, 1e-300]}, "weights", "/weights", None),
+    ({"context_ids": [], "weights": [1, 1e-46]}, "weights", "/weights", None),
+    ({"weights": [1, 1e39]}, "weights", "/weights", 1e6),
     ({"context_ids": [1.5]}, "context_ids", "/context_ids/0", None),
     ({"context_ids": ["7"]}, "context_ids", "/context_ids/0", None),
     ({"context_ids": [True]}, "context_ids", "/context_ids/0", None),
@@ -83,6 +93,8 @@ def test_job_is_accepted_and_can_be_polled(client, ledger):
     ({"learning_rate": "1e-4"}, "learning_rate", "/learning_rate", None),
     ({"steps": 0}, "steps", "/steps", 1),
     ({"steps": 3, "epochs": 3}, "steps", "/steps", None),
+    ({"steps": 1_000_001}, "steps", "/steps", 1_000_000),
+    ({"steps": 1_000_000, "gradient_accumulation": 100_000}, "steps", "/steps", None),
     ({"optimizer": "adam"}, "optimizer", "/optimizer", None),
     ({"rank": 4, "optimizer": "sgd"}, "rank", "/rank", None),
     ({"scale": 1.0, "optimizer": "adamw"}, "scale", "/scale", None),
@@ -101,6 +113,14 @@ def test_wrong_field_is_named_and_nothing_is_queued(client, ledger, change, fiel
     if limit is not None:
         assert error["limit"] == limit
     assert ledger.counts()["queued"] == 0 and ledger.list().jobs == []
+
+
+def test_more_epochs_than_a_plan_can_hold_are_refused(client, ledger):
+    samples = {"samples": [BODY] * 101}
+    document = assert_problem(client.post("/train", json={**samples, "epochs": 100_000}), 422, "invalid-request")
+    assert "100,000 epochs of 101 samples" in document["detail"] and document["errors"][0]["pointer"] == "/epochs"
+    assert ledger.list().jobs == []
+    assert client.post("/train", json={**samples, "epochs": 99_000}).status_code == 202
 
 
 def test_place_of_a_wrong_id_among_many_samples_is_named(client):

@@ -14,7 +14,9 @@ from fastapi.responses import JSONResponse
 from pydantic import SecretStr
 
 from hogwild.api.app import create_app
+from hogwild.api.finetune import CreateRequest, training_config
 from hogwild.tasks.ledger import Ledger
+from hogwild.tasks.payloads import Sample, pack
 from hogwild.tasks.registry import ModelInfo, Registry
 
 CHATS = [
@@ -124,6 +126,23 @@ def test_a_whole_fine_tune(client, ledger, words, run_job, redis_client):
     assert checkpoint.fine_tuned_model_checkpoint == "tiny@v14" and checkpoint.step_number == 4
 
 
+def test_null_among_hogwilds_options_means_the_default(client, ledger, settings):
+    options = {"optimizer": None, "learning_rate": None, "seed": None, "replay": None, "steps": 2}
+    # Given a deployment with an optimizer and a rate of its own, a job that names none has these
+    own = settings.model_copy(update={"optimizer": "sgd", "learning_rate": 0.123})
+    body = CreateRequest(model="tiny", training_file="file-x", hogwild=options)
+    assert training_config(body, own) == {"optimizer": "sgd", "learning_rate": 0.123, "steps": 2}
+    # And nulls are not kept with it
+    file = upload(client, CHATS[:1])
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=file.id, extra_body={"hogwild": options})
+    assert job.seed == 0
+    assert ledger.get(job.id).config == {"optimizer": "apollo", "steps": 2}
+    # And a job that was stored with them can be read and controlled
+    old, _ = ledger.submit(pack([Sample([1], [2])]), {"seed": None}, kind="fine_tuning")
+    assert client.fine_tuning.jobs.list().data[0].id == old
+    assert client.fine_tuning.jobs.cancel(old).seed == 0
+
+
 def test_jobs_are_listed_in_pages_and_controlled(client, ledger):
     file = upload(client, CHATS[:1])
     ids = [client.fine_tuning.jobs.create(model="tiny", training_file=file.id, metadata={"n": str(n)}).id
@@ -183,7 +202,10 @@ def test_what_vllm_refuses_names_the_line_and_queues_nothing(client, ledger):
     ({"hyperparameters": {"batch_size": 4}}, openai.UnprocessableEntityError),
     ({"hyperparameters": {"n_epochs": 0}}, openai.UnprocessableEntityError),
     ({"extra_body": {"hogwild": {"optimiser": "sgd"}}}, openai.UnprocessableEntityError),
-    ({"extra_body": {"hogwild": {"optimizer": "adam"}}}, openai.UnprocessableEntityError)])
+    ({"extra_body": {"hogwild": {"optimizer": "adam"}}}, openai.UnprocessableEntityError),
+    ({"extra_body": {"hogwild": {"learning_rate": 10**400}}}, openai.UnprocessableEntityError),
+    ({"extra_body": {"hogwild": {"steps": 2**62 - 1}}}, openai.UnprocessableEntityError),
+    ({"extra_body": {"hogwild": {"steps": 101, "gradient_accumulation": 10**5}}}, openai.UnprocessableEntityError)])
 def test_what_is_not_supported_is_refused_and_not_ignored(client, ledger, change, error):
     file = upload(client, CHATS[:1])
     with pytest.raises(error):

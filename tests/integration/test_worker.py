@@ -435,6 +435,27 @@ def test_a_task_that_waits_too_long_for_vllm_gives_its_job_back_before_celery_ki
         assert time.monotonic() - began > 0.9  # its own time, not what was left of the job's
 
 
+@pytest.mark.parametrize(
+    ("asked", "optimizer", "rate", "replay"),
+    [
+        ({}, "sgd", 0.123, 0.0),
+        ({"optimizer": None, "learning_rate": None, "replay": None}, "sgd", 0.123, 0.0),
+        ({"optimizer": None, "learning_rate": 0.5}, "sgd", 0.5, 0.0),
+        ({"optimizer": "adamw", "replay": 2.0}, "adamw", None, 2.0),
+    ],
+)
+def test_a_stored_null_is_the_deployments_default(
+    asked: dict[str, object], optimizer: str, rate: float | None, replay: float, tmp_path: Path
+) -> None:
+    settings = Settings(
+        redis_url="redis://127.0.0.1:1/0", served_model_name="own", runtime_dir=tmp_path,
+        optimizer="sgd", learning_rate=0.123, replay=0.0,
+    )  # fmt: skip
+    worker = runtime.Runtime(settings, stop_file=tmp_path / "stop")
+    config = worker.config_of({"steps": 1, **asked})
+    assert (config.optimizer, config.learning_rate, config.replay) == (optimizer, rate, replay)
+
+
 def test_a_long_attach_is_shown_and_the_worker_counts_as_alive_meanwhile(
     redis_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -95,6 +95,17 @@ def test_steps_repeat_the_samples_until_done() -> None:
     assert len(plan_steps([10, 10, 10], TrainConfig(steps=7), 20)) == 7
 
 
+def test_a_plan_that_would_not_fit_into_memory_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    for config in (TrainConfig(epochs=100_000), TrainConfig(steps=1_000_000, gradient_accumulation=100_000)):
+        with pytest.raises(InvalidRequest, match="one job may train 10,000,000"):
+            plan_steps([10] * 101, config, 10)
+    # How many samples the packs of a step hold is known when they are made
+    monkeypatch.setattr("hogwild.gpu_worker.config.MOST_TRAINED", 100)
+    assert len(plan_steps([10] * 20, TrainConfig(steps=10), 100)) == 10
+    with pytest.raises(InvalidRequest, match=r"The first 13 steps train at least 120 samples.*Name fewer"):
+        plan_steps([10] * 20, TrainConfig(steps=20), 100)
+
+
 @pytest.mark.parametrize(
     ("samples", "per_epoch", "steps"), [(1, 1, 32), (3, 3, 33), (4, 4, 32), (96, 4, 32), (6000, 15, 120)]
 )

@@ -3,7 +3,15 @@
 import pytest
 
 from hogwild.errors import InvalidRequest
-from hogwild.gpu_worker.config import DEFAULT_LEARNING_RATE, OPTIMIZERS, REFERENCE_WIDTH, TrainConfig
+from hogwild.gpu_worker.config import (
+    DEFAULT_LEARNING_RATE,
+    INTEGERS,
+    MOST_PATTERNS,
+    NUMBERS,
+    OPTIMIZERS,
+    REFERENCE_WIDTH,
+    TrainConfig,
+)
 
 
 @pytest.mark.parametrize(
@@ -32,12 +40,28 @@ from hogwild.gpu_worker.config import DEFAULT_LEARNING_RATE, OPTIMIZERS, REFEREN
         ("replay", -1.0),
         ("replay_tokens", 0),
         ("learning_rate_multiplier", 0.0),
+        ("trainable", ["*"] * (MOST_PATTERNS + 1)),
+        ("trainable", ["*" * 201]),
+        *((name, bounds["le"] + 1) for name, bounds in INTEGERS.items()),
     ],
 )
 def test_field_out_of_bounds_is_refused_by_name(field: str, value: object) -> None:
     with pytest.raises(InvalidRequest) as e:
         TrainConfig.from_dict({field: value})
     assert e.value.details["field"] == field
+
+
+@pytest.mark.parametrize("field", [*NUMBERS, *INTEGERS, "optimizer"])
+@pytest.mark.parametrize(
+    "value",
+    [10**400, -(10**400), float("inf"), float("-inf"), float("nan"), [0] * 1000],
+    ids=["huge", "-huge", "inf", "-inf", "nan", "list"],
+)
+def test_what_is_no_sane_number_is_refused_in_a_few_words(field: str, value: object) -> None:
+    with pytest.raises(InvalidRequest) as e:
+        TrainConfig.from_dict({field: value})
+    assert e.value.details["field"] == field
+    assert len(e.value.message) < 200
 
 
 def test_rank_without_the_optimizer_that_it_belongs_to_is_refused() -> None:
@@ -56,6 +80,26 @@ def test_scale_belongs_to_both_apollos() -> None:
 def test_unknown_option_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="learning_rat'"):
         TrainConfig.from_dict({"learning_rat": 1e-4})
+
+
+@pytest.mark.parametrize(
+    ("options", "field", "count"),
+    [
+        ({"steps": 1_000_000, "gradient_accumulation": 100_000}, "steps", "100,000,000,000"),
+        ({"steps": 101, "gradient_accumulation": 100_000}, "steps", "10,100,000"),
+        ({"epochs": 100_000}, "epochs", "300,000,000"),
+    ],
+)
+def test_a_job_too_long_for_a_plan_is_refused_with_numbers(options: dict[str, int], field: str, count: str) -> None:
+    with pytest.raises(InvalidRequest, match=rf"{count} samples.*10,000,000\. Name fewer") as e:
+        TrainConfig(**options).check_length(3000)
+    assert e.value.details["field"] == field
+
+
+def test_a_job_as_long_as_a_plan_may_be_is_taken() -> None:
+    TrainConfig(steps=1_000_000, gradient_accumulation=10).check_length(100_000)
+    TrainConfig(epochs=100_000).check_length(100)
+    TrainConfig().check_length(1_250_000)
 
 
 def test_epochs_and_steps_exclude_each_other() -> None:

@@ -219,6 +219,10 @@ def test_a_job_of_so_many_steps_trains_all_its_tokens_in_smaller_packs() -> None
     # and resumed with more memory the plans are the same
     again = [trainer.plan(data, c, pack_tokens=p.pack_tokens) for p, c in zip(short, (one, two), strict=True)]
     assert [(p.steps, p.config) for p in again] == [(p.steps, p.config) for p in short]
+    # and the longest warm-up that may be asked for becomes no longer than that
+    longest = trainer.plan(data, TrainConfig(steps=2, warmup_steps=1_000_000), pack_tokens=short[0].pack_tokens)
+    assert longest.n_steps > 2
+    assert longest.config.warmup_steps == 1_000_000
 
 
 def test_state_that_is_already_there_is_not_counted_again() -> None:
