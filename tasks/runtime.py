@@ -526,7 +526,11 @@ class Runtime:
 
         try:
             report = live.saver.rollback(
-                live.attachment, live.trainer, int(operation.params["generation"]), after=after
+                live.attachment,
+                live.trainer,
+                int(operation.params["generation"]),
+                after=after,
+                operation_id=operation.id,
             )
         except Exception as error:
             self.operations.finish(operation, error=error)

@@ -455,15 +455,28 @@ class Saver:
     # --- rollback -----------------------------------------------------------------------------------------------------
 
     def rollback(
-        self, attachment: "Attachment", trainer: Trainer, generation: int, *, after: Callable[[], None]
+        self,
+        attachment: "Attachment",
+        trainer: Trainer,
+        generation: int,
+        *,
+        after: Callable[[], None],
+        operation_id: str = "",
     ) -> dict[str, Any]:
         """A former generation's contents, on disk and live, as a new generation with the next weight version.
 
         What was not saved becomes a generation first, so that a rollback can be taken back too. The optimizer starts
         anew: its moments were gathered on the way that is undone. `after` is called when the live weights are changed.
 
+        The generation names `operation_id`. If there is one that does, the worker that made it died before it could say
+        so: nothing is done again, because that would undo what was trained since.
+
         Raises NotFound, CheckpointError.
         """
+        for made in self.store.generations():
+            if operation_id in made.jobs:
+                known = ("generation", "weight_version", "blocks_changed")
+                return {"restored": made.restores, **{name: getattr(made, name) for name in known}}
         self.sync(attachment, trainer, "before a rollback")
         weights = attachment.weights
         version, before = weights.version + 1, self.store.head.generation
@@ -477,7 +490,9 @@ class Saver:
 
         weights.begin_restore()  # before the generation exists: a worker that dies now leaves the rest to the next one
         try:
-            report = self.store.rollback(generation, attachment.views, weight_version=version)
+            report = self.store.rollback(
+                generation, attachment.views, weight_version=version, jobs=[operation_id] if operation_id else []
+            )
         except BaseException:
             if self.store.head.generation == before:
                 weights.restored(weights.version)  # nothing was written
@@ -488,9 +503,12 @@ class Saver:
         changed()
         weights.note_generation(self.store.directory, report.generation)
         weights.restored(version)
-        self._dirty.clear(self.store.head.generation, version)
-        self.publish()
         self._committer.submit(self._make_undo_data)
+        try:
+            self._dirty.clear(self.store.head.generation, version)
+            self.publish()
+        except redis.RedisError:  # it is done all the same, and must not be reported as failed
+            logger.exception("what Redis shows of the checkpoint is from before the rollback, until the next sync")
         return asdict(report)
 
     # --- what others see ----------------------------------------------------------------------------------------------

@@ -268,6 +268,95 @@ def test_what_is_asked_for_during_a_commit_waits_and_the_job_does_not(
     assert operations.get(others[0]).result["weight_version"] == 4
 
 
+# --- nothing that was asked for is done twice -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def deaf(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A Redis that does not hear how operations ended, while `deaf.now`."""
+    state, finish = SimpleNamespace(now=True), bench.runtime.operations._finish
+
+    def script(**arguments: Any) -> Any:
+        if state.now:
+            raise redis.ConnectionError("away for five minutes")
+        return finish(**arguments)
+
+    monkeypatch.setattr(bench.runtime.operations, "_finish", script)
+    return state
+
+
+@pytest.mark.parametrize("then", ["tick", "its message", "a job's look around", "put back, and its message"])
+def test_a_rollback_that_could_not_be_reported_is_not_done_again(
+    bench: Bench, deaf: SimpleNamespace, then: str
+) -> None:
+    operations = bench.runtime.operations
+    bench.step()
+    bench.runtime.tick()
+    operation = operations.submit("rollback", generation=0)
+    bench.runtime.run_operation(operation)
+    assert (bench.saver.store.head.kind, operations.get(operation).state) == ("rollback", "running")
+    # Given training since
+    for _ in range(5):
+        bench.step()
+    trained = bench.views["w"].clone()
+    # When Redis hears again
+    deaf.now = False
+    if then == "put back, and its message":  # a failover to a replica that had not heard of its start
+        bench.runtime.client.hset(operations.keys("op", operation), "state", "pending")
+    if then == "tick":
+        bench.runtime.tick()
+    if then == "a job's look around":
+        bench.runtime.between_steps()
+    bench.runtime.run_operation(operation)
+    # Then it hears what was done, and the training stays
+    done = operations.get(operation)
+    assert (done.state, done.attempts, done.result["generation"]) == ("succeeded", 1, 2)
+    assert torch.equal(bench.views["w"], trained)
+    assert not operations.pending()
+
+
+def test_a_rollback_that_redis_did_not_see_to_its_end_has_not_failed(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.step()
+    bench.runtime.tick()
+    operation = bench.runtime.operations.submit("rollback", generation=0)
+    with monkeypatch.context() as patched:
+        patched.setattr(bench.runtime.registry, "publish_checkpoint", failing(redis.ConnectionError("away")))
+        bench.runtime.run_operation(operation)
+    assert bench.runtime.operations.get(operation).state == "succeeded"
+    assert not bench.weights.restoring
+
+
+def test_a_failure_that_could_not_be_reported_is_reported_later(bench: Bench, deaf: SimpleNamespace) -> None:
+    operations = bench.runtime.operations
+    operation = operations.submit("rollback", generation=99)
+    bench.runtime.run_operation(operation)
+    assert operations.get(operation).state == "running"
+    deaf.now = False
+    bench.runtime.tick()
+    assert "no generation 99" in operations.get(operation).error["message"]
+
+
+def test_a_rollback_whose_worker_died_before_it_said_so_is_not_done_again(bench: Bench, deaf: SimpleNamespace) -> None:
+    operations = bench.runtime.operations
+    bench.step()
+    bench.runtime.tick()
+    operation = operations.submit("rollback", generation=0)
+    bench.runtime.run_operation(operation)
+    operations._ended.clear()  # with the worker
+    deaf.now = False
+    # Given training of the next one, which was busy with a commit when it looked for operations first
+    bench.step()
+    trained = bench.views["w"].clone()
+    operations.reconcile(bench.runtime.worker_id)
+    bench.runtime.run_operation(operation)
+    done = operations.get(operation)
+    assert (done.state, done.attempts) == ("succeeded", 2)
+    assert (done.result["generation"], done.result["restored"], done.result["weight_version"]) == (2, 0, 2)
+    assert torch.equal(bench.views["w"], trained)
+
+
 # --- the last chance --------------------------------------------------------------------------------------------------
 
 
