@@ -483,7 +483,8 @@ class Runtime:
             if self._live is not None:
                 self._sync_if_due(self._live, wait=True)
             self.ledger.reconcile(self.worker_id)
-            self.operations.reconcile(self.worker_id)
+            if self._saver is None or not self._saver.busy:  # what a job left to the committer is nobody else's
+                self.operations.reconcile(self.worker_id)
 
     def run_operation(self, operation_id: str, *, in_job: bool = False) -> None:
         """A sync, rollback or verification that somebody asked for; exactly one caller of many does it.

@@ -357,6 +357,29 @@ def test_a_rollback_whose_worker_died_before_it_said_so_is_not_done_again(bench:
     assert torch.equal(bench.views["w"], trained)
 
 
+@pytest.mark.parametrize("kind", ["sync", "verify"])
+def test_what_outlives_the_job_that_it_was_asked_for_in_is_not_done_twice(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, kind: Any
+) -> None:
+    operations, store = bench.runtime.operations, bench.saver.store
+    name = {"sync": "_write", "verify": "verify"}[kind]
+    slow, real, times = threading.Event(), getattr(store, name), []
+    monkeypatch.setattr(store, name, lambda *args: (times.append(1), slow.wait(30), real(*args))[2])
+    bench.step()
+    operation = operations.submit(kind)
+    bench.runtime.client.delete(*operations.messages.queue_keys())
+    bench.runtime.between_steps()
+    # When the job ends, and beat ticks while the committer is still at it
+    bench.runtime.tick()
+    assert (operations.get(operation).state, operations.pending()) == ("running", [])
+    assert not any(bench.runtime.client.llen(key) for key in operations.messages.queue_keys())
+    slow.set()
+    bench.saver._join()
+    bench.runtime.tick()
+    done = operations.get(operation)
+    assert (done.state, done.attempts, len(times)) == ("succeeded", 1, 1)
+
+
 # --- the last chance --------------------------------------------------------------------------------------------------
 
 
