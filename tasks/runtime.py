@@ -402,8 +402,9 @@ class Runtime:
         self.ledger.planned(lease, plan.n_steps, plan.pack_tokens, plan.account())
         send_progress(task, lease.first_step, plan.n_steps)
         control = JobControl(self, live, task, lease, n_steps=plan.n_steps)
-        live.governor.begin_work()  # before the text to replay is made
         try:
+            self.between_steps(lambda: self.obey(lease))  # nor is replay held to a mixture
+            live.governor.begin_work()  # before the text to replay is made
             live.trainer.run(plan, control, first_step=lease.first_step)
         except ExporterGone:
             # Packs of another size would make other steps.
@@ -428,8 +429,21 @@ class Runtime:
         except HogwildError:
             return "forgotten"
 
-    def between_steps(self) -> None:
-        """A running job's look around. Raises WorkerStopping, ExporterGone."""
+    def between_steps(self, obey: Callable[[], None] = _nothing) -> None:
+        """A running job's look around. Raises WorkerStopping, ExporterGone, and what `obey` does.
+
+        While a generation is only partly in the live weights it looks on: what is trained on a mixture is gone when the
+        rest of it comes.
+        """
+        self._look_around()
+        while self.live.attachment.weights.restoring:
+            self._status["state"] = "syncing"
+            obey()
+            time.sleep(WATCH_S)
+            self._look_around()
+
+    def _look_around(self) -> None:
+        """Once."""
         if self.stopping():
             raise WorkerStopping
         self._poll()

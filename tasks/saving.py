@@ -196,7 +196,10 @@ class Saver:
             if not wait:
                 return True
             self._join()
-        if not self._dirty.due(self._settings.sync_quiet_s, self._settings.sync_max_age_s):
+        due = attachment.weights.restoring or self._dirty.due(
+            self._settings.sync_quiet_s, self._settings.sync_max_age_s
+        )
+        if not due:
             return True
         try:
             self.sync(attachment, trainer, "due", wait=wait)
@@ -226,6 +229,9 @@ class Saver:
             try:
                 self._restore(attachment)
                 self.restored()
+                head = self.store.head
+                self._dirty.settle(attachment.weights.version, head.generation, head.weight_version)
+                self._failures, self._not_before, self.error = 0, 0.0, None
             except BaseException as error:
                 self._failed(error, [], operation)
                 raise

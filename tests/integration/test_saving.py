@@ -23,9 +23,10 @@ from hogwild.checkpoint import views
 from hogwild.checkpoint.durable import FileLock
 from hogwild.checkpoint.store import CheckpointStore
 from hogwild.config import Settings
-from hogwild.errors import CheckpointError, ServiceUnavailable
+from hogwild.errors import CheckpointError, JobCancelled, ServiceUnavailable
 from hogwild.stack import services
-from hogwild.tasks import prefix_cache, runtime, saving
+from hogwild.tasks import control, prefix_cache, runtime, saving
+from hogwild.tasks.payloads import Sample, pack
 from hogwild.tasks.runtime import Live, Runtime
 from hogwild.tasks.saving import Saver
 from hogwild.weight_state import WeightState
@@ -378,6 +379,98 @@ def test_what_outlives_the_job_that_it_was_asked_for_in_is_not_done_twice(
     bench.runtime.tick()
     done = operations.get(operation)
     assert (done.state, done.attempts, len(times)) == ("succeeded", 1, 1)
+
+
+# --- a rollback that is on disk and only partly live -----------------------------------------------------------------
+
+
+@pytest.fixture
+def mixture(bench: Bench, clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Live weights that a rollback got to in part; `mixture.tries` more tries to bring in the rest will fail.
+
+    Who waits does so on the saver's clock.
+    """
+    state, restore = SimpleNamespace(tries=3, slept=0), bench.saver.store.restore
+
+    def unreadable(views: Any, writing: Callable[[], None] = lambda: None) -> Any:
+        if state.tries:
+            state.tries -= 1
+            writing()
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return restore(views, writing=writing)
+
+    def sleep(seconds: float) -> None:
+        state.slept += 1
+        clock.now += seconds
+        assert state.slept < 100
+
+    monkeypatch.setattr(bench.saver.store, "restore", unreadable)
+    monkeypatch.setattr(runtime, "time", SimpleNamespace(monotonic=lambda: clock.now, sleep=sleep))
+    bench.step()
+    bench.runtime.tick()
+    operation = bench.runtime.operations.submit("rollback", generation=0)
+    bench.runtime.run_operation(operation)
+    assert bench.runtime.operations.get(operation).state == "failed"
+    assert bench.weights.restoring
+    return state
+
+
+def test_no_step_is_trained_on_a_mixture(bench: Bench, mixture: SimpleNamespace, clock: SimpleNamespace) -> None:
+    bench.runtime.client.delete(bench.runtime.dirty.keys("dirty"))  # what Redis forgets is no reason to wait for ever
+    began = clock.now
+    bench.runtime.between_steps()
+    assert not bench.weights.restoring
+    assert clock.now - began >= 15  # two tries failed: 5 and 10 s
+    assert bench.saver.error is None
+    # Then the job goes on, and what it trains from here stays
+    assert bench.step() == 3
+    bench.runtime.dirty.settle(3, 2, 2)
+    wait_until(lambda: not bench.saver.busy)
+    bench.runtime.tick()
+    assert (bench.saver.store.head.weight_version, bench.weights.version) == (3, 3)
+
+
+@pytest.mark.parametrize("wish", ["cancel", "pause", "stop"])
+@pytest.mark.parametrize("when", ["before its first step", "between two steps"])
+def test_a_job_that_waits_for_a_rollback_to_be_whole_ends_when_it_is_told_to(
+    bench: Bench, mixture: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, wish: Any, when: str
+) -> None:
+    mixture.tries = 10**6
+    ledger, worker = bench.runtime.ledger, bench.runtime.worker_id
+    job, _ = ledger.submit(pack([Sample([1], [2])]), {})
+
+    def wish_it() -> None:
+        if wish == "stop":
+            bench.runtime.stopping = lambda: True  # type: ignore[method-assign]
+        else:
+            ledger.request(job, wish)
+
+    if when == "between two steps":
+        lease = ledger.claim(job, worker, weights_version=2)
+        assert lease is not None
+        wish_it()
+        with pytest.raises((JobCancelled, control.JobParked, control.WorkerStopping)):
+            control.JobControl(bench.runtime, bench.live, None, lease, n_steps=1).before_step(0)
+        return
+    # Given a trainer that would make text of the mixture
+    trained: list[int] = []
+    plan = SimpleNamespace(n_steps=1, pack_tokens=8, account=dict)
+    bench.trainer.plan = lambda *_, **__: plan  # type: ignore[attr-defined]
+    bench.trainer.run = lambda *_, **__: trained.append(1)  # type: ignore[attr-defined]
+    bench.live.governor.begin_work = lambda: trained.append(1)  # type: ignore[method-assign]
+    monkeypatch.setattr(runtime, "send_progress", lambda *_, **__: wish_it())
+    bench.runtime.train(None, job)
+    seen = ledger.get(job)
+    assert not trained
+    assert (seen.state, seen.paused) == ("cancelled" if wish == "cancel" else "queued", wish == "pause")
+
+
+def test_marks_of_steps_that_went_with_a_mixture_go_too(bench: Bench, mixture: SimpleNamespace) -> None:
+    bench.runtime.dirty.mark_dirty(6, 4)
+    mixture.tries = 0
+    bench.runtime.tick()
+    assert not bench.weights.restoring
+    assert not bench.runtime.dirty.state().dirty
 
 
 # --- the last chance --------------------------------------------------------------------------------------------------
