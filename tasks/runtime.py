@@ -257,8 +257,7 @@ class Runtime:
         if self._resets and not attachment.weights.untouched:
             # Brought to another generation just now, or trained by a worker that may have died owing a reset.
             self.prefix_cache.owe(running=not trained or attachment.weights.version != version)
-        head = self._saver.store.head
-        self.dirty.settle(attachment.weights.version, head.generation, head.weight_version)
+        self._saver.settle(attachment)
         self.ledger.settle(self.worker_id, version)
         frontend = Frontend.load(settings.model_runtime_dir)
         self.registry.publish_model(

@@ -473,6 +473,77 @@ def test_marks_of_steps_that_went_with_a_mixture_go_too(bench: Bench, mixture: S
     assert not bench.runtime.dirty.state().dirty
 
 
+# --- versions of weights that are the last generation ----------------------------------------------------------------
+
+
+def verified(bench: Bench) -> dict[str, Any]:
+    operation = bench.runtime.operations.submit("verify")
+    bench.runtime.run_operation(operation)
+    result = bench.runtime.operations.get(operation).result
+    assert result is not None
+    return {name: result[name] for name in ("ok", "unsaved", "live")}
+
+
+def check_saved(bench: Bench, version: int) -> None:
+    """Disk, live weights and Redis agree that all is saved, and damage is seen as that."""
+    assert bench.weights.version == version
+    assert verified(bench) == {"ok": True, "unsaved": False, "live": {}}
+    bench.views["w"][3] += 1
+    assert verified(bench) == {"ok": False, "unsaved": False, "live": {"w": 1}}
+    bench.runtime.tick()
+    bench.saver.settle(bench.attachment)  # as on attaching
+    assert bench.runtime.dirty.state().steps == 0
+    # ... and the next vLLM goes on from there
+    bench.attachment.weights = WeightState.create(bench.settings.data_dir / "next.state", "1" * 32)
+    bench.attachment.manifest.model_path = str(bench.saver.store.directory)
+    bench.saver.bring_together(bench.attachment)
+    assert bench.attachment.weights.version == version
+
+
+def test_a_rollback_to_the_last_generation_takes_part_of_a_step_out_and_counts_none(bench: Bench) -> None:
+    bench.step()
+    bench.runtime.tick()
+    whole = bench.views["w"].clone()
+    bench.weights.begin()
+    bench.views["w"][0] += 5
+    bench.weights.set_version(bench.weights.version)
+    assert verified(bench) == {"ok": False, "unsaved": False, "live": {"w": 1}}
+    # When what verify advises is done
+    operation = bench.runtime.operations.submit("rollback", generation=1)
+    bench.runtime.run_operation(operation)
+    result = bench.runtime.operations.get(operation).result
+    assert result is not None
+    assert (result["generation"], result["weight_version"], result["live_blocks_changed"]) == (1, 1, 1)
+    assert torch.equal(bench.views["w"], whole)
+    check_saved(bench, 1)
+
+
+def test_steps_that_changed_nothing_are_saved_with_the_generation_before_them(bench: Bench) -> None:
+    bench.step()
+    bench.runtime.tick()
+    bench.step(0.0)
+    bench.runtime.tick()
+    assert (bench.saver.store.head.generation, bench.weights.version) == (1, 2)
+    bench.runtime.run_operation(bench.runtime.operations.submit("rollback", generation=1))
+    check_saved(bench, 2)  # versions that somebody saw don't come again
+
+
+def test_a_rollback_to_the_last_generation_that_fails_half_way_is_finished(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.step()
+    bench.runtime.tick()
+    whole = bench.views["w"].clone()
+    bench.views["w"][0] += 5
+    with monkeypatch.context() as patched:
+        patched.setattr(views, "write_blocks", failing(OSError(errno.EIO, os.strerror(errno.EIO))))
+        bench.runtime.run_operation(bench.runtime.operations.submit("rollback", generation=1))
+    assert bench.weights.restoring
+    bench.runtime.between_steps()
+    assert torch.equal(bench.views["w"], whole)
+    check_saved(bench, 1)
+
+
 # --- the last chance --------------------------------------------------------------------------------------------------
 
 
