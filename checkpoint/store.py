@@ -495,11 +495,13 @@ class CheckpointStore:
         *,
         weight_version: int | None = None,
         jobs: Iterable[str] = (),
+        writing: Callable[[], None] = lambda: None,
     ) -> RollbackReport:
         """Make a new generation with the contents of an earlier one, and bring it into the live weights.
 
         Nothing is lost by it: the generations in between stay, so a rollback can be rolled back. Training that is not
-        synced yet is overwritten in `views`: sync first to keep it. `weight_version`: default, the last one's + 1.
+        synced yet is overwritten in `views`: sync first to keep it. None is made where the last one has those
+        contents. `weight_version` of the new one: default, the last one's + 1. `writing`: see `restore`.
 
         Raises NotFound (not kept), CheckpointForeign, CheckpointCorrupt (undo data damaged; nothing was changed).
         """
@@ -533,12 +535,12 @@ class CheckpointStore:
             finally:
                 stage.close()
             paused = time.perf_counter()
-            restored = self.restore(views) if views is not None else None
+            restored = self.restore(views, writing=writing) if views is not None else None
             ended = time.perf_counter()
             return RollbackReport(
                 generation=self.head.generation,
                 restored=generation,
-                weight_version=self.head.weight_version if weight_version is None else weight_version,
+                weight_version=self.head.weight_version,
                 blocks_changed=blocks,
                 live_blocks_changed=restored.blocks_changed if restored else 0,
                 tensors=tuple(dict.fromkeys((*changed, *(restored.tensors if restored else ())))),

@@ -57,9 +57,9 @@ class JobControl:
     def before_step(self, step: int) -> None:
         """Raises WorkerStopping, ExporterGone, JobCancelled, JobParked, TimeLimit; Conflict when the lease was lost."""
         runtime = self._runtime
-        runtime.between_steps()
-        self._check_time(self.seconds)
         try:
+            runtime.between_steps(lambda: runtime.obey(self._lease))
+            self._check_time(self.seconds)
             runtime.obey(self._lease)
         except JobParked:
             send_progress(self._task, step, self._n_steps, phase="paused")

@@ -7,6 +7,8 @@ it, atomically; the other finds nothing left to do.
     pending ──start──► running ──finish──► succeeded | failed
        ▲                  │
        └── worker died ───┘   (all of them may be done again; after ATTEMPTS times it has failed)
+
+A living worker does none of them twice: an end that Redis could not be told is told before it is asked anything else.
 """
 
 import json
@@ -54,7 +56,8 @@ return redis.call('HGETALL', key)
 # KEYS: prefix. ARGV: id, state, result JSON, error JSON, retention
 _FINISH = _NOW + """
 local key = KEYS[1] .. 'op:' .. ARGV[1]
-if redis.call('HGET', key, 'state') ~= 'running' then return 0 end
+local state = redis.call('HGET', key, 'state')
+if state ~= 'running' and state ~= 'pending' then return 0 end  -- pending: it was thought to be nobody's
 redis.call('HSET', key, 'state', ARGV[2], 'finished_at', now, 'result', ARGV[3], 'error', ARGV[4])
 redis.call('EXPIRE', key, ARGV[5])
 redis.call('ZREM', KEYS[1] .. 'ops', ARGV[1])
@@ -112,6 +115,7 @@ class Operations:
         self.client = client
         self.messages = messages
         self.keys = Keys(model)
+        self._ended: dict[str, list[Any]] = {}  # what `finish` did not get to Redis yet: operation → the script's ARGV
         self._submit = client.register_script(_SUBMIT)
         self._start = client.register_script(_START)
         self._finish = client.register_script(_FINISH)
@@ -133,29 +137,41 @@ class Operations:
 
     def pending(self) -> Sequence[Operation]:
         """Operations that nobody has started, oldest first. Cheap: one command when there are none."""
+        self._report()
         ids = self.client.zrange(self.keys("ops"), 0, -1)
         rows = (self.client.hgetall(self.keys("op", op_id.decode())) for op_id in ids)
         return [op for op in map(_from_hash, filter(None, rows)) if op.state == "pending"]
 
     def start(self, op: Operation | str, worker_id: str = "") -> Operation | None:
-        """Take an operation; None when somebody else has or had it."""
+        """Take an operation; None when somebody else has or had it, or this worker has done it already."""
+        self._report()
         op_id = op if isinstance(op, str) else op.id
         row = self._start(keys=[self.keys.prefix], args=[op_id, worker_id, secrets.token_hex(8)])
         return _from_hash(dict(zip(row[::2], row[1::2], strict=True))) if row else None
 
     def finish(self, op: Operation | str, result: Mapping[str, Any] | None = None,
                error: BaseException | None = None) -> None:
-        """End a started operation, as failed when there is an `error`."""
+        """End a started operation, as failed when there is an `error`.
+
+        If Redis can't be told, that is raised, and told again before the next operation is taken or published.
+        """
         op_id = op if isinstance(op, str) else op.id
-        self._finish(keys=[self.keys.prefix], args=[
+        self._ended[op_id] = [
             op_id, "failed" if error else "succeeded", json.dumps(dict(result or {}), default=str),
-            error_json(error), RETENTION_S])
+            error_json(error), RETENTION_S]
+        self._report()
+
+    def _report(self) -> None:
+        for op_id, args in list(self._ended.items()):
+            self._finish(keys=[self.keys.prefix], args=args)
+            self._ended.pop(op_id, None)  # a commit's thread may have been faster
 
     def reconcile(self, worker_id: str = "") -> int:
         """Publish unfinished operations again whose worker died; at boot and in the tick. Returns how many.
 
         `worker_id`: the caller, when it is the worker and does nothing else now.
         """
+        self._report()
         gave_up = json.dumps({"type": "training", "message": f"The worker died {ATTEMPTS} times in this operation."})
         published = 0
         for raw in self.client.zrange(self.keys("ops"), 0, -1):

@@ -257,8 +257,7 @@ class Runtime:
         if self._resets and not attachment.weights.untouched:
             # Brought to another generation just now, or trained by a worker that may have died owing a reset.
             self.prefix_cache.owe(running=not trained or attachment.weights.version != version)
-        head = self._saver.store.head
-        self.dirty.settle(attachment.weights.version, head.generation, head.weight_version)
+        self._saver.settle(attachment)
         self.ledger.settle(self.worker_id, version)
         frontend = Frontend.load(settings.model_runtime_dir)
         self.registry.publish_model(
@@ -402,8 +401,9 @@ class Runtime:
         self.ledger.planned(lease, plan.n_steps, plan.pack_tokens, plan.account())
         send_progress(task, lease.first_step, plan.n_steps)
         control = JobControl(self, live, task, lease, n_steps=plan.n_steps)
-        live.governor.begin_work()  # before the text to replay is made
         try:
+            self.between_steps(lambda: self.obey(lease))  # nor is replay held to a mixture
+            live.governor.begin_work()  # before the text to replay is made
             live.trainer.run(plan, control, first_step=lease.first_step)
         except ExporterGone:
             # Packs of another size would make other steps.
@@ -430,8 +430,21 @@ class Runtime:
         except HogwildError:
             return "forgotten"
 
-    def between_steps(self) -> None:
-        """A running job's look around. Raises WorkerStopping, ExporterGone."""
+    def between_steps(self, obey: Callable[[], None] = _nothing) -> None:
+        """A running job's look around. Raises WorkerStopping, ExporterGone, and what `obey` does.
+
+        While a generation is only partly in the live weights it looks on: what is trained on a mixture is gone when the
+        rest of it comes.
+        """
+        self._look_around()
+        while self.live.attachment.weights.restoring:
+            self._status["state"] = "syncing"
+            obey()
+            time.sleep(WATCH_S)
+            self._look_around()
+
+    def _look_around(self) -> None:
+        """Once."""
         if self.stopping():
             raise WorkerStopping
         self._poll()
@@ -485,7 +498,8 @@ class Runtime:
             if self._live is not None:
                 self._sync_if_due(self._live, wait=True)
             self.ledger.reconcile(self.worker_id)
-            self.operations.reconcile(self.worker_id)
+            if self._saver is None or not self._saver.busy:  # what a job left to the committer is nobody else's
+                self.operations.reconcile(self.worker_id)
 
     def run_operation(self, operation_id: str, *, in_job: bool = False) -> None:
         """A sync, rollback or verification that somebody asked for; exactly one caller of many does it.
@@ -528,7 +542,11 @@ class Runtime:
 
         try:
             report = live.saver.rollback(
-                live.attachment, live.trainer, int(operation.params["generation"]), after=after
+                live.attachment,
+                live.trainer,
+                int(operation.params["generation"]),
+                after=after,
+                operation_id=operation.id,
             )
         except Exception as error:
             self.operations.finish(operation, error=error)

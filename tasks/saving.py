@@ -67,6 +67,7 @@ class Saver:
         self._failures = 0
         self._not_before = 0.0
         self._jobs: list[str] = []  # whose steps no generation holds yet
+        self._equal = (0, 0)  # (generation, weight version) that were found to have the same contents
 
     @classmethod
     def open(
@@ -86,6 +87,17 @@ class Saver:
         """Steps of this job are in the weights; the next generation names it."""
         if job_id not in self._jobs:
             self._jobs.append(job_id)
+
+    @property
+    def saved_version(self) -> int:
+        """The weight version that the last generation holds.
+
+        That is the one in its record, or a later one when the steps between changed no block: no generation is made of
+        them, and the live weights' version does not go back.
+        """
+        generation, version = self._equal
+        head = self.store.head
+        return max(head.weight_version, version) if generation == head.generation else head.weight_version
 
     # --- attaching ----------------------------------------------------------------------------------------------------
 
@@ -172,10 +184,15 @@ class Saver:
         weights = attachment.weights
         report = self.store.restore(attachment.views, writing=weights.begin_restore)
         weights.note_generation(self.store.directory, report.generation)
-        weights.restored(self.store.head.weight_version)
+        self._equal = report.generation, max(self.saved_version, weights.version)
+        weights.restored(self.saved_version)
         return report.blocks_changed
 
     # --- syncs --------------------------------------------------------------------------------------------------------
+
+    def settle(self, attachment: "Attachment") -> None:
+        """Work out anew what is unsaved."""
+        self._dirty.settle(attachment.weights.version, self.store.head.generation, self.saved_version)
 
     @property
     def busy(self) -> bool:
@@ -196,7 +213,10 @@ class Saver:
             if not wait:
                 return True
             self._join()
-        if not self._dirty.due(self._settings.sync_quiet_s, self._settings.sync_max_age_s):
+        due = attachment.weights.restoring or self._dirty.due(
+            self._settings.sync_quiet_s, self._settings.sync_max_age_s
+        )
+        if not due:
             return True
         try:
             self.sync(attachment, trainer, "due", wait=wait)
@@ -226,11 +246,13 @@ class Saver:
             try:
                 self._restore(attachment)
                 self.restored()
+                self.settle(attachment)
+                self._failures, self._not_before, self.error = 0, 0.0, None
             except BaseException as error:
                 self._failed(error, [], operation)
                 raise
         version = attachment.weights.version
-        if self.store.head.weight_version == version and operation is None:
+        if self.saved_version == version and operation is None:
             self._dirty.clear(self.store.head.generation, version)
             self._finish()
             return
@@ -255,6 +277,8 @@ class Saver:
             except BaseException as error:
                 self._failed(error, jobs, operation)
                 raise
+            if not report.blocks_changed:
+                self._equal = report.generation, version
             self._failures, self._not_before, self.error = 0, 0.0, None
             self.last = {**asdict(report), "reason": reason, "at": time.time()}
             self._dirty.clear(report.generation, version)
@@ -430,6 +454,7 @@ class Saver:
                     "a generation is only partly in the live weights: `hogwild checkpoint save` brings in the rest."
                 )
             live = self.store.verify_live(attachment.views, weight_version=weights.version)
+            live = replace(live, weight_version=self.saved_version)
         except BaseException as error:
             self._operations.finish(operation, error=error)
             raise
@@ -455,21 +480,41 @@ class Saver:
     # --- rollback -----------------------------------------------------------------------------------------------------
 
     def rollback(
-        self, attachment: "Attachment", trainer: Trainer, generation: int, *, after: Callable[[], None]
+        self,
+        attachment: "Attachment",
+        trainer: Trainer,
+        generation: int,
+        *,
+        after: Callable[[], None],
+        operation_id: str = "",
     ) -> dict[str, Any]:
         """A former generation's contents, on disk and live, as a new generation with the next weight version.
+
+        If the last generation has those contents (part of an interrupted step is live, for example) it stays the last
+        one, and its version, which the live weights had all along, stays theirs.
 
         What was not saved becomes a generation first, so that a rollback can be taken back too. The optimizer starts
         anew: its moments were gathered on the way that is undone. `after` is called when the live weights are changed.
 
+        The generation names `operation_id`. If there is one that does, the worker that made it died before it could say
+        so: nothing is done again, because that would undo what was trained since.
+
         Raises NotFound, CheckpointError.
         """
+        for made in self.store.generations():
+            if operation_id in made.jobs:
+                known = ("generation", "weight_version", "blocks_changed")
+                return {"restored": made.restores, **{name: getattr(made, name) for name in known}}
         self.sync(attachment, trainer, "before a rollback")
         weights = attachment.weights
-        version, before = weights.version + 1, self.store.head.generation
+        before, wrote = self.store.head.generation, False
+
+        def writing() -> None:
+            nonlocal wrote
+            wrote = True
 
         def changed() -> None:
-            weights.set_version(version)
+            weights.set_version(self.saved_version)
             after()
             trainer.rolled_back()
             for _, path in self._optimizer_files():
@@ -477,21 +522,30 @@ class Saver:
 
         weights.begin_restore()  # before the generation exists: a worker that dies now leaves the rest to the next one
         try:
-            report = self.store.rollback(generation, attachment.views, weight_version=version)
+            report = self.store.rollback(
+                generation,
+                attachment.views,
+                weight_version=weights.version + 1,
+                jobs=[operation_id] if operation_id else [],
+                writing=writing,
+            )
         except BaseException:
-            if self.store.head.generation == before:
-                weights.restored(weights.version)  # nothing was written
+            if self.store.head.generation == before and not wrote:
+                weights.restored(weights.version)
             else:  # it is on disk: the next sync brings it into the live weights
                 changed()
                 self._dirty.request_sync()
             raise
         changed()
         weights.note_generation(self.store.directory, report.generation)
-        weights.restored(version)
-        self._dirty.clear(self.store.head.generation, version)
-        self.publish()
+        weights.restored(self.saved_version)
         self._committer.submit(self._make_undo_data)
-        return asdict(report)
+        try:
+            self._dirty.clear(report.generation, weights.version)
+            self.publish()
+        except redis.RedisError:  # it is done all the same, and must not be reported as failed
+            logger.exception("what Redis shows of the checkpoint is from before the rollback, until the next sync")
+        return {**asdict(report), "weight_version": weights.version}
 
     # --- what others see ----------------------------------------------------------------------------------------------
 

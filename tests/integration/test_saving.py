@@ -23,9 +23,10 @@ from hogwild.checkpoint import views
 from hogwild.checkpoint.durable import FileLock
 from hogwild.checkpoint.store import CheckpointStore
 from hogwild.config import Settings
-from hogwild.errors import CheckpointError, ServiceUnavailable
+from hogwild.errors import CheckpointError, JobCancelled, ServiceUnavailable
 from hogwild.stack import services
-from hogwild.tasks import prefix_cache, runtime, saving
+from hogwild.tasks import control, prefix_cache, runtime, saving
+from hogwild.tasks.payloads import Sample, pack
 from hogwild.tasks.runtime import Live, Runtime
 from hogwild.tasks.saving import Saver
 from hogwild.weight_state import WeightState
@@ -266,6 +267,281 @@ def test_what_is_asked_for_during_a_commit_waits_and_the_job_does_not(
         wait_until(lambda done=done: operations.get(done).final)
     assert [operations.get(op).state for op in (first, *others)] == ["succeeded"] * 3
     assert operations.get(others[0]).result["weight_version"] == 4
+
+
+# --- nothing that was asked for is done twice -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def deaf(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A Redis that does not hear how operations ended, while `deaf.now`."""
+    state, finish = SimpleNamespace(now=True), bench.runtime.operations._finish
+
+    def script(**arguments: Any) -> Any:
+        if state.now:
+            raise redis.ConnectionError("away for five minutes")
+        return finish(**arguments)
+
+    monkeypatch.setattr(bench.runtime.operations, "_finish", script)
+    return state
+
+
+@pytest.mark.parametrize("then", ["tick", "its message", "a job's look around", "put back, and its message"])
+def test_a_rollback_that_could_not_be_reported_is_not_done_again(
+    bench: Bench, deaf: SimpleNamespace, then: str
+) -> None:
+    operations = bench.runtime.operations
+    bench.step()
+    bench.runtime.tick()
+    operation = operations.submit("rollback", generation=0)
+    bench.runtime.run_operation(operation)
+    assert (bench.saver.store.head.kind, operations.get(operation).state) == ("rollback", "running")
+    # Given training since
+    for _ in range(5):
+        bench.step()
+    trained = bench.views["w"].clone()
+    # When Redis hears again
+    deaf.now = False
+    if then == "put back, and its message":  # a failover to a replica that had not heard of its start
+        bench.runtime.client.hset(operations.keys("op", operation), "state", "pending")
+    if then == "tick":
+        bench.runtime.tick()
+    if then == "a job's look around":
+        bench.runtime.between_steps()
+    bench.runtime.run_operation(operation)
+    # Then it hears what was done, and the training stays
+    done = operations.get(operation)
+    assert (done.state, done.attempts, done.result["generation"]) == ("succeeded", 1, 2)
+    assert torch.equal(bench.views["w"], trained)
+    assert not operations.pending()
+
+
+def test_a_rollback_that_redis_did_not_see_to_its_end_has_not_failed(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.step()
+    bench.runtime.tick()
+    operation = bench.runtime.operations.submit("rollback", generation=0)
+    with monkeypatch.context() as patched:
+        patched.setattr(bench.runtime.registry, "publish_checkpoint", failing(redis.ConnectionError("away")))
+        bench.runtime.run_operation(operation)
+    assert bench.runtime.operations.get(operation).state == "succeeded"
+    assert not bench.weights.restoring
+
+
+def test_a_failure_that_could_not_be_reported_is_reported_later(bench: Bench, deaf: SimpleNamespace) -> None:
+    operations = bench.runtime.operations
+    operation = operations.submit("rollback", generation=99)
+    bench.runtime.run_operation(operation)
+    assert operations.get(operation).state == "running"
+    deaf.now = False
+    bench.runtime.tick()
+    assert "no generation 99" in operations.get(operation).error["message"]
+
+
+def test_a_rollback_whose_worker_died_before_it_said_so_is_not_done_again(bench: Bench, deaf: SimpleNamespace) -> None:
+    operations = bench.runtime.operations
+    bench.step()
+    bench.runtime.tick()
+    operation = operations.submit("rollback", generation=0)
+    bench.runtime.run_operation(operation)
+    operations._ended.clear()  # with the worker
+    deaf.now = False
+    # Given training of the next one, which was busy with a commit when it looked for operations first
+    bench.step()
+    trained = bench.views["w"].clone()
+    operations.reconcile(bench.runtime.worker_id)
+    bench.runtime.run_operation(operation)
+    done = operations.get(operation)
+    assert (done.state, done.attempts) == ("succeeded", 2)
+    assert (done.result["generation"], done.result["restored"], done.result["weight_version"]) == (2, 0, 2)
+    assert torch.equal(bench.views["w"], trained)
+
+
+@pytest.mark.parametrize("kind", ["sync", "verify"])
+def test_what_outlives_the_job_that_it_was_asked_for_in_is_not_done_twice(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, kind: Any
+) -> None:
+    operations, store = bench.runtime.operations, bench.saver.store
+    name = {"sync": "_write", "verify": "verify"}[kind]
+    slow, real, times = threading.Event(), getattr(store, name), []
+    monkeypatch.setattr(store, name, lambda *args: (times.append(1), slow.wait(30), real(*args))[2])
+    bench.step()
+    operation = operations.submit(kind)
+    bench.runtime.client.delete(*operations.messages.queue_keys())
+    bench.runtime.between_steps()
+    # When the job ends, and beat ticks while the committer is still at it
+    bench.runtime.tick()
+    assert (operations.get(operation).state, operations.pending()) == ("running", [])
+    assert not any(bench.runtime.client.llen(key) for key in operations.messages.queue_keys())
+    slow.set()
+    bench.saver._join()
+    bench.runtime.tick()
+    done = operations.get(operation)
+    assert (done.state, done.attempts, len(times)) == ("succeeded", 1, 1)
+
+
+# --- a rollback that is on disk and only partly live -----------------------------------------------------------------
+
+
+@pytest.fixture
+def mixture(bench: Bench, clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Live weights that a rollback got to in part; `mixture.tries` more tries to bring in the rest will fail.
+
+    Who waits does so on the saver's clock.
+    """
+    state, restore = SimpleNamespace(tries=3, slept=0), bench.saver.store.restore
+
+    def unreadable(views: Any, writing: Callable[[], None] = lambda: None) -> Any:
+        if state.tries:
+            state.tries -= 1
+            writing()
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return restore(views, writing=writing)
+
+    def sleep(seconds: float) -> None:
+        state.slept += 1
+        clock.now += seconds
+        assert state.slept < 100
+
+    monkeypatch.setattr(bench.saver.store, "restore", unreadable)
+    monkeypatch.setattr(runtime, "time", SimpleNamespace(monotonic=lambda: clock.now, sleep=sleep))
+    bench.step()
+    bench.runtime.tick()
+    operation = bench.runtime.operations.submit("rollback", generation=0)
+    bench.runtime.run_operation(operation)
+    assert bench.runtime.operations.get(operation).state == "failed"
+    assert bench.weights.restoring
+    return state
+
+
+def test_no_step_is_trained_on_a_mixture(bench: Bench, mixture: SimpleNamespace, clock: SimpleNamespace) -> None:
+    bench.runtime.client.delete(bench.runtime.dirty.keys("dirty"))  # what Redis forgets is no reason to wait for ever
+    began = clock.now
+    bench.runtime.between_steps()
+    assert not bench.weights.restoring
+    assert clock.now - began >= 15  # two tries failed: 5 and 10 s
+    assert bench.saver.error is None
+    # Then the job goes on, and what it trains from here stays
+    assert bench.step() == 3
+    bench.runtime.dirty.settle(3, 2, 2)
+    wait_until(lambda: not bench.saver.busy)
+    bench.runtime.tick()
+    assert (bench.saver.store.head.weight_version, bench.weights.version) == (3, 3)
+
+
+@pytest.mark.parametrize("wish", ["cancel", "pause", "stop"])
+@pytest.mark.parametrize("when", ["before its first step", "between two steps"])
+def test_a_job_that_waits_for_a_rollback_to_be_whole_ends_when_it_is_told_to(
+    bench: Bench, mixture: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, wish: Any, when: str
+) -> None:
+    mixture.tries = 10**6
+    ledger, worker = bench.runtime.ledger, bench.runtime.worker_id
+    job, _ = ledger.submit(pack([Sample([1], [2])]), {})
+
+    def wish_it() -> None:
+        if wish == "stop":
+            bench.runtime.stopping = lambda: True  # type: ignore[method-assign]
+        else:
+            ledger.request(job, wish)
+
+    if when == "between two steps":
+        lease = ledger.claim(job, worker, weights_version=2)
+        assert lease is not None
+        wish_it()
+        with pytest.raises((JobCancelled, control.JobParked, control.WorkerStopping)):
+            control.JobControl(bench.runtime, bench.live, None, lease, n_steps=1).before_step(0)
+        return
+    # Given a trainer that would make text of the mixture
+    trained: list[int] = []
+    plan = SimpleNamespace(n_steps=1, pack_tokens=8, account=dict)
+    bench.trainer.plan = lambda *_, **__: plan  # type: ignore[attr-defined]
+    bench.trainer.run = lambda *_, **__: trained.append(1)  # type: ignore[attr-defined]
+    bench.live.governor.begin_work = lambda: trained.append(1)  # type: ignore[method-assign]
+    monkeypatch.setattr(runtime, "send_progress", lambda *_, **__: wish_it())
+    bench.runtime.train(None, job)
+    seen = ledger.get(job)
+    assert not trained
+    assert (seen.state, seen.paused) == ("cancelled" if wish == "cancel" else "queued", wish == "pause")
+
+
+def test_marks_of_steps_that_went_with_a_mixture_go_too(bench: Bench, mixture: SimpleNamespace) -> None:
+    bench.runtime.dirty.mark_dirty(6, 4)
+    mixture.tries = 0
+    bench.runtime.tick()
+    assert not bench.weights.restoring
+    assert not bench.runtime.dirty.state().dirty
+
+
+# --- versions of weights that are the last generation ----------------------------------------------------------------
+
+
+def verified(bench: Bench) -> dict[str, Any]:
+    operation = bench.runtime.operations.submit("verify")
+    bench.runtime.run_operation(operation)
+    result = bench.runtime.operations.get(operation).result
+    assert result is not None
+    return {name: result[name] for name in ("ok", "unsaved", "live")}
+
+
+def check_saved(bench: Bench, version: int) -> None:
+    """Disk, live weights and Redis agree that all is saved, and damage is seen as that."""
+    assert bench.weights.version == version
+    assert verified(bench) == {"ok": True, "unsaved": False, "live": {}}
+    bench.views["w"][3] += 1
+    assert verified(bench) == {"ok": False, "unsaved": False, "live": {"w": 1}}
+    bench.runtime.tick()
+    bench.saver.settle(bench.attachment)  # as on attaching
+    assert bench.runtime.dirty.state().steps == 0
+    # ... and the next vLLM goes on from there
+    bench.attachment.weights = WeightState.create(bench.settings.data_dir / "next.state", "1" * 32)
+    bench.attachment.manifest.model_path = str(bench.saver.store.directory)
+    bench.saver.bring_together(bench.attachment)
+    assert bench.attachment.weights.version == version
+
+
+def test_a_rollback_to_the_last_generation_takes_part_of_a_step_out_and_counts_none(bench: Bench) -> None:
+    bench.step()
+    bench.runtime.tick()
+    whole = bench.views["w"].clone()
+    bench.weights.begin()
+    bench.views["w"][0] += 5
+    bench.weights.set_version(bench.weights.version)
+    assert verified(bench) == {"ok": False, "unsaved": False, "live": {"w": 1}}
+    # When what verify advises is done
+    operation = bench.runtime.operations.submit("rollback", generation=1)
+    bench.runtime.run_operation(operation)
+    result = bench.runtime.operations.get(operation).result
+    assert result is not None
+    assert (result["generation"], result["weight_version"], result["live_blocks_changed"]) == (1, 1, 1)
+    assert torch.equal(bench.views["w"], whole)
+    check_saved(bench, 1)
+
+
+def test_steps_that_changed_nothing_are_saved_with_the_generation_before_them(bench: Bench) -> None:
+    bench.step()
+    bench.runtime.tick()
+    bench.step(0.0)
+    bench.runtime.tick()
+    assert (bench.saver.store.head.generation, bench.weights.version) == (1, 2)
+    bench.runtime.run_operation(bench.runtime.operations.submit("rollback", generation=1))
+    check_saved(bench, 2)  # versions that somebody saw don't come again
+
+
+def test_a_rollback_to_the_last_generation_that_fails_half_way_is_finished(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.step()
+    bench.runtime.tick()
+    whole = bench.views["w"].clone()
+    bench.views["w"][0] += 5
+    with monkeypatch.context() as patched:
+        patched.setattr(views, "write_blocks", failing(OSError(errno.EIO, os.strerror(errno.EIO))))
+        bench.runtime.run_operation(bench.runtime.operations.submit("rollback", generation=1))
+    assert bench.weights.restoring
+    bench.runtime.between_steps()
+    assert torch.equal(bench.views["w"], whole)
+    check_saved(bench, 1)
 
 
 # --- the last chance --------------------------------------------------------------------------------------------------
