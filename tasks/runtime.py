@@ -88,7 +88,9 @@ class Runtime:
     def __init__(self, settings: Settings, *, stop_file: Path) -> None:
         self.settings = settings
         self.worker_id = f"{settings.model_slug}@{socket.gethostname()}"
-        self.client = worker_client(redis_url(settings))
+        self.client = worker_client(
+            redis_url(settings), give_up=lambda: self._told or self._orphaned or self._ending.is_set()
+        )
         self.ledger = Ledger(self.client, settings)
         self.operations = Operations(self.client, self.ledger.messages, settings.model_name)
         self.registry = Registry(self.client, settings.model_name)
@@ -192,7 +194,8 @@ class Runtime:
         self._changed.set()
         if self._beating.acquire(timeout=ENDING_S):  # a report that began before comes before this
             self._beating.release()
-        self.registry.unregister_worker(self.worker_id)
+        with suppress(redis.RedisError):  # it counts as gone soon enough
+            self.registry.unregister_worker(self.worker_id)
 
     def _last_sync(self, until: float) -> None:
         with self.weights_lock:
@@ -354,7 +357,7 @@ class Runtime:
             try:
                 self._run_lease(task, lease)
             except WorkerStopping:
-                with suppress(HogwildError):  # what it leaves running the next worker takes up as well
+                with suppress(HogwildError, redis.RedisError):  # what it leaves running the next worker takes up too
                     self.ledger.release(lease)
                 return {"job_id": job_id, "state": "queued", "reason": "stopped between two steps: it goes on later"}
             except JobParked:
@@ -366,7 +369,8 @@ class Runtime:
             except HogwildError as error:
                 logger.error("%s failed: %s", job_id, error.message)  # noqa: TRY400 - the message says it all
                 self.ledger.finish(lease, "failed", error)
-            except redis.RedisError:  # longer away than the client's patience: the tick publishes the job again
+            except redis.RedisError:  # longer away than the client's patience: the tick publishes the job again, and
+                # where this worker stops, and has none, the next one's start
                 logger.exception("%s: Redis does not answer; it goes on when it does", job_id)
                 return {"job_id": job_id, "state": "running", "reason": "Redis does not answer"}
             except Exception as error:
@@ -380,7 +384,7 @@ class Runtime:
                 if weights is not None and weights.torn:  # a step that ran out of memory half-way
                     weights.set_version(weights.version)
                 self._status.clear()
-                self.heartbeat()
+                self._changed.set()  # the thread that reports does: whoever waits for the lock waits for no Redis
             return {"job_id": job_id, "state": self._state_of(job_id)}
 
     def _run_lease(self, task: Any, lease: Lease) -> None:
@@ -515,7 +519,7 @@ class Runtime:
                 _end_if_cuda_is_broken()
             finally:
                 self._status = before
-                self.heartbeat()
+                self._changed.set()
 
     def _rollback(self, live: "Live", operation: Operation) -> None:
         reset = False

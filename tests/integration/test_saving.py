@@ -5,6 +5,7 @@ What happens when they fail or come too late, and what others see of it.
 
 import errno
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +26,9 @@ from hogwild.checkpoint.store import CheckpointStore
 from hogwild.config import Settings
 from hogwild.errors import CheckpointError, ServiceUnavailable
 from hogwild.stack import services
-from hogwild.tasks import prefix_cache, runtime, saving
+from hogwild.tasks import connections, prefix_cache, runtime, saving
+from hogwild.tasks.control import WorkerStopping
+from hogwild.tasks.payloads import Sample, pack
 from hogwild.tasks.runtime import Live, Runtime
 from hogwild.tasks.saving import Saver
 from hogwild.weight_state import WeightState
@@ -375,16 +378,76 @@ def test_the_last_sync_gets_longer_with_the_model_and_up_waits_for_it(settings: 
     def worker(chosen: Settings) -> Any:
         return next(s for s in services.build(chosen, vllm=False) if s.name == "worker")
 
-    assert worker(settings).stop_wait_s == 90 + 30
+    assert worker(settings).stop_wait_s == 90 + 60
     directory = settings.model_checkpoint_dir
     directory.mkdir(parents=True)
     with (directory / "model.safetensors").open("wb") as file:
         file.truncate(65 * 10**9)  # a hole
-    assert worker(settings).stop_wait_s == 90 + 650 + 30
+    assert worker(settings).stop_wait_s == 90 + 650 + 60
     assert worker(settings).env["HOGWILD_LAST_SYNC_S"] == "740.0"
     chosen = settings.model_copy(update={"last_sync_s": 2000.0})
-    assert worker(chosen).stop_wait_s == 2030
+    assert worker(chosen).stop_wait_s == 2060
     assert worker(chosen).env["HOGWILD_LAST_SYNC_S"] == "2000.0"
+
+
+# --- Redis is away ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server(own_redis: Any) -> Any:
+    """A Redis that a test may kill or stall."""
+    return own_redis()
+
+
+@pytest.fixture
+def lonely(settings: Settings, server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+    """The worker of that Redis; a call that hangs times out after 3 s."""
+    monkeypatch.setattr(connections, "WORKER_TIMEOUT_S", 3.0)
+    made = Bench(settings.model_copy(update={"redis_url": server.url, "sync_quiet_s": 0.0}), tmp_path)
+    yield made
+    made.runtime._ending.set()  # what still waits for Redis
+    made.saver.close()
+    made.runtime.client.close()
+
+
+def in_time(call: Callable[[], Any], seconds: float) -> Any:
+    """What a call returns that must not take longer."""
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(call()), daemon=True)
+    thread.start()
+    thread.join(seconds)
+    assert results, f"not done after {seconds} s"
+    return results[0]
+
+
+@pytest.mark.parametrize("away", [signal.SIGKILL, signal.SIGSTOP], ids=["gone", "hanging"])
+@pytest.mark.parametrize("where", ["in a call", "between two steps"])
+def test_a_worker_that_is_stopped_while_redis_is_away_saves(
+    lonely: Bench, server: Any, monkeypatch: pytest.MonkeyPatch, away: signal.Signals, where: str
+) -> None:
+    worker = lonely.runtime
+    job, _ = worker.ledger.submit(pack([Sample([1], [2])]), {})
+    gone = threading.Event()
+
+    def run(_: Any, lease: Any) -> None:
+        lonely.step()
+        server.signal(away)
+        gone.set()
+        if where == "in a call":
+            worker.ledger.begin_step(lease, 0, weight_version=1)
+        wait_until(lambda: worker.asked_to_stop)
+        raise WorkerStopping
+
+    monkeypatch.setattr(worker, "_run_lease", run)
+    task = threading.Thread(target=worker.train, args=(None, job), daemon=True)
+    task.start()
+    gone.wait(30)
+    time.sleep(0.5)
+    worker.asked_to_stop = True
+    task.join(5.0)  # once a call's time-out, and not once more for each that follows
+    assert not task.is_alive()
+    in_time(lambda: (worker.shutdown(), True), 20.0)
+    assert lonely.saver.store.head.weight_version == 1
 
 
 # --- vLLM's prefix cache ----------------------------------------------------------------------------------------------
