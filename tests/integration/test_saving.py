@@ -166,6 +166,8 @@ def test_an_operation_that_runs_out_of_memory_fails_with_its_reason(
     with monkeypatch.context() as patched:
         patched.setattr(bench.saver.store, "begin_sync", failing(torch.OutOfMemoryError("no room")))
         bench.runtime.between_steps()
+        wait_until(lambda: not bench.saver.busy)
+        bench.runtime.between_steps()
     for operation in (sync, rollback):
         ended = bench.runtime.operations.get(operation)
         assert ended.state == "failed" and "no room" in ended.error["message"]
@@ -448,6 +450,69 @@ def test_a_worker_that_is_stopped_while_redis_is_away_saves(
     assert not task.is_alive()
     in_time(lambda: (worker.shutdown(), True), 20.0)
     assert lonely.saver.store.head.weight_version == 1
+
+
+def last_chance(bench: Bench, seconds: float) -> bool:
+    saver, until = bench.saver, time.monotonic() + seconds
+    return bool(
+        in_time(
+            lambda: saver.last_chance(
+                bench.attachment, bench.trainer, "vLLM is gone", until=until, failed=lambda: None
+            ),
+            seconds + 5.0,
+        )
+    )
+
+
+def test_a_last_sync_that_fails_at_first_is_tried_again_while_redis_is_away(
+    lonely: Bench, server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lonely.step()
+    begin, full = lonely.saver.store.begin_sync, [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))]
+
+    def full_at_first(*args: Any, **options: Any) -> Any:
+        if full:
+            raise full.pop()
+        return begin(*args, **options)
+
+    monkeypatch.setattr(lonely.saver.store, "begin_sync", full_at_first)
+    server.kill()
+    assert last_chance(lonely, 10.0)
+    assert lonely.saver.store.head.weight_version == 1
+
+
+@pytest.mark.parametrize("kind", ["sync", "verify"])
+def test_what_redis_is_yet_to_hear_of_holds_up_no_last_sync_and_is_told_when_it_is_back(
+    lonely: Bench, server: Any, monkeypatch: pytest.MonkeyPatch, kind: Any
+) -> None:
+    # Given an operation beside a job that is done, and a Redis that is gone by then
+    worker, saver = lonely.runtime, lonely.saver
+    lonely.step()
+    operation = worker.operations.submit(kind)
+    work = (saver.store, "verify") if kind == "verify" else (saver.store, "_write")
+    do, gone = getattr(*work), threading.Event()
+
+    def do_and_lose_redis(*args: Any) -> Any:
+        done = do(*args)
+        server.kill()
+        gone.set()
+        return done
+
+    with monkeypatch.context() as patched:
+        patched.setattr(*work, do_and_lose_redis)
+        worker.run_operation(operation, in_job=True)
+        assert gone.wait(30)
+    # When vLLM is lost after another step
+    lonely.weights.begin()
+    lonely.views["w"] += 1.0
+    lonely.weights.applied()
+    assert last_chance(lonely, 10.0)
+    assert saver.store.head.weight_version == 2
+    # Then the operation has its end as soon as there is a Redis
+    server.start()
+    wait_until(lambda: worker.operations.get(operation).final)
+    assert worker.operations.get(operation).state == "succeeded"
+    wait_until(lambda: worker.dirty.state().synced_version == 2)
 
 
 # --- vLLM's prefix cache ----------------------------------------------------------------------------------------------
