@@ -355,6 +355,7 @@ class Runtime:
             if lease is None:
                 return {"job_id": job_id, "state": self._state_of(job_id)}
             try:
+                self._settle_unsaved()
                 self._run_lease(task, lease)
             except WorkerStopping:
                 with suppress(HogwildError, redis.RedisError):  # what it leaves running the next worker takes up too
@@ -480,11 +481,19 @@ class Runtime:
         if not live.saver.sync_if_due(live.attachment, live.trainer, wait=wait):
             _end_if_cuda_is_broken()
 
+    def _settle_unsaved(self) -> None:
+        """Between jobs: a step whose mark Redis never got is unsaved all the same."""
+        weights, saver = self.live.attachment.weights, self.live.saver
+        head = saver.store.head
+        if weights.version != head.weight_version and not weights.restoring and not saver.busy:
+            self.dirty.settle(weights.version, head.generation, head.weight_version)
+
     def tick(self) -> None:
         """Beat's question, when no job runs."""
         with self.weights_lock:
             self._poll()
             if self._live is not None:
+                self._settle_unsaved()
                 self._sync_if_due(self._live, wait=True)
             self.ledger.reconcile(self.worker_id)
             self.operations.reconcile(self.worker_id)

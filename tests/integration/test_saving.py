@@ -273,6 +273,34 @@ def test_what_is_asked_for_during_a_commit_waits_and_the_job_does_not(
     assert operations.get(others[0]).result["weight_version"] == 4
 
 
+def step_without_its_mark(bench: Bench) -> None:
+    """As when Redis goes away between the step and its mark."""
+    bench.weights.begin()
+    bench.views["w"] += 1.0
+    bench.weights.applied()
+
+
+def test_a_step_whose_mark_was_lost_is_saved_by_the_next_tick(bench: Bench) -> None:
+    step_without_its_mark(bench)
+    bench.runtime.tick()
+    assert bench.saver.store.head.weight_version == 1
+    assert not bench.runtime.dirty.state().dirty
+
+
+def test_a_step_whose_mark_was_lost_counts_as_unsaved_when_a_job_begins(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.step()
+    since = bench.runtime.dirty.state().oldest_at
+    step_without_its_mark(bench)
+    seen = []
+    monkeypatch.setattr(bench.runtime, "_run_lease", lambda *_: seen.append(bench.runtime.dirty.state()))
+    job, _ = bench.runtime.ledger.submit(pack([Sample([1], [2])]), {})
+    bench.runtime.train(None, job)
+    [state] = seen
+    assert (state.steps, state.weight_version, state.oldest_at) == (2, 2, since)
+
+
 # --- the last chance --------------------------------------------------------------------------------------------------
 
 
@@ -503,9 +531,7 @@ def test_what_redis_is_yet_to_hear_of_holds_up_no_last_sync_and_is_told_when_it_
         worker.run_operation(operation, in_job=True)
         assert gone.wait(30)
     # When vLLM is lost after another step
-    lonely.weights.begin()
-    lonely.views["w"] += 1.0
-    lonely.weights.applied()
+    step_without_its_mark(lonely)
     assert last_chance(lonely, 10.0)
     assert saver.store.head.weight_version == 2
     # Then the operation has its end as soon as there is a Redis
