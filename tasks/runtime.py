@@ -347,10 +347,13 @@ class Runtime:
         """Run a job. Returns what Celery keeps as the result; the ledger has the truth."""
         self._task_began()
         with self.weights_lock:
+            stopped = {"job_id": job_id, "state": "queued", "reason": "stopped before it began: it is run later"}
             try:
                 version = self._wait_attached().attachment.weights.version
             except WorkerStopping:
-                return {"job_id": job_id, "state": "queued", "reason": "stopped before it began: it is run later"}
+                return stopped
+            if self.stopping():
+                return stopped
             lease = self.ledger.claim(job_id, self.worker_id, weights_version=version)
             if lease is None:
                 return {"job_id": job_id, "state": self._state_of(job_id)}

@@ -204,6 +204,7 @@ GIVING_BACK = """
 local function give_back(id, paused)
   move(id, 'running', 'queued')
   redis.call('HSET', job_key(id), 'worker', '', 'queued_at', now(), 'paused', paused and '1' or '0')
+  redis.call('HINCRBY', job_key(id), 'barren', -1)  -- no worker died in this attempt: the next claim adds nothing
   event(id, paused and 'paused' or 'queued', '{}')
 end
 """

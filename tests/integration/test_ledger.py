@@ -262,6 +262,32 @@ def test_job_that_kills_every_worker_fails(ledger, submit):
     assert job.state == "failed" and "died" in job.error["message"]
 
 
+@pytest.mark.parametrize("end", ["release", "park"])
+def test_attempts_that_end_in_order_before_a_step_are_no_deaths(ledger, submit, end):
+    job_id = submit()
+
+    def given_back(worker):
+        lease = ledger.claim(job_id, worker)
+        assert lease is not None
+        if end == "park":
+            ledger.request(job_id, "pause")
+        for _ in range(2):  # the reply to the first was lost
+            getattr(ledger, end)(lease)
+        if end == "park":
+            ledger.request(job_id, "run")
+
+    for attempt in range(2 * BARREN_ATTEMPTS):
+        given_back(f"w{attempt}")
+    # And the deaths among them count as before
+    for attempt in range(BARREN_ATTEMPTS):
+        assert ledger.claim(job_id, f"dies{attempt}") is not None
+        if attempt < BARREN_ATTEMPTS - 1:
+            given_back(f"stops{attempt}")
+    assert ledger.claim(job_id, "w-last") is None
+    job = ledger.get(job_id)
+    assert job.state == "failed" and "died 5 times" in job.error["message"]
+
+
 def test_job_that_makes_progress_between_deaths_goes_on(ledger, submit):
     job_id = submit()
     for attempt in range(3 * BARREN_ATTEMPTS):

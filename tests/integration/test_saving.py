@@ -301,6 +301,13 @@ def test_a_step_whose_mark_was_lost_counts_as_unsaved_when_a_job_begins(
     assert (state.steps, state.weight_version, state.oldest_at) == (2, 2, since)
 
 
+def test_a_worker_that_was_told_to_stop_claims_no_job(bench: Bench) -> None:
+    job, _ = bench.runtime.ledger.submit(pack([Sample([1], [2])]), {})
+    bench.runtime.stopping = lambda: True  # type: ignore[method-assign]
+    assert bench.runtime.train(None, job)["state"] == "queued"
+    assert (bench.runtime.ledger.get(job).state, bench.runtime.ledger.get(job).attempts) == ("queued", 0)
+
+
 # --- the last chance --------------------------------------------------------------------------------------------------
 
 
