@@ -525,6 +525,8 @@ class Runtime:
                 elif operation.kind == "sync":
                     live.saver.sync(live.attachment, live.trainer, "asked for", wait=not in_job, operation=operation)
                 else:
+                    if not in_job:  # a job that runs has no open step here, and one that Redis cut off may have
+                        self.ledger.settle(self.worker_id, live.attachment.weights.version)
                     self._rollback(live, operation)
             except Exception:
                 logger.exception("%s failed", operation.kind)

@@ -308,6 +308,22 @@ def test_a_worker_that_was_told_to_stop_claims_no_job(bench: Bench) -> None:
     assert (bench.runtime.ledger.get(job).state, bench.runtime.ledger.get(job).attempts) == ("queued", 0)
 
 
+def test_a_step_of_which_redis_alone_knows_is_not_counted_as_applied_after_a_rollback(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench.runtime, "_rolled_back", lambda: True)
+    worker, ledger = bench.runtime, bench.runtime.ledger
+    bench.step()
+    job, _ = ledger.submit(pack([Sample([1], [2])]), {})
+    # Given a step that Redis began, and stayed away with its reply: nothing was written
+    ledger.begin_step(ledger.claim(job, worker.worker_id, weights_version=1), 0, weight_version=1)
+    # When the same process moves the version before it goes on with the job
+    worker.run_operation(worker.operations.submit("rollback", generation=0))
+    assert bench.weights.version > 1
+    assert ledger.claim(job, worker.worker_id, weights_version=bench.weights.version).first_step == 1
+    assert (ledger.get(job).steps_applied, ledger.get(job).steps_interrupted) == (0, 1)
+
+
 # --- the last chance --------------------------------------------------------------------------------------------------
 
 
