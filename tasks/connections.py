@@ -2,9 +2,11 @@
 
 The API must answer: it gives up after seconds and says 503, and the client repeats with its Idempotency-Key. The
 worker must not: it holds a half-finished job, so it waits for Redis to come back for as long as a restart can take.
+Unless it is to end: its last sync comes first then, and that needs the disk and no Redis.
 Every ledger script may be sent twice (a reply can get lost after the script ran), so each knows its second time.
 """
 
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import redis
@@ -44,13 +46,34 @@ def async_client(url: str) -> AsyncClient:
     return redis.asyncio.Redis.from_pool(pool)
 
 
-def worker_client(url: str, *, retries: int = WORKER_RETRIES) -> Client:
+class _UntilGivenUp(ExponentialWithJitterBackoff):
+    """The pauses between a client's attempts, and the end of all as soon as `give_up` says so."""
+
+    def __init__(self, give_up: Callable[[], bool]) -> None:
+        super().__init__(base=0.05, cap=1.0)
+        self._give_up = give_up
+
+    def __deepcopy__(self, _: object) -> "_UntilGivenUp":
+        return self  # every connection gets a copy: of this, and not of what `give_up` may belong to
+
+    def compute(self, failures: int) -> float:
+        if self._give_up():
+            raise redis.ConnectionError("Redis does not answer, and is not waited for any more.")
+        return super().compute(failures)
+
+
+def _never() -> bool:
+    return False
+
+
+def worker_client(url: str, *, retries: int = WORKER_RETRIES, give_up: Callable[[], bool] = _never) -> Client:
     """Client of the worker: waits out a restart of Redis instead of losing the job.
 
-    `retries`: attempts after the first, at most a second apart.
+    `retries`: attempts after the first, at most a second apart. `give_up`: asked after each attempt; once it says True,
+    a call that fails is not tried again.
     """
     return redis.Redis.from_url(
         url, socket_timeout=WORKER_TIMEOUT_S, socket_connect_timeout=2.0, health_check_interval=30,
-        retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=1.0), retries,
+        retry=Retry(_UntilGivenUp(give_up), retries,
                     supported_errors=(redis.ConnectionError, redis.TimeoutError, redis.exceptions.BusyLoadingError,
                                       ConnectionError, TimeoutError)))

@@ -90,7 +90,7 @@ class Dirty:
         self._clear(keys=[self.keys("dirty"), self.keys("last-sync")], args=[generation, up_to_weight_version])
 
     def settle(self, weight_version: int, generation: int, synced_version: int) -> None:
-        """On attaching: what is unsaved follows from the live weights and the last generation.
+        """On attaching, and between jobs: what is unsaved follows from the live weights and the last generation.
 
         Redis may have lost its data, a worker may have died between a step and its mark, and steps that were marked
         may be gone with the weights that had them. Waiting times that are known go on.

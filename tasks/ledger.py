@@ -287,7 +287,10 @@ class Ledger:
         return True
 
     def release(self, lease: Lease) -> None:
-        """Put the job back between two steps, because this worker stops: the next one takes it up. Raises Conflict."""
+        """Put the job back between two steps, because this worker stops: the next one takes it up. Raises Conflict.
+
+        One that is to pause waits for its resumption, and one that is to be cancelled ends here.
+        """
         self._held(self._call("RELEASE", lease.job_id, lease.fence), lease)
 
     # --- the reconciler ---------------------------------------------------------------------------------------------

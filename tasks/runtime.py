@@ -88,7 +88,9 @@ class Runtime:
     def __init__(self, settings: Settings, *, stop_file: Path) -> None:
         self.settings = settings
         self.worker_id = f"{settings.model_slug}@{socket.gethostname()}"
-        self.client = worker_client(redis_url(settings))
+        self.client = worker_client(
+            redis_url(settings), give_up=lambda: self._told or self._orphaned or self._ending.is_set()
+        )
         self.ledger = Ledger(self.client, settings)
         self.operations = Operations(self.client, self.ledger.messages, settings.model_name)
         self.registry = Registry(self.client, settings.model_name)
@@ -192,7 +194,8 @@ class Runtime:
         self._changed.set()
         if self._beating.acquire(timeout=ENDING_S):  # a report that began before comes before this
             self._beating.release()
-        self.registry.unregister_worker(self.worker_id)
+        with suppress(redis.RedisError):  # it counts as gone soon enough
+            self.registry.unregister_worker(self.worker_id)
 
     def _last_sync(self, until: float) -> None:
         with self.weights_lock:
@@ -343,17 +346,21 @@ class Runtime:
         """Run a job. Returns what Celery keeps as the result; the ledger has the truth."""
         self._task_began()
         with self.weights_lock:
+            stopped = {"job_id": job_id, "state": "queued", "reason": "stopped before it began: it is run later"}
             try:
                 version = self._wait_attached().attachment.weights.version
             except WorkerStopping:
-                return {"job_id": job_id, "state": "queued", "reason": "stopped before it began: it is run later"}
+                return stopped
+            if self.stopping():
+                return stopped
             lease = self.ledger.claim(job_id, self.worker_id, weights_version=version)
             if lease is None:
                 return {"job_id": job_id, "state": self._state_of(job_id)}
             try:
+                self._settle_unsaved()
                 self._run_lease(task, lease)
             except WorkerStopping:
-                with suppress(HogwildError):  # what it leaves running the next worker takes up as well
+                with suppress(HogwildError, redis.RedisError):  # what it leaves running the next worker takes up too
                     self.ledger.release(lease)
                 return {"job_id": job_id, "state": "queued", "reason": "stopped between two steps: it goes on later"}
             except JobParked:
@@ -365,7 +372,8 @@ class Runtime:
             except HogwildError as error:
                 logger.error("%s failed: %s", job_id, error.message)  # noqa: TRY400 - the message says it all
                 self.ledger.finish(lease, "failed", error)
-            except redis.RedisError:  # longer away than the client's patience: the tick publishes the job again
+            except redis.RedisError:  # longer away than the client's patience: the tick publishes the job again, and
+                # where this worker stops, and has none, the next one's start
                 logger.exception("%s: Redis does not answer; it goes on when it does", job_id)
                 return {"job_id": job_id, "state": "running", "reason": "Redis does not answer"}
             except Exception as error:
@@ -379,7 +387,7 @@ class Runtime:
                 if weights is not None and weights.torn:  # a step that ran out of memory half-way
                     weights.set_version(weights.version)
                 self._status.clear()
-                self.heartbeat()
+                self._changed.set()  # the thread that reports does: whoever waits for the lock waits for no Redis
             return {"job_id": job_id, "state": self._state_of(job_id)}
 
     def _run_lease(self, task: Any, lease: Lease) -> None:
@@ -491,11 +499,19 @@ class Runtime:
         if not live.saver.sync_if_due(live.attachment, live.trainer, wait=wait):
             _end_if_cuda_is_broken()
 
+    def _settle_unsaved(self) -> None:
+        """Between jobs: a step whose mark Redis never got is unsaved all the same."""
+        attachment, saver = self.live.attachment, self.live.saver
+        weights = attachment.weights
+        if weights.version != saver.saved_version and not weights.restoring and not saver.busy:
+            saver.settle(attachment)
+
     def tick(self) -> None:
         """Beat's question, when no job runs."""
         with self.weights_lock:
             self._poll()
             if self._live is not None:
+                self._settle_unsaved()
                 self._sync_if_due(self._live, wait=True)
             self.ledger.reconcile(self.worker_id)
             if self._saver is None or not self._saver.busy:  # what a job left to the committer is nobody else's
@@ -525,13 +541,15 @@ class Runtime:
                 elif operation.kind == "sync":
                     live.saver.sync(live.attachment, live.trainer, "asked for", wait=not in_job, operation=operation)
                 else:
+                    if not in_job:  # a job that runs has no open step here, and one that Redis cut off may have
+                        self.ledger.settle(self.worker_id, live.attachment.weights.version)
                     self._rollback(live, operation)
             except Exception:
                 logger.exception("%s failed", operation.kind)
                 _end_if_cuda_is_broken()
             finally:
                 self._status = before
-                self.heartbeat()
+                self._changed.set()
 
     def _rollback(self, live: "Live", operation: Operation) -> None:
         reset = False

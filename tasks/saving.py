@@ -1,7 +1,8 @@
 """Syncs and rollbacks: what the worker does with the checkpoint store, and when.
 
 A sync pauses training only for `begin_sync` (fingerprints and the copy of changed blocks) and a small optimizer state;
-the commit runs on a thread of its own beside the next steps, and so does making undo data of what it replaced. The
+the commit runs on a thread of its own beside the next steps, and so does making undo data of what it replaced. Redis is
+told of both on a third thread: while it is away the disk is not, and the next commit, or the last one, goes on. The
 caller of every public method holds the runtime's `weights_lock`.
 """
 
@@ -10,12 +11,10 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
-from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import redis
 import torch
 from safetensors import SafetensorError
 
@@ -64,6 +63,8 @@ class Saver:
         self._registry = registry
         self._committer = ThreadPoolExecutor(1, thread_name_prefix="hogwild-commit")
         self._commit: Future[Any] | None = None
+        self._reporter = ThreadPoolExecutor(1, thread_name_prefix="hogwild-report")
+        self._report: Future[None] | None = None  # of the last sync or verification
         self._failures = 0
         self._not_before = 0.0
         self._jobs: list[str] = []  # whose steps no generation holds yet
@@ -82,6 +83,7 @@ class Saver:
         self._join()
         self.store.close()
         self._committer.shutdown()
+        self._reporter.shutdown()
 
     def note_job(self, job_id: str) -> None:
         """Steps of this job are in the weights; the next generation names it."""
@@ -196,7 +198,11 @@ class Saver:
 
     @property
     def busy(self) -> bool:
-        """A commit runs beside training; another sync would wait for it."""
+        """A commit runs beside training, and another sync would wait for it; or Redis does not know of its end yet."""
+        return self._committing or (self._report is not None and not self._report.done())
+
+    @property
+    def _committing(self) -> bool:
         return self._commit is not None and not self._commit.done()
 
     def sync_if_due(self, attachment: "Attachment", trainer: Trainer, *, wait: bool) -> bool:
@@ -237,23 +243,24 @@ class Saver:
     ) -> None:
         """Write a generation if anything changed.
 
-        `wait`: until it is on disk; otherwise the caller goes on after the pause, and `operation` is finished later. A
-        failure is noted (status, operation) and raised: CheckpointError, OSError, and where memory is short what torch
-        and Python raise then.
+        `wait`: until it is on disk and Redis was told; otherwise the caller goes on after the pause, and `operation` is
+        finished later. A failure is noted (status, operation) and raised: CheckpointError, OSError, and where memory is
+        short what torch and Python raise then.
         """
         self._join()
         if attachment.weights.restoring:  # a rollback did not get as far as the live weights
             try:
                 self._restore(attachment)
                 self.restored()
-                self.settle(attachment)
+                saved = attachment.weights.version, self.store.head.generation, self.saved_version
+                self._report = self._tell(lambda: self._dirty.settle(*saved), wait=wait)
                 self._failures, self._not_before, self.error = 0, 0.0, None
             except BaseException as error:
-                self._failed(error, [], operation)
+                self._failed(error, [], operation, wait=wait)
                 raise
         version = attachment.weights.version
         if self.saved_version == version and operation is None:
-            self._dirty.clear(self.store.head.generation, version)
+            self._tell_saved(version, wait=wait)
             self._finish()
             return
         jobs, self._jobs = self._jobs, []
@@ -265,7 +272,7 @@ class Saver:
         except BaseException as error:
             if pending is not None:
                 pending.abandon()  # or no other sync could begin
-            self._failed(error, jobs, operation)
+            self._failed(error, jobs, operation, wait=wait)
             raise
 
         def commit() -> None:
@@ -275,24 +282,12 @@ class Saver:
                 for path in outdated:
                     path.unlink(missing_ok=True)
             except BaseException as error:
-                self._failed(error, jobs, operation)
+                self._failed(error, jobs, operation, wait=wait)
                 raise
             if not report.blocks_changed:
                 self._equal = report.generation, version
             self._failures, self._not_before, self.error = 0, 0.0, None
-            self.last = {**asdict(report), "reason": reason, "at": time.time()}
-            self._dirty.clear(report.generation, version)
-            figures = SyncFigures(
-                bytes_written=report.bytes_written,
-                seconds=report.seconds,
-                pause_seconds=report.pause_seconds,
-                undo_bytes=report.undo_bytes,
-                blocks_changed=report.blocks_changed,
-            )
-            record_sync(self._dirty.client, self._settings.model_name, figures)
-            self.publish()
-            if operation is not None:
-                self._operations.finish(operation, self.last)
+            self.last = last = {**asdict(report), "reason": reason, "at": time.time()}
             logger.info(
                 "generation %d (%s): %d of %d blocks, %.1f MB in %.2f s, training paused for %.2f s",
                 report.generation,
@@ -303,6 +298,23 @@ class Saver:
                 report.seconds,
                 report.pause_seconds,
             )
+            figures = SyncFigures(
+                bytes_written=report.bytes_written,
+                seconds=report.seconds,
+                pause_seconds=report.pause_seconds,
+                undo_bytes=report.undo_bytes,
+                blocks_changed=report.blocks_changed,
+            )
+            checkpoint = self._described()
+
+            def tell() -> None:
+                self._dirty.clear(report.generation, version)
+                record_sync(self._dirty.client, self._settings.model_name, figures)
+                self._registry.publish_checkpoint(checkpoint)
+                if operation is not None:
+                    self._operations.finish(operation, last)
+
+            self._report = self._tell(tell, wait=wait)
             self._committer.submit(self._make_undo_data)
 
         def commit_beside() -> None:
@@ -361,7 +373,7 @@ class Saver:
 
     def _finished(self, until: float, enough: Callable[[], bool]) -> bool:
         """Wait for a commit that is under way, or until `enough`; False when there was no time for it."""
-        while self.busy and not enough():
+        while self._committing and not enough():
             left = until - time.monotonic()
             if left <= 0:
                 return False
@@ -405,7 +417,8 @@ class Saver:
             if self.last is not None:
                 self.last = {**self.last, "applied": True}
             self._make_undo_data()
-            self.publish()
+            checkpoint = self._described()
+            self._tell(lambda: self._registry.publish_checkpoint(checkpoint))
 
     def _make_undo_data(self) -> None:
         """What a sync leaves for later, beside the next steps; the next commit does it if this fails."""
@@ -415,10 +428,17 @@ class Saver:
             logger.warning("undo data was not made; the next sync tries again", exc_info=True)
             return
         if nbytes:
-            record_undo(self._dirty.client, self._settings.model_name, nbytes)
-            self.publish()
+            checkpoint = self._described()
 
-    def _failed(self, error: BaseException, jobs: list[str], operation: Operation | None) -> None:
+            def tell() -> None:
+                record_undo(self._dirty.client, self._settings.model_name, nbytes)
+                self._registry.publish_checkpoint(checkpoint)
+
+            self._tell(tell)
+
+    def _failed(
+        self, error: BaseException, jobs: list[str], operation: Operation | None, *, wait: bool = False
+    ) -> None:
         """Nothing is lost: the steps stay marked as unsaved, and the next try comes after a growing pause."""
         first, longest = BACKOFF_S
         pause = min(longest, first * 2 ** min(self._failures, DOUBLINGS))
@@ -428,9 +448,39 @@ class Saver:
         message = getattr(error, "message", None) or f"{type(error).__name__}: {error}"
         self.error = {"message": message, "failures": self._failures, "retry_in_s": pause, "at": time.time()}
         if operation is not None:
-            self._operations.finish(operation, error=error)
-        with suppress(redis.RedisError):
-            record_failed_sync(self._dirty.client, self._settings.model_name)
+            self._end(operation, error=error)
+        self._report = self._tell(
+            lambda: record_failed_sync(self._dirty.client, self._settings.model_name), wait=wait
+        )
+
+    def _end(
+        self,
+        operation: Operation,
+        result: dict[str, Any] | None = None,
+        error: BaseException | None = None,
+        *,
+        wait: bool = False,
+    ) -> None:
+        self._report = self._tell(lambda: self._operations.finish(operation, result, error), wait=wait)
+
+    def _tell_saved(self, version: int, *, wait: bool) -> None:
+        """The last generation has the contents of that weight version; steps since then stay unsaved."""
+        generation = self.store.head.generation
+        self._report = self._tell(lambda: self._dirty.clear(generation, version), wait=wait)
+
+    def _tell(self, report: Callable[[], object], *, wait: bool = False) -> Future[None]:
+        """Report to Redis, after all earlier reports; `wait`: until that is done, or given up and logged."""
+
+        def tell() -> None:
+            try:
+                report()
+            except Exception:
+                logger.exception("Redis was not told what became of the checkpoint")
+
+        told = self._reporter.submit(tell)
+        if wait:
+            told.result()
+        return told
 
     def _join(self) -> None:
         """Wait for a commit that runs beside training; its failure was reported where it happened."""
@@ -463,14 +513,14 @@ class Saver:
             try:
                 disk = self.store.verify()
             except BaseException as error:
-                self._operations.finish(operation, error=error)
+                self._end(operation, error=error, wait=wait)
                 raise
             seconds = live.seconds + disk.seconds
             report = replace(
                 live, disk=disk.disk, headers=disk.headers, blocks_checked=disk.blocks_checked, seconds=seconds
             )
             result = {**asdict(report), "pause_seconds": live.seconds, "unsaved": report.unsaved, "ok": report.ok}
-            self._operations.finish(operation, result)
+            self._end(operation, result, wait=wait)
 
         if wait:
             read_files()
@@ -540,17 +590,18 @@ class Saver:
         weights.note_generation(self.store.directory, report.generation)
         weights.restored(self.saved_version)
         self._committer.submit(self._make_undo_data)
-        try:
-            self._dirty.clear(report.generation, weights.version)
-            self.publish()
-        except redis.RedisError:  # it is done all the same, and must not be reported as failed
-            logger.exception("what Redis shows of the checkpoint is from before the rollback, until the next sync")
+        self._tell_saved(weights.version, wait=True)  # what fails of it is logged: the rollback is done all the same
+        checkpoint = self._described()
+        self._tell(lambda: self._registry.publish_checkpoint(checkpoint), wait=True)
         return {**asdict(report), "weight_version": weights.version}
 
     # --- what others see ----------------------------------------------------------------------------------------------
 
     def publish(self) -> None:
         """For `GET /checkpoint`: the generations one can roll back to, newest first."""
+        self._registry.publish_checkpoint(self._described())
+
+    def _described(self) -> dict[str, Any]:
         shown = (
             "generation", "kind", "weight_version", "jobs", "blocks_changed", "blocks_total", "bytes_changed",
             "undo_bytes", "restores",
@@ -559,14 +610,12 @@ class Saver:
             {"created_at": g.time, **{name: getattr(g, name) for name in shown}}
             for g in reversed(self.store.generations())
         ]
-        self._registry.publish_checkpoint(
-            {
-                "directory": str(self.store.directory),
-                "head": self.store.head.generation,
-                "generations": generations,
-                "last_sync": self.last,
-            }
-        )
+        return {
+            "directory": str(self.store.directory),
+            "head": self.store.head.generation,
+            "generations": generations,
+            "last_sync": self.last,
+        }
 
     # --- optimizer state ----------------------------------------------------------------------------------------------
 

@@ -200,14 +200,23 @@ event(id, 'step', ARGV[9])
 return 'ok'
 """
 
-# ARGV: id, fence. Puts a job back between two steps; beat's tick or the next worker's start publishes it.
-RELEASE = PRELUDE + """
+GIVING_BACK = """
+local function give_back(id, paused)
+  move(id, 'running', 'queued')
+  redis.call('HSET', job_key(id), 'worker', '', 'queued_at', now(), 'paused', paused and '1' or '0')
+  redis.call('HINCRBY', job_key(id), 'barren', -1)  -- no worker died in this attempt: the next claim adds nothing
+  event(id, paused and 'paused' or 'queued', '{}')
+end
+"""
+
+# ARGV: id, fence. Puts a job back between two steps; beat's tick or the next worker's start publishes it. A pause or a
+# cancellation that came too late for a look between steps is done here: nobody else would.
+RELEASE = PRELUDE + GIVING_BACK + """
 local id = ARGV[1]
-if get(id, 'fence') == ARGV[2] and get(id, 'state') == 'queued' then return 'ok' end
+local state, want = get(id, 'state'), get(id, 'requested')
+if get(id, 'fence') == ARGV[2] and (state == 'queued' or state == 'cancelled') then return 'ok' end
 if not held(id, ARGV[2]) then return 'stale' end
-move(id, 'running', 'queued')
-redis.call('HSET', job_key(id), 'worker', '', 'queued_at', now(), 'paused', '0')
-event(id, 'queued', '{}')
+if want == 'cancel' then close(id, 'running', 'cancelled', '', now()) else give_back(id, want == 'pause') end
 return 'ok'
 """
 
@@ -228,14 +237,12 @@ return 'ok'
 """
 
 # ARGV: id, fence. Gives a job that is to pause back, between two steps, so that the worker can run another.
-PARK = PRELUDE + """
+PARK = PRELUDE + GIVING_BACK + """
 local id = ARGV[1]
 if get(id, 'fence') == ARGV[2] and get(id, 'state') == 'queued' then return 'ok' end
 if not held(id, ARGV[2]) then return 'stale' end
 if get(id, 'requested') ~= 'pause' then return 'go-on' end
-move(id, 'running', 'queued')
-redis.call('HSET', job_key(id), 'paused', '1', 'worker', '', 'queued_at', now())
-event(id, 'paused', '{}')
+give_back(id, true)
 return 'ok'
 """
 

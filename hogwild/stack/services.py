@@ -24,8 +24,8 @@ from hogwild.stack import embedded_redis
 CPU_KV_CACHE_GIB = 1
 # Share of the card that vLLM takes when the user names none: the rest is for gradients, activations and optimizer.
 GPU_MEMORY_UTILIZATION = 0.80
-# The end of a step, and of the process, before and after the worker's last sync.
-WORKER_STOP_S = 30.0
+# Before and after the worker's last sync: the end of a step, or of a call to a Redis that hangs (30 s); of the process.
+WORKER_STOP_S = 60.0
 DEV = Path("/dev")
 
 

@@ -35,6 +35,10 @@ def messages_of(client, ledger):
     return found
 
 
+def event_names(client, ledger, job_id):
+    return [fields[b"event"].decode() for _, fields in client.xrange(ledger.keys("events", job_id))]
+
+
 def run_steps(ledger, lease, first, count, version=0):
     for step in range(first, first + count):
         ledger.begin_step(lease, step, weight_version=version + step - first)
@@ -258,6 +262,32 @@ def test_job_that_kills_every_worker_fails(ledger, submit):
     assert job.state == "failed" and "died" in job.error["message"]
 
 
+@pytest.mark.parametrize("end", ["release", "park"])
+def test_attempts_that_end_in_order_before_a_step_are_no_deaths(ledger, submit, end):
+    job_id = submit()
+
+    def given_back(worker):
+        lease = ledger.claim(job_id, worker)
+        assert lease is not None
+        if end == "park":
+            ledger.request(job_id, "pause")
+        for _ in range(2):  # the reply to the first was lost
+            getattr(ledger, end)(lease)
+        if end == "park":
+            ledger.request(job_id, "run")
+
+    for attempt in range(2 * BARREN_ATTEMPTS):
+        given_back(f"w{attempt}")
+    # And the deaths among them count as before
+    for attempt in range(BARREN_ATTEMPTS):
+        assert ledger.claim(job_id, f"dies{attempt}") is not None
+        if attempt < BARREN_ATTEMPTS - 1:
+            given_back(f"stops{attempt}")
+    assert ledger.claim(job_id, "w-last") is None
+    job = ledger.get(job_id)
+    assert job.state == "failed" and "died 5 times" in job.error["message"]
+
+
 def test_job_that_makes_progress_between_deaths_goes_on(ledger, submit):
     job_id = submit()
     for attempt in range(3 * BARREN_ATTEMPTS):
@@ -325,6 +355,36 @@ def test_parked_job_goes_on_where_it_stopped(redis_client, ledger, submit):
     assert ledger.reconcile("w1", grace_s=0).republished == ()
     ledger.request(job_id, "run")
     assert ledger.claim(job_id, "w1").first_step == 2
+
+
+def test_job_that_is_to_pause_is_paused_when_its_worker_stops(redis_client, ledger, submit):
+    job_id = submit()
+    run_steps(ledger, lease := ledger.claim(job_id, "w1"), 0, 2)
+    # Given a pause that came after the job's last look
+    ledger.request(job_id, "pause")
+    ledger.release(lease)
+    ledger.release(lease)  # the reply to the first was lost
+    job = ledger.get(job_id)
+    assert (job.state, job.paused, job.requested) == ("queued", True, "pause")
+    assert event_names(redis_client, ledger, job_id)[-1] == "paused"
+    redis_client.delete(*ledger.messages.queue_keys())
+    assert ledger.reconcile("w2", grace_s=0).republished == ()
+    ledger.request(job_id, "run")
+    assert messages_of(redis_client, ledger) == [job_id]
+    assert ledger.claim(job_id, "w2").first_step == 2
+
+
+def test_job_that_is_to_be_cancelled_ends_when_its_worker_stops(redis_client, ledger, submit):
+    job_id = submit()
+    lease = ledger.claim(job_id, "w1")
+    ledger.request(job_id, "cancel")
+    ledger.release(lease)
+    ledger.release(lease)  # the reply to the first was lost
+    assert ledger.get(job_id).state == "cancelled"
+    assert event_names(redis_client, ledger, job_id)[-1] == "cancelled"
+    assert ledger.counts() == {"queued": 0, "running": 0, "succeeded": 0, "failed": 0, "cancelled": 1}
+    with pytest.raises(Conflict):
+        ledger.request(job_id, "run")
 
 
 def test_finished_job_cannot_be_paused(ledger, submit):

@@ -5,6 +5,7 @@ What happens when they fail or come too late, and what others see of it.
 
 import errno
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +26,8 @@ from hogwild.checkpoint.store import CheckpointStore
 from hogwild.config import Settings
 from hogwild.errors import CheckpointError, JobCancelled, ServiceUnavailable
 from hogwild.stack import services
-from hogwild.tasks import control, prefix_cache, runtime, saving
+from hogwild.tasks import connections, control, prefix_cache, runtime, saving
+from hogwild.tasks.control import WorkerStopping
 from hogwild.tasks.payloads import Sample, pack
 from hogwild.tasks.runtime import Live, Runtime
 from hogwild.tasks.saving import Saver
@@ -163,6 +165,8 @@ def test_an_operation_that_runs_out_of_memory_fails_with_its_reason(
     sync, rollback = bench.runtime.operations.submit("sync"), bench.runtime.operations.submit("rollback", generation=0)
     with monkeypatch.context() as patched:
         patched.setattr(bench.saver.store, "begin_sync", failing(torch.OutOfMemoryError("no room")))
+        bench.runtime.between_steps()
+        wait_until(lambda: not bench.saver.busy)
         bench.runtime.between_steps()
     for operation in (sync, rollback):
         ended = bench.runtime.operations.get(operation)
@@ -544,6 +548,57 @@ def test_a_rollback_to_the_last_generation_that_fails_half_way_is_finished(
     check_saved(bench, 1)
 
 
+def step_without_its_mark(bench: Bench) -> None:
+    """As when Redis goes away between the step and its mark."""
+    bench.weights.begin()
+    bench.views["w"] += 1.0
+    bench.weights.applied()
+
+
+def test_a_step_whose_mark_was_lost_is_saved_by_the_next_tick(bench: Bench) -> None:
+    step_without_its_mark(bench)
+    bench.runtime.tick()
+    assert bench.saver.store.head.weight_version == 1
+    assert not bench.runtime.dirty.state().dirty
+
+
+def test_a_step_whose_mark_was_lost_counts_as_unsaved_when_a_job_begins(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.step()
+    since = bench.runtime.dirty.state().oldest_at
+    step_without_its_mark(bench)
+    seen = []
+    monkeypatch.setattr(bench.runtime, "_run_lease", lambda *_: seen.append(bench.runtime.dirty.state()))
+    job, _ = bench.runtime.ledger.submit(pack([Sample([1], [2])]), {})
+    bench.runtime.train(None, job)
+    [state] = seen
+    assert (state.steps, state.weight_version, state.oldest_at) == (2, 2, since)
+
+
+def test_a_worker_that_was_told_to_stop_claims_no_job(bench: Bench) -> None:
+    job, _ = bench.runtime.ledger.submit(pack([Sample([1], [2])]), {})
+    bench.runtime.stopping = lambda: True  # type: ignore[method-assign]
+    assert bench.runtime.train(None, job)["state"] == "queued"
+    assert (bench.runtime.ledger.get(job).state, bench.runtime.ledger.get(job).attempts) == ("queued", 0)
+
+
+def test_a_step_of_which_redis_alone_knows_is_not_counted_as_applied_after_a_rollback(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench.runtime, "_rolled_back", lambda: True)
+    worker, ledger = bench.runtime, bench.runtime.ledger
+    bench.step()
+    job, _ = ledger.submit(pack([Sample([1], [2])]), {})
+    # Given a step that Redis began, and stayed away with its reply: nothing was written
+    ledger.begin_step(ledger.claim(job, worker.worker_id, weights_version=1), 0, weight_version=1)
+    # When the same process moves the version before it goes on with the job
+    worker.run_operation(worker.operations.submit("rollback", generation=0))
+    assert bench.weights.version > 1
+    assert ledger.claim(job, worker.worker_id, weights_version=bench.weights.version).first_step == 1
+    assert (ledger.get(job).steps_applied, ledger.get(job).steps_interrupted) == (0, 1)
+
+
 # --- the last chance --------------------------------------------------------------------------------------------------
 
 
@@ -651,16 +706,137 @@ def test_the_last_sync_gets_longer_with_the_model_and_up_waits_for_it(settings: 
     def worker(chosen: Settings) -> Any:
         return next(s for s in services.build(chosen, vllm=False) if s.name == "worker")
 
-    assert worker(settings).stop_wait_s == 90 + 30
+    assert worker(settings).stop_wait_s == 90 + 60
     directory = settings.model_checkpoint_dir
     directory.mkdir(parents=True)
     with (directory / "model.safetensors").open("wb") as file:
         file.truncate(65 * 10**9)  # a hole
-    assert worker(settings).stop_wait_s == 90 + 650 + 30
+    assert worker(settings).stop_wait_s == 90 + 650 + 60
     assert worker(settings).env["HOGWILD_LAST_SYNC_S"] == "740.0"
     chosen = settings.model_copy(update={"last_sync_s": 2000.0})
-    assert worker(chosen).stop_wait_s == 2030
+    assert worker(chosen).stop_wait_s == 2060
     assert worker(chosen).env["HOGWILD_LAST_SYNC_S"] == "2000.0"
+
+
+# --- Redis is away ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server(own_redis: Any) -> Any:
+    """A Redis that a test may kill or stall."""
+    return own_redis()
+
+
+@pytest.fixture
+def lonely(settings: Settings, server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+    """The worker of that Redis; a call that hangs times out after 3 s."""
+    monkeypatch.setattr(connections, "WORKER_TIMEOUT_S", 3.0)
+    made = Bench(settings.model_copy(update={"redis_url": server.url, "sync_quiet_s": 0.0}), tmp_path)
+    yield made
+    made.runtime._ending.set()  # what still waits for Redis
+    made.saver.close()
+    made.runtime.client.close()
+
+
+def in_time(call: Callable[[], Any], seconds: float) -> Any:
+    """What a call returns that must not take longer."""
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(call()), daemon=True)
+    thread.start()
+    thread.join(seconds)
+    assert results, f"not done after {seconds} s"
+    return results[0]
+
+
+@pytest.mark.parametrize("away", [signal.SIGKILL, signal.SIGSTOP], ids=["gone", "hanging"])
+@pytest.mark.parametrize("where", ["in a call", "between two steps"])
+def test_a_worker_that_is_stopped_while_redis_is_away_saves(
+    lonely: Bench, server: Any, monkeypatch: pytest.MonkeyPatch, away: signal.Signals, where: str
+) -> None:
+    worker = lonely.runtime
+    job, _ = worker.ledger.submit(pack([Sample([1], [2])]), {})
+    gone = threading.Event()
+
+    def run(_: Any, lease: Any) -> None:
+        lonely.step()
+        server.signal(away)
+        gone.set()
+        if where == "in a call":
+            worker.ledger.begin_step(lease, 0, weight_version=1)
+        wait_until(lambda: worker.asked_to_stop)
+        raise WorkerStopping
+
+    monkeypatch.setattr(worker, "_run_lease", run)
+    task = threading.Thread(target=worker.train, args=(None, job), daemon=True)
+    task.start()
+    gone.wait(30)
+    time.sleep(0.5)
+    worker.asked_to_stop = True
+    task.join(5.0)  # once a call's time-out, and not once more for each that follows
+    assert not task.is_alive()
+    in_time(lambda: (worker.shutdown(), True), 20.0)
+    assert lonely.saver.store.head.weight_version == 1
+
+
+def last_chance(bench: Bench, seconds: float) -> bool:
+    saver, until = bench.saver, time.monotonic() + seconds
+    return bool(
+        in_time(
+            lambda: saver.last_chance(
+                bench.attachment, bench.trainer, "vLLM is gone", until=until, failed=lambda: None
+            ),
+            seconds + 5.0,
+        )
+    )
+
+
+def test_a_last_sync_that_fails_at_first_is_tried_again_while_redis_is_away(
+    lonely: Bench, server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lonely.step()
+    begin, full = lonely.saver.store.begin_sync, [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))]
+
+    def full_at_first(*args: Any, **options: Any) -> Any:
+        if full:
+            raise full.pop()
+        return begin(*args, **options)
+
+    monkeypatch.setattr(lonely.saver.store, "begin_sync", full_at_first)
+    server.kill()
+    assert last_chance(lonely, 10.0)
+    assert lonely.saver.store.head.weight_version == 1
+
+
+@pytest.mark.parametrize("kind", ["sync", "verify"])
+def test_what_redis_is_yet_to_hear_of_holds_up_no_last_sync_and_is_told_when_it_is_back(
+    lonely: Bench, server: Any, monkeypatch: pytest.MonkeyPatch, kind: Any
+) -> None:
+    # Given an operation beside a job that is done, and a Redis that is gone by then
+    worker, saver = lonely.runtime, lonely.saver
+    lonely.step()
+    operation = worker.operations.submit(kind)
+    work = (saver.store, "verify") if kind == "verify" else (saver.store, "_write")
+    do, gone = getattr(*work), threading.Event()
+
+    def do_and_lose_redis(*args: Any) -> Any:
+        done = do(*args)
+        server.kill()
+        gone.set()
+        return done
+
+    with monkeypatch.context() as patched:
+        patched.setattr(*work, do_and_lose_redis)
+        worker.run_operation(operation, in_job=True)
+        assert gone.wait(30)
+    # When vLLM is lost after another step
+    step_without_its_mark(lonely)
+    assert last_chance(lonely, 10.0)
+    assert saver.store.head.weight_version == 2
+    # Then the operation has its end as soon as there is a Redis
+    server.start()
+    wait_until(lambda: worker.operations.get(operation).final)
+    assert worker.operations.get(operation).state == "succeeded"
+    wait_until(lambda: worker.dirty.state().synced_version == 2)
 
 
 # --- vLLM's prefix cache ----------------------------------------------------------------------------------------------
