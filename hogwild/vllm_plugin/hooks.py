@@ -296,7 +296,7 @@ class Load:
         self._tracing.close()
         started = time.monotonic()
         with torch.no_grad():
-            if any(parameter.device.type == "cpu" for parameter in model.parameters()):
+            if self.facts.device == "cpu":  # on a GPU the model may have given it addresses of host memory already
                 self._arena = rehome(model, slug(served_name(self.model_config)))
                 self._prefault = Prefault(self._arena)
             self._places = export.places_by_storage(model)
@@ -354,7 +354,9 @@ class Load:
                 return
         with torch.no_grad():
             resolved = export.resolve(model, self._trace, self._places, self._layouts, logger)
-            memory = export.place(resolved, next(model.parameters()).device, self._arena)
+            served = torch.device(self.facts.device)
+            device = next((p.device for p in model.parameters() if p.device.type == served.type), served)
+            memory = export.place(resolved, device, self._arena)
         self.seconds += time.monotonic() - started
         path = self._publish(memory)
         self._model = weakref.ref(model)

@@ -7,6 +7,7 @@ map is resolved and compared. The danger is always the same: a view that is call
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from hogwild.tensors import BackgroundDigests, digest
-from hogwild.vllm_plugin import export
+from hogwild.vllm_plugin import cuda_export, export
 from hogwild.vllm_plugin.arena import Prefault, rehome
 from hogwild.vllm_plugin.trace import Landing, LoadTrace
 
@@ -564,6 +565,20 @@ def test_parameter_made_while_loading() -> None:
     assert memory.records["w"].status == "shared"
     assert memory.records["bias"].status == "derived"
     assert "outside the shared memory" in str(memory.records["bias"].reason)
+
+
+def test_parameter_in_host_memory_of_a_model_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No allocation of the GPU's: it is left out, and the rest is shared."""
+    monkeypatch.setattr(cuda_export, "gpu_uuid", lambda device: "GPU-1")
+    monkeypatch.setattr(cuda_export, "CudaAllocations", lambda: SimpleNamespace(allocations=[], locate=lambda _: 1 / 0))
+    model = one(4, 6)
+    loading = Loading(model)
+    loading.run({"w": random(4, 6)}, lambda _, t: model.w.data.copy_(t))
+
+    memory = export.place(loading.resolve(), torch.device("cuda"), None)
+
+    assert memory.records["w"].status == "derived"
+    assert "in the host's memory" in str(memory.records["w"].reason)
 
 
 @pytest.mark.parametrize("told", [True, False])
