@@ -36,7 +36,7 @@ import torch
 from hogwild import config
 from hogwild.config import load_settings, slug
 from hogwild.errors import HogwildError
-from hogwild.manifest import Manifest, Refusal, manifest_path, refusal_path
+from hogwild.manifest import Manifest, Refusal, living_exports, manifest_path, refusal_path
 from hogwild.preflight import (
     SUPPORTED_VLLM,
     Facts,
@@ -46,7 +46,7 @@ from hogwild.preflight import (
     options_freeze,
     problems,
 )
-from hogwild.runtime_files import boot_id, private_dir, process_start_time, remove_at_exit
+from hogwild.runtime_files import boot_id, of_this_program, private_dir, process_start_time, remove_at_exit
 from hogwild.strided import Layout
 from hogwild.tensors import BackgroundDigests
 from hogwild.vllm_plugin import export
@@ -59,6 +59,9 @@ from hogwild.weight_state import WeightState
 T = TypeVar("T")
 logger = logging.getLogger("vllm.hogwild")
 
+# How long a vLLM that ends may take until the one that replaces it gives up sharing: vLLM kills what has not ended 5 s
+# after it was asked to.
+TAKEOVER_S = 15.0
 _LOADERS = "vllm.model_executor.model_loader"
 
 
@@ -262,7 +265,7 @@ def _load_endpoint_plugins(original: Callable[..., Any], *args: Any, **kwargs: A
     try:
         from hogwild.vllm_plugin.endpoint import HogwildEndpoint
 
-        return [*plugins, HogwildEndpoint(model_runtime_dir)]
+        return [*plugins, HogwildEndpoint(model_runtime_dir, withheld)]
     except Exception:
         logger.exception("hogwild: no routes on vLLM's port")
         return plugins
@@ -358,6 +361,9 @@ class Load:
             device = next((p.device for p in model.parameters() if p.device.type == served.type), served)
             memory = export.place(resolved, device, self._arena)
         self.seconds += time.monotonic() - started
+        if (other := self.void(TAKEOVER_S)) is not None:
+            self._say([same_name(other)])
+            return
         path = self._publish(memory)
         self._model = weakref.ref(model)
         _exported.append(self)
@@ -406,11 +412,11 @@ class Load:
         return path
 
     def refuse(self, refusals: list[Problem]) -> None:
-        """Log why the weights are not shared and leave the report where the manifest would be."""
+        """Log why the weights are not shared and leave the report where the manifest would be, unless another's is."""
         name = served_name(self.model_config)
-        for problem in refusals:
-            logger.warning("hogwild: the weights of %s are not shared: %s [%s]", name, problem.message, problem.check)
-        self.void()
+        self._say(refusals)
+        if self.void(TAKEOVER_S) is not None:
+            return
         path, pid = refusal_path(self.runtime_dir, self.rank), os.getpid()
         Refusal(
             reasons=tuple((p.check, p.message) for p in refusals),
@@ -422,11 +428,30 @@ class Load:
         ).write(path)
         remove_at_exit(path)
 
-    def void(self) -> None:
-        """Whatever an earlier vLLM of this name left does not hold any more, its weight version neither."""
+    def _say(self, refusals: list[Problem]) -> None:
+        name = served_name(self.model_config)
+        for problem in refusals:
+            logger.warning("hogwild: the weights of %s are not shared: %s [%s]", name, problem.message, problem.check)
+
+    def void(self, patience_s: float = 0.0) -> int | None:
+        """Whatever an earlier vLLM of this name left does not hold any more, its weight version neither.
+
+        One that goes on sharing its weights after `patience_s` seconds keeps its files; its process id is returned.
+        """
+        deadline = time.monotonic() + patience_s
+        while (other := self._other()) is not None:
+            if time.monotonic() >= deadline:
+                return other
+            time.sleep(0.1)
         manifest_path(self.runtime_dir, self.rank).unlink(missing_ok=True)
         if self.rank == 0:
             (self.runtime_dir / STATE_FILE).unlink(missing_ok=True)
+        return None
+
+    def _other(self) -> int | None:
+        """Process of another vLLM that shares its weights under this name; other ranks of ours have our export id."""
+        found = living_exports(self.runtime_dir)
+        return next((pid for _, pid, export_id in found if pid != os.getpid() and export_id != self.export_id), None)
 
     def forget(self) -> None:
         """Everything but the shared memory itself has done its work."""
@@ -448,8 +473,8 @@ def _begin(original: Callable[..., Any], loader: Any, args: tuple[Any, ...], kwa
         return None
     load = Load(model_config, private_dir(model_runtime_dir(vllm_config)))
     try:
-        load.void()
-        refusal_path(load.runtime_dir, load.rank).unlink(missing_ok=True)
+        if load.void() is None:
+            refusal_path(load.runtime_dir, load.rank).unlink(missing_ok=True)
         load.facts = facts_of(vllm_config, model_config, loader)
         refusals = problems(load.facts)
         if refusals:
@@ -472,6 +497,24 @@ def is_draft(vllm_config: Any, model_config: Any) -> bool:
     speculative = getattr(vllm_config, "speculative_config", None)
     draft = getattr(speculative, "draft_model_config", None)
     return draft is model_config and draft is not getattr(speculative, "target_model_config", None)
+
+
+def same_name(pid: int) -> Problem:
+    """The refusal beside another vLLM, which keeps the name."""
+    return Problem(
+        check="same-name",
+        message=f"another vLLM (pid {pid}) shares its weights under this name: start this one with another "
+        f"--served-model-name, or stop that one first",
+    )
+
+
+def withheld(vllm_config: Any) -> Problem | None:
+    """Why this front end is not that of the weights that are shared under its model's name; asked when it is ready."""
+    parallel = getattr(vllm_config, "parallel_config", None)
+    if getattr(parallel, "distributed_executor_backend", None) not in ("uni", "mp"):
+        return None  # who started the engines of others (Ray) can't be told
+    exports = living_exports(model_runtime_dir(vllm_config))
+    return next((same_name(pid) for _, pid, _ in exports if not of_this_program(pid)), None)
 
 
 # --- what vLLM decided ---------------------------------------------------------------------------------------------

@@ -145,6 +145,15 @@ def test_a_checkpoint_of_another_dtype_is_refused(rows: Rows) -> None:
     assert "start vLLM with --dtype bfloat16" in log(row)
 
 
+@pytest.mark.parametrize("case", ["beside another vLLM", "refused beside another vLLM"])
+def test_a_second_vllm_takes_nothing_from_the_first(case: str, rows: Rows) -> None:
+    row = rows[case]
+    assert row.get("error") is None
+    assert row["kept"]
+    assert not row["reported"]
+    assert (f"another vLLM (pid {row['pid']}) shares its weights" in log(row)) != case.startswith("refused")
+
+
 def test_a_checkpoint_without_safetensors_is_refused(rows: Rows) -> None:
     row = rows["only .bin files"]
     assert row["served"]

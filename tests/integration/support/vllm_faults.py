@@ -253,6 +253,30 @@ def cases(bench: Bench) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
 
     yield "checkpoint of another dtype", bf16
 
+    def beside(directory: str) -> Callable[[], dict[str, Any]]:
+        """Another process shares its weights under this name."""
+        from dataclasses import replace
+
+        from hogwild.runtime_files import process_start_time
+
+        def run() -> dict[str, Any]:
+            row, path, pid = bench.load("m"), manifest.manifest_path(bench.runtime / "m"), os.getppid()
+            made = manifest.Manifest.load(path)
+            replace(made, pid=pid, process_start_time=process_start_time(pid), export_id="ab" * 16,
+                    allocations=[replace(a, pid=pid) for a in made.allocations]).write(path)  # fmt: skip
+            state, before = bench.runtime / "m" / "weights.state", path.read_bytes()
+            bench.log.lines.clear()
+            with mock.patch.object(hooks, "TAKEOVER_S", 0.2):
+                bench.server.load(bench.base / directory, "m")
+            kept = path.exists() and path.read_bytes() == before and state.exists()
+            refused = manifest.refusal_path(bench.runtime / "m").exists()
+            return {**row, "kept": kept, "reported": refused, "log": bench.log.lines[:], "pid": pid}
+
+        return run
+
+    yield "beside another vLLM", beside("llama")
+    yield "refused beside another vLLM", beside("bf16")
+
     def only_bin() -> dict[str, Any]:
         import torch
         from safetensors.torch import load_file
