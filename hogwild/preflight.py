@@ -51,6 +51,7 @@ class Facts:
     cpu_offload_gb: float = 0.0
     pipeline_parallel_size: int = 1
     data_parallel_size: int = 1
+    prefill_context_parallel_size: int = 1
     eplb: bool = False
     expert_parallel: bool = False
     remote_weights: str | None = None  # a model that vLLM streams from an object store
@@ -160,6 +161,8 @@ def parallel(facts: Facts) -> str | None:
         return "pipeline parallelism is not supported: use --pipeline-parallel-size 1"
     if facts.data_parallel_size > 1:
         return "every data-parallel engine has weights of its own: use --data-parallel-size 1 and one vLLM per replica"
+    if facts.prefill_context_parallel_size > 1:
+        return "each prefill-context rank has weights of its own: use --prefill-context-parallel-size 1"
     if facts.eplb or facts.expert_parallel:
         return "expert parallelism moves experts between GPUs: leave out --enable-expert-parallel and --enable-eplb"
     return None

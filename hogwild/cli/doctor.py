@@ -283,6 +283,7 @@ def argument_facts(arguments: list[str], device: str) -> dict[str, Any]:
     parser.add_argument("--tensor-parallel-size", "-tp", type=int, default=1)
     parser.add_argument("--pipeline-parallel-size", "-pp", type=int, default=1)
     parser.add_argument("--data-parallel-size", "-dp", type=int, default=1)
+    parser.add_argument("--prefill-context-parallel-size", "-pcp", type=int, default=1)
     for flag in ("--enable-sleep-mode", "--enable-cumem-allocator", "--enable-expert-parallel", "--enable-eplb"):
         short = ["-ep"] if flag == "--enable-expert-parallel" else []
         parser.add_argument(flag, *short, action=argparse.BooleanOptionalAction, default=False)
@@ -298,6 +299,7 @@ def argument_facts(arguments: list[str], device: str) -> dict[str, Any]:
         "tensor_parallel_size": known.tensor_parallel_size,
         "freezing": options_freeze(inductor_options(arguments), device),
         "pipeline_parallel_size": known.pipeline_parallel_size, "data_parallel_size": known.data_parallel_size,
+        "prefill_context_parallel_size": known.prefill_context_parallel_size,
         "expert_parallel": known.enable_expert_parallel, "eplb": known.enable_eplb,
     }  # fmt: skip
     if known.dtype not in (None, "auto"):

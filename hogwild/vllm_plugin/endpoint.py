@@ -48,7 +48,7 @@ def api_keys(args: Namespace) -> tuple[str, ...]:
 class HogwildEndpoint:
     """One per vLLM API server process.
 
-    `runtime_dir_of` finds the model's runtime directory in a VllmConfig, `withheld` why this server must not be
+    `runtime_dir_of` finds the model's runtime directory in a VllmConfig, `withdraw` why this server must not be
     published there, if so.
     """
 
@@ -56,10 +56,10 @@ class HogwildEndpoint:
     required_tasks = None
 
     def __init__(
-        self, runtime_dir_of: Callable[[Any], Path], withheld: Callable[[Any], Problem | None] = lambda config: None
+        self, runtime_dir_of: Callable[[Any], Path], withdraw: Callable[[Any], Problem | None] = lambda config: None
     ) -> None:
         self._runtime_dir_of = runtime_dir_of
-        self._withheld = withheld
+        self._withdraw = withdraw
         self._engine: Any = None
         self._runtime_dir: Path | None = None
         self._version = LateVersion()
@@ -109,7 +109,7 @@ class HogwildEndpoint:
 
     def _publish(self, engine_client: Any, args: Namespace) -> None:
         runtime_dir = private_dir(self._runtime_dir_of(engine_client.vllm_config))
-        if (problem := self._withheld(engine_client.vllm_config)) is not None:
+        if (problem := self._withdraw(engine_client.vllm_config)) is not None:
             logger.warning("hogwild: the worker is not told of this server: %s [%s]", problem.message, problem.check)
             return
         self._engine, self._runtime_dir = engine_client, runtime_dir

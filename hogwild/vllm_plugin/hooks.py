@@ -62,6 +62,7 @@ logger = logging.getLogger("vllm.hogwild")
 # How long a vLLM that ends may take until the one that replaces it gives up sharing: vLLM kills what has not ended 5 s
 # after it was asked to.
 TAKEOVER_S = 15.0
+SAME_NAME = "same-name"
 _LOADERS = "vllm.model_executor.model_loader"
 
 
@@ -265,7 +266,7 @@ def _load_endpoint_plugins(original: Callable[..., Any], *args: Any, **kwargs: A
     try:
         from hogwild.vllm_plugin.endpoint import HogwildEndpoint
 
-        return [*plugins, HogwildEndpoint(model_runtime_dir, withheld)]
+        return [*plugins, HogwildEndpoint(model_runtime_dir, withdraw)]
     except Exception:
         logger.exception("hogwild: no routes on vLLM's port")
         return plugins
@@ -413,20 +414,9 @@ class Load:
 
     def refuse(self, refusals: list[Problem]) -> None:
         """Log why the weights are not shared and leave the report where the manifest would be, unless another's is."""
-        name = served_name(self.model_config)
         self._say(refusals)
-        if self.void(TAKEOVER_S) is not None:
-            return
-        path, pid = refusal_path(self.runtime_dir, self.rank), os.getpid()
-        Refusal(
-            reasons=tuple((p.check, p.message) for p in refusals),
-            pid=pid,
-            boot_id=boot_id(),
-            served_model_name=name,
-            vllm_version=vllm_version(),
-            process_start_time=process_start_time(pid),
-        ).write(path)
-        remove_at_exit(path)
+        if self.void(TAKEOVER_S) is None:
+            report(refusals, served_name(self.model_config), refusal_path(self.runtime_dir, self.rank))
 
     def _say(self, refusals: list[Problem]) -> None:
         name = served_name(self.model_config)
@@ -499,10 +489,24 @@ def is_draft(vllm_config: Any, model_config: Any) -> bool:
     return draft is model_config and draft is not getattr(speculative, "target_model_config", None)
 
 
+def report(refusals: list[Problem], name: str, path: Path) -> None:
+    """Write why the weights of the model `name` are not shared, for as long as this process lives."""
+    pid = os.getpid()
+    Refusal(
+        reasons=tuple((p.check, p.message) for p in refusals),
+        pid=pid,
+        boot_id=boot_id(),
+        served_model_name=name,
+        vllm_version=vllm_version(),
+        process_start_time=process_start_time(pid),
+    ).write(path)
+    remove_at_exit(path)
+
+
 def same_name(pid: int) -> Problem:
     """The refusal beside another vLLM, which keeps the name."""
     return Problem(
-        check="same-name",
+        check=SAME_NAME,
         message=f"another vLLM (pid {pid}) shares its weights under this name: start this one with another "
         f"--served-model-name, or stop that one first",
     )
@@ -510,11 +514,37 @@ def same_name(pid: int) -> Problem:
 
 def withheld(vllm_config: Any) -> Problem | None:
     """Why this front end is not that of the weights that are shared under its model's name; asked when it is ready."""
-    parallel = getattr(vllm_config, "parallel_config", None)
-    if getattr(parallel, "distributed_executor_backend", None) not in ("uni", "mp"):
-        return None  # who started the engines of others (Ray) can't be told
-    exports = living_exports(model_runtime_dir(vllm_config))
-    return next((same_name(pid) for _, pid, _ in exports if not of_this_program(pid)), None)
+    several = problems(Facts(data_parallel_size=engines(getattr(vllm_config, "parallel_config", None))))
+    _, others = _exports(vllm_config)
+    return next(iter([*several, *map(same_name, others)]), None)
+
+
+def withdraw(vllm_config: Any) -> Problem | None:
+    """`withheld`; with several engines, what one of them shared in ignorance of the others is taken back."""
+    problem = withheld(vllm_config)
+    if problem is None or problem.check == SAME_NAME:
+        return problem
+    directory = model_runtime_dir(vllm_config)
+    ours, others = _exports(vllm_config)
+    for path in ours:
+        path.unlink(missing_ok=True)
+    if not others:
+        (directory / STATE_FILE).unlink(missing_ok=True)
+        report([problem], served_name(vllm_config.model_config), refusal_path(directory))
+    return problem
+
+
+def _exports(vllm_config: Any) -> tuple[list[Path], list[int]]:
+    """The manifests of this front end's engines, and the processes of other vLLMs that share weights under its name."""
+    executor = getattr(getattr(vllm_config, "parallel_config", None), "distributed_executor_backend", None)
+    ours: list[Path] = []
+    others: list[int] = []
+    for path, pid, _ in living_exports(model_runtime_dir(vllm_config)):
+        if executor not in ("uni", "mp") or of_this_program(pid):  # who started those of others (Ray) can't be told
+            ours.append(path)
+        else:
+            others.append(pid)
+    return ours, others
 
 
 # --- what vLLM decided ---------------------------------------------------------------------------------------------
@@ -551,12 +581,25 @@ def facts_of(vllm_config: Any, model_config: Any, loader: Any) -> Facts:
         or options_freeze(options, device),
         cpu_offload_gb=float(getattr(uva, "cpu_offload_gb", 0) or getattr(prefetch, "offload_group_size", 0) or 0),
         pipeline_parallel_size=parallel.pipeline_parallel_size,
-        data_parallel_size=parallel.data_parallel_size,
+        data_parallel_size=engines(parallel),
+        prefill_context_parallel_size=getattr(parallel, "prefill_context_parallel_size", 1),
         eplb=bool(parallel.enable_eplb),
         expert_parallel=bool(parallel.enable_expert_parallel),
         remote_weights=getattr(model_config, "model_weights", None) or None,
         **checkpoint,
     )
+
+
+def engines(parallel_config: Any) -> int:
+    """At least how many engines serve the model, each with weights of its own.
+
+    Within an engine of a dense model vLLM sets the number back to 1; what else was made of it still tells.
+    """
+    size, most, index = (
+        getattr(parallel_config, name, None) or 0
+        for name in ("data_parallel_size", "elastic_ep_max_dp_size", "data_parallel_index")
+    )
+    return max(size, most, index + 1)
 
 
 def _files_and_dtype(directory: Path) -> dict[str, Any]:

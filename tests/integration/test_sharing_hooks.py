@@ -179,6 +179,12 @@ def test_a_directory_without_a_readable_config_is_refused_at_once(rows: Rows) ->
     assert "m is not a readable checkpoint" in log(row)
 
 
+def test_an_engine_of_several_is_known_although_vllm_says_it_is_the_only_one(rows: Rows) -> None:
+    row = rows["one of two data-parallel engines"]
+    assert row.get("error") is None
+    assert (row["left"], row["engines"]) == (1, 2)
+
+
 def test_freezing_by_vllms_own_configuration_is_refused(rows: Rows) -> None:
     assert rows["max_autotune on a CPU"]["served"]
     assert rows["max_autotune on a CPU"]["refused"] == ["freezing"]

@@ -313,6 +313,16 @@ def cases(bench: Bench) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
 
     yield "no readable config.json", patched(hooks, "checkpoint_facts", no_config)
 
+    def one_of_two() -> dict[str, Any]:
+        """The first engine of two for a dense model, as vLLM sets it up."""
+        config = _config(bench, "m", data_parallel_size=2)
+        config.parallel_config.data_parallel_index = 0
+        config.parallel_config.reconfigure_for_independent_dp_rank()
+        facts = hooks.facts_of(config, config.model_config, DefaultModelLoader(config.load_config))
+        return {"left": config.parallel_config.data_parallel_size, "engines": facts.data_parallel_size}
+
+    yield "one of two data-parallel engines", one_of_two
+
     def autotuned() -> dict[str, Any]:
         options = {"compilation_config": {"inductor_compile_config": {"max_autotune": True}}}
         with mock.patch.object(bench.server, "arguments", options):

@@ -91,6 +91,7 @@ def test_nothing_in_the_way(model: Path) -> None:
         ("--dtype float32 -pp 2", "parallel", "--pipeline-parallel-size 1"),
         ("--dtype float32 --cpu-offload-gb 4", "offload", "--cpu-offload-gb"),
         ("--dtype float32 --offload-group-size 2", "offload", "--offload-group-size"),
+        ("--dtype float32 -pcp 2", "parallel", "--prefill-context-parallel-size 1"),
         ("--dtype float32 --enable-eplb", "parallel", "--enable-eplb"),
         ("--dtype float32 -ep", "parallel", "--enable-expert-parallel"),
         ("--dtype float32 --enable-cumem-allocator", "sleep-mode", "--enable-cumem-allocator"),

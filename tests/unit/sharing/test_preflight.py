@@ -24,6 +24,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("offload", {"cpu_offload_gb": 4.0}, "--cpu-offload-gb"),
     ("parallel", {"pipeline_parallel_size": 2}, "--pipeline-parallel-size 1"),
     ("parallel", {"data_parallel_size": 2}, "--data-parallel-size 1"),
+    ("parallel", {"prefill_context_parallel_size": 2}, "--prefill-context-parallel-size 1"),
     ("parallel", {"eplb": True}, "--enable-eplb"),
     ("parallel", {"expert_parallel": True}, "--enable-expert-parallel"),
 ]

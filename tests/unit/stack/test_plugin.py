@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from hogwild.frontend import Frontend
-from hogwild.manifest import Manifest, manifest_path, refusal_path
+from hogwild.manifest import Manifest, Refusal, manifest_path, refusal_path
 from hogwild.preflight import Facts, Problem
 from hogwild.runtime_files import boot_id, of_this_program, process_start_time
 from hogwild.vllm_plugin import hooks
@@ -127,21 +128,69 @@ def test_other_ranks_of_the_same_vllm_are_no_others(tmp_path: Path, load: Load) 
     assert load.void() is None
 
 
-def test_a_front_end_is_that_of_the_engines_that_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def config(executor: str, **parallel: int) -> SimpleNamespace:
+    """As much of vLLM's as is read."""
+    return SimpleNamespace(
+        model_config=SimpleNamespace(model="/models/m", served_model_name=["m"]),
+        parallel_config=SimpleNamespace(distributed_executor_backend=executor, **parallel),
+    )
+
+
+@pytest.fixture
+def named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The runtime directory of the model of that configuration."""
     monkeypatch.setenv("HOGWILD_RUNTIME_DIR", str(tmp_path))
-    (tmp_path / "m").mkdir()
+    monkeypatch.setattr(hooks, "vllm_version", lambda: "0.32.0")
+    (tmp_path / "m").mkdir(mode=0o700)
+    return tmp_path / "m"
 
-    def config(executor: str) -> SimpleNamespace:
-        return SimpleNamespace(
-            model_config=SimpleNamespace(model="/models/m", served_model_name=["m"]),
-            parallel_config=SimpleNamespace(distributed_executor_backend=executor),
-        )
 
+def test_a_front_end_is_that_of_the_engines_that_it_started(named: Path) -> None:
     with process() as engine:
-        manifest_of(engine.pid, tmp_path / "m")
+        manifest_of(engine.pid, named)
         assert of_this_program(engine.pid)
         assert hooks.withheld(config("uni")) is None
-    manifest_of(os.getppid(), tmp_path / "m")
+    manifest_of(os.getppid(), named)
     assert hooks.withheld(config("uni")) == hooks.same_name(os.getppid())
     assert hooks.withheld(config("ray")) is None
     assert not of_this_program(max(psutil.pids()) + 1)
+
+
+# --- several engines -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("parallel", "number"),
+    [
+        ({}, 1),  # an older vLLM
+        ({"data_parallel_size": 1, "elastic_ep_max_dp_size": 1, "data_parallel_index": 0}, 1),
+        ({"data_parallel_size": 4, "elastic_ep_max_dp_size": None, "data_parallel_index": 0}, 4),
+        # within the engines of a dense model
+        ({"data_parallel_size": 1, "elastic_ep_max_dp_size": 4, "data_parallel_index": 0}, 4),
+        ({"data_parallel_size": 1, "data_parallel_index": 3}, 4),
+    ],
+)
+def test_an_engine_knows_of_the_others_whatever_number_vllm_leaves_it(parallel: dict[str, Any], number: int) -> None:
+    assert hooks.engines(SimpleNamespace(**parallel)) == number
+
+
+def test_what_one_of_several_engines_shared_is_taken_back(named: Path) -> None:
+    with process() as engine:
+        manifest = manifest_of(engine.pid, named)
+        problem = hooks.withdraw(config("uni", data_parallel_size=2))
+        assert problem is not None
+        assert "--data-parallel-size 1" in problem.message
+        assert not manifest.exists()
+        assert not (named / FILE_NAME).exists()
+        refusal = Refusal.load(refusal_path(named))
+        assert refusal is not None
+        assert refusal.reasons == (("parallel", problem.message),)
+
+
+def test_several_engines_beside_another_vllm_take_nothing_from_it(named: Path) -> None:
+    manifest = manifest_of(os.getppid(), named)
+    assert hooks.withdraw(config("uni", data_parallel_size=2)) is not None
+    assert hooks.withdraw(config("uni")) == hooks.same_name(os.getppid())
+    assert manifest.exists()
+    assert (named / FILE_NAME).exists()
+    assert not refusal_path(named).exists()
