@@ -107,6 +107,7 @@ ENDPOINTS = Hook(module="vllm.plugins", owner=None, name="load_endpoint_plugins"
 HOOKS = (ALL_WEIGHTS, LOAD_WEIGHTS, LOAD_MODEL, CPU_GEMM, ENDPOINTS)
 
 _MARK = "_hogwild_original"
+_PLAIN = "_hogwild_plain_linear"  # on layers that were given plain F.linear
 
 
 def missing_hooks() -> list[str]:
@@ -236,8 +237,7 @@ def _report_failure(load: "Load", error: BaseException) -> None:
 def _load_weights(original: Callable[..., Any], self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
     load = _current
     if load is None:
-        for export in _exported:
-            _guarded(export, export.overwritten, model, default=None)
+        _overwritten(model)
         return original(self, model, *args, **kwargs)
     _guarded(load, load.prepare, model, default=None)
     loaded = original(self, model, *args, **kwargs)
@@ -245,18 +245,31 @@ def _load_weights(original: Callable[..., Any], self: Any, model: Any, *args: An
     return loaded
 
 
-def _get_all_weights(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
+def _get_all_weights(
+    original: Callable[..., Any], self: Any, model_config: Any, model: Any, *args: Any, **kwargs: Any
+) -> Iterator[tuple[str, Any]]:
     load = _current
-    for name, tensor in original(self, *args, **kwargs):
+    if load is None:  # `reload_weights` asks for the tensors only, and loads them itself
+        _overwritten(model)
+    for name, tensor in original(self, model_config, model, *args, **kwargs):
         if load is not None:
             _guarded(load, load.seen, name, tensor, default=None)
         yield name, tensor
+
+
+def _overwritten(model: Any) -> None:
+    """vLLM loads weights into a model outside a load of ours: if it is an exported one, that export ends."""
+    for load in _exported:
+        _guarded(load, load.overwritten, model, default=None)
 
 
 def _dispatch_cpu_gemm(original: Callable[..., Any], layer: Any, *args: Any, **kwargs: Any) -> Any:
     # Packing (oneDNN, sgl-kernel, zentorch) keeps a private copy: writes to the weight would not be served.
     load = _current
     if load is not None and _guarded(load, load.keep_plain_linear, layer, default=False):
+        return None
+    if load is None and getattr(layer, _PLAIN, False):  # a reload: vLLM puts the weights into the parameters it serves
+        layer.cpu_linear = torch.nn.functional.linear
         return None
     return original(layer, *args, **kwargs)
 
@@ -329,6 +342,7 @@ class Load:
         if self._arena is None or layer.weight.ndim != 2 or layer.weight.is_meta:
             return False
         layer.cpu_linear = torch.nn.functional.linear
+        setattr(layer, _PLAIN, True)
         return True
 
     def release(self) -> None:
@@ -451,7 +465,9 @@ class Load:
     def overwritten(self, model: Any) -> None:
         """vLLM loads other weights into the exported model: the export does not hold any more."""
         if self._model is not None and self._model() is model:
-            manifest_path(self.runtime_dir, self.rank).unlink(missing_ok=True)
+            for path, _, export_id in living_exports(self.runtime_dir):
+                if export_id == self.export_id and path == manifest_path(self.runtime_dir, self.rank):
+                    path.unlink(missing_ok=True)
             logger.warning("hogwild: vLLM is loading new weights; sharing ends until vLLM is restarted")
 
 

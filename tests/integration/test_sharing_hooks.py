@@ -106,10 +106,19 @@ def test_switched_off(rows: Rows) -> None:
     assert not rows["disabled"]["manifest"]
 
 
-def test_weights_that_vllm_reloads_end_the_export(rows: Rows) -> None:
-    row = rows["weights reloaded by vLLM"]
+@pytest.mark.parametrize("case", ["weights reloaded by vLLM's loader", "weights reloaded in place"])
+def test_weights_that_vllm_reloads_end_the_export_and_are_served(case: str, rows: Rows) -> None:
+    row = rows[case]
+    assert row.get("error") is None
+    assert row["served"]
     assert not row["manifest"]
     assert "sharing ends until vLLM is restarted" in log(row)
+
+
+def test_a_reload_leaves_the_manifest_of_another_export(rows: Rows) -> None:
+    row = rows["weights reloaded after another export"]
+    assert row.get("error") is None
+    assert row["manifest"]
 
 
 def test_what_post_processing_computes_from_a_weight_makes_that_derived(rows: Rows) -> None:

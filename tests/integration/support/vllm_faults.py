@@ -176,17 +176,45 @@ def cases(bench: Bench) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
 
     yield "disabled", disabled
 
-    def reloaded() -> dict[str, Any]:
-        row = bench.load("m")
-        from vllm.config import LoadConfig, set_current_vllm_config
+    def reloaded(how: Callable[[Any, Any], None]) -> Callable[[], dict[str, Any]]:
+        """Other weights are loaded into a model that is shared."""
 
-        config = _config(bench, "m")
-        with set_current_vllm_config(config):
-            DefaultModelLoader(LoadConfig()).load_weights(row["model"], config.model_config)
+        def run() -> dict[str, Any]:
+            import torch
+            from vllm.config import set_current_vllm_config
+
+            row, config = bench.load("m"), _config(bench, "m")
+            layer = row["model"].model.layers[1].mlp.down_proj
+            path, wanted = manifest.manifest_path(bench.runtime / "m"), layer.weight.clone()
+            layer.weight.zero_()
+            with set_current_vllm_config(config):
+                how(row["model"], config)
+            x = torch.randn(2, 256)
+            served = torch.equal(layer.weight, wanted)
+            served &= torch.equal(layer.quant_method.apply(layer, x), torch.nn.functional.linear(x, wanted))
+            return {**row, "manifest": path.exists(), "served": served, "log": bench.log.lines[:]}
+
+        return run
+
+    def by_its_loader(model: Any, config: Any) -> None:
+        DefaultModelLoader(config.load_config).load_weights(model, config.model_config)
+
+    def in_place(model: Any, config: Any) -> None:
+        from vllm.model_executor.model_loader.reload.inplace import reload_weights
+
+        reload_weights(config, model, None, None, True)
+
+    def beside_another(model: Any, config: Any) -> None:
+        """The name went to another export since."""
+        from dataclasses import replace
+
         path = manifest.manifest_path(bench.runtime / "m")
-        return {**row, "manifest": path.exists(), "log": bench.log.lines[:]}
+        replace(manifest.Manifest.load(path), export_id="ab" * 16).write(path)
+        in_place(model, config)
 
-    yield "weights reloaded by vLLM", reloaded
+    yield "weights reloaded by vLLM's loader", reloaded(by_its_loader)
+    yield "weights reloaded in place", reloaded(in_place)
+    yield "weights reloaded after another export", reloaded(beside_another)
 
     def draft() -> dict[str, Any]:
         row = bench.load("m")
