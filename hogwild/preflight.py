@@ -48,6 +48,7 @@ class Facts:
     moe_backend: str | None = None
     allocator_config: str = ""  # PYTORCH_CUDA_ALLOC_CONF or PYTORCH_ALLOC_CONF
     freezing: bool = False
+    config_override: str | None = None  # vLLM's argument that makes another model of config.json
     cpu_offload_gb: float = 0.0
     pipeline_parallel_size: int = 1
     data_parallel_size: int = 1
@@ -148,6 +149,16 @@ def cast(facts: Facts) -> str | None:
     )
 
 
+def overrides(facts: Facts) -> str | None:
+    """Training builds the model from the checkpoint's config.json: with another one vLLM serves another function."""
+    if facts.config_override is None:
+        return None
+    return (
+        f"{facts.config_override} makes vLLM serve another model than that of the checkpoint's config.json, which is "
+        f"trained: write the change into config.json and start vLLM without {facts.config_override}"
+    )
+
+
 def offload(facts: Facts) -> str | None:
     """Offloaded weights are copied to the GPU again and again."""
     if not facts.cpu_offload_gb:
@@ -186,6 +197,7 @@ CHECKS: Mapping[str, Callable[[Facts], str | None]] = {
     "loader": loader,
     "no-safetensors": no_safetensors,
     "dtype": cast,
+    "overrides": overrides,
     "offload": offload,
     "parallel": parallel,
 }

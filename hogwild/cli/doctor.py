@@ -277,6 +277,8 @@ def argument_facts(arguments: list[str], device: str) -> dict[str, Any]:
     parser.add_argument("--dtype")
     parser.add_argument("--quantization", "-q")
     parser.add_argument("--load-format", default="auto")
+    parser.add_argument("--hf-overrides", default="{}")
+    parser.add_argument("--hf-config-path")
     parser.add_argument("--moe-backend")
     parser.add_argument("--cpu-offload-gb", type=float, default=0.0)
     parser.add_argument("--offload-group-size", type=int, default=0)
@@ -304,6 +306,11 @@ def argument_facts(arguments: list[str], device: str) -> dict[str, Any]:
     }  # fmt: skip
     if known.dtype not in (None, "auto"):
         facts["serving_dtype"] = {"half": "float16", "float": "float32"}.get(known.dtype, known.dtype)
+    dotted = any(_spelled(argument)[0].startswith("--hf-overrides.") for argument in arguments)
+    if dotted or known.hf_overrides.strip() not in ("", "{}"):
+        facts["config_override"] = "--hf-overrides"
+    elif known.hf_config_path:
+        facts["config_override"] = "--hf-config-path"
     if known.quantization:
         facts["quantization"] = known.quantization
     return facts

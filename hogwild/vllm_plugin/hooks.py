@@ -602,8 +602,17 @@ def facts_of(vllm_config: Any, model_config: Any, loader: Any) -> Facts:
         eplb=bool(parallel.enable_eplb),
         expert_parallel=bool(parallel.enable_expert_parallel),
         remote_weights=getattr(model_config, "model_weights", None) or None,
+        config_override=config_override(model_config),
         **checkpoint,
     )
+
+
+def config_override(model_config: Any) -> str | None:
+    """The argument by which vLLM's configuration of the model is another than the checkpoint's, if there is one."""
+    if getattr(model_config, "hf_overrides", None):  # keys and values, or a function
+        return "--hf-overrides"
+    path = getattr(model_config, "hf_config_path", None)
+    return "--hf-config-path" if path and path != model_config.model else None
 
 
 def engines(parallel_config: Any) -> int:

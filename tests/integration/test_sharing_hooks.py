@@ -188,6 +188,13 @@ def test_a_directory_without_a_readable_config_is_refused_at_once(rows: Rows) ->
     assert "m is not a readable checkpoint" in log(row)
 
 
+@pytest.mark.parametrize("case", ["another epsilon", "changed by a function", "another config.json"])
+def test_a_model_that_is_not_that_of_its_config_json_is_refused(case: str, rows: Rows) -> None:
+    assert rows[case].get("error") is None
+    assert rows[case]["refused"] == ["overrides"]
+    assert rows["its own config.json"]["shared"] == 21
+
+
 def test_an_engine_of_several_is_known_although_vllm_says_it_is_the_only_one(rows: Rows) -> None:
     row = rows["one of two data-parallel engines"]
     assert row.get("error") is None

@@ -358,6 +358,18 @@ def cases(bench: Bench) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
 
     yield "max_autotune on a CPU", autotuned
 
+    def overridden(**arguments: Any) -> Callable[[], dict[str, Any]]:
+        def run() -> dict[str, Any]:
+            with mock.patch.object(bench.server, "arguments", arguments):
+                return bench.load("m")
+
+        return run
+
+    yield "another epsilon", overridden(hf_overrides={"rms_norm_eps": 1e-3})
+    yield "changed by a function", overridden(hf_overrides=lambda config: config)
+    yield "another config.json", overridden(hf_config_path=str(bench.base / "bf16"))
+    yield "its own config.json", overridden(hf_config_path=str(bench.base / "llama"))
+
     def endpoint_broken() -> dict[str, Any]:
         import vllm.plugins
 
