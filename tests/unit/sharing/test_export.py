@@ -215,6 +215,40 @@ def test_changed_in_place_before_the_copy() -> None:
     assert found["w"] == ("derived", "changed in place by mul_ while loading")
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda t: t[4:].mul_(2), "changed in place by mul_"),
+        (lambda t: t[2:4].copy_(torch.ones(2)), "overwritten in place"),
+        (lambda t: torch.exp(t[:2], out=t[6:]), "changed in place by exp"),
+    ],
+)
+def test_changed_in_part_before_the_copy(change: Callable[[torch.Tensor], Any], says: str) -> None:
+    model = one(8)
+
+    def load(_: str, tensor: torch.Tensor) -> None:
+        change(tensor)
+        model.w.data.copy_(tensor)
+
+    assert status(model, {"w": random(8)}, load)["w"] == ("derived", f"{says} while loading")
+
+
+def test_only_the_tensor_that_was_changed_in_a_storage_of_many() -> None:
+    """A whole file in memory, of which the middle tensor is written to; nothing is written at the first one's end."""
+    model, flat = Layer(), torch.randn(4 * 8 * 3)
+    tensors = {name: flat[32 * i : 32 * (i + 1)].view(4, 8) for i, name in enumerate("qkv")}
+    loading = Loading(model)
+    with torch.no_grad(), loading.trace:
+        for name, tensor in tensors.items():
+            loading.trace.seen(name, tensor)
+        tensors["k"][2:].neg_()
+        tensors["q"][3:, 4:4].copy_(torch.empty(1, 0))
+        for name in "vqk":
+            model.load(name, tensors[name])
+    found = {name: entry.record.status for name, entry in loading.resolve().items()}
+    assert found == {"q": "shared", "k": "derived", "v": "shared"}
+
+
 def test_parameter_copied_to_parameter_after_loading() -> None:
     """Both are served, so writing to one is not enough."""
     model = one(4, 4)
