@@ -291,8 +291,9 @@ def _load_endpoint_plugins(original: Callable[..., Any], *args: Any, **kwargs: A
 class Load:
     """The load of the served model, from before its weights arrive until they are exported."""
 
-    def __init__(self, model_config: Any, runtime_dir: Path) -> None:
+    def __init__(self, model_config: Any, runtime_dir: Path, download_dir: str | None = None) -> None:
         self.model_config = model_config
+        self.download_dir = download_dir
         self.runtime_dir = runtime_dir
         self.rank, self.size = tensor_parallel()
         self.export_id = secrets.token_hex(16) if self.size == 1 else shared_export_id()
@@ -366,7 +367,11 @@ class Load:
         if self._trace.failed is not None:
             raise self._trace.failed
         if self.facts.checkpoint_files is None:  # a name on the hub, which only this load downloaded
-            refusals = problems(replace(self.facts, **_files_and_dtype(Path(checkpoint_path(self.model_config)))))
+            directory = Path(checkpoint_path(self.model_config, self.download_dir))
+            if self.download_dir and not (directory / "config.json").exists():
+                self.refuse([weights_alone(self.model_config.model)])
+                return
+            refusals = problems(replace(self.facts, **_files_and_dtype(directory)))
             if refusals:
                 self.refuse(refusals)
                 return
@@ -400,7 +405,7 @@ class Load:
         pid = os.getpid()
         manifest = Manifest(
             export_id=self.export_id,
-            model_path=checkpoint_path(self.model_config),
+            model_path=checkpoint_path(self.model_config, self.download_dir),
             served_model_name=served_name(self.model_config),
             vllm_version=vllm_version(),
             pid=pid,
@@ -477,7 +482,8 @@ def _begin(original: Callable[..., Any], loader: Any, args: tuple[Any, ...], kwa
     vllm_config, model_config = bound.arguments["vllm_config"], bound.arguments["model_config"]
     if is_draft(vllm_config, model_config):
         return None
-    load = Load(model_config, private_dir(model_runtime_dir(vllm_config)))
+    download_dir = getattr(vllm_config.load_config, "download_dir", None)
+    load = Load(model_config, private_dir(model_runtime_dir(vllm_config)), download_dir)
     try:
         if load.void() is None:
             refusal_path(load.runtime_dir, load.rank).unlink(missing_ok=True)
@@ -517,6 +523,15 @@ def report(refusals: list[Problem], name: str, path: Path) -> None:
         process_start_time=process_start_time(pid),
     ).write(path)
     remove_at_exit(path)
+
+
+def weights_alone(model: str) -> Problem:
+    """The refusal where vLLM downloaded the weights away from the model's other files."""
+    return Problem(
+        check="loader",
+        message=f"--download-dir holds the weights of {model} without their config.json, and training needs both: "
+        f"download the model into one directory (hf download {model} --local-dir DIR) and serve that",
+    )
 
 
 def same_name(pid: int) -> Problem:
@@ -643,13 +658,14 @@ def served_name(model_config: Any) -> str:
     return config.served_name(model_config.served_model_name, model_config.model)
 
 
-def checkpoint_path(model_config: Any) -> str:
-    """The local directory that the weights came from."""
+def checkpoint_path(model_config: Any, download_dir: str | None) -> str:
+    """The local directory that the weights came from; vLLM downloads them into `download_dir`, if there is one."""
     if Path(model_config.model).is_dir():
         return str(Path(model_config.model).resolve())
     from huggingface_hub import snapshot_download
 
-    return str(snapshot_download(model_config.model, revision=model_config.revision, local_files_only=True))
+    name, revision = model_config.model, model_config.revision
+    return str(snapshot_download(name, revision=revision, cache_dir=download_dir, local_files_only=True))
 
 
 def tensor_parallel() -> tuple[int, int]:

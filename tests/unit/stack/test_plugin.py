@@ -30,6 +30,28 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
     return Load(SimpleNamespace(model="/models/m", served_model_name=["m"]), tmp_path)
 
 
+def test_weights_are_found_where_vllm_downloaded_them(
+    tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hooks, "vllm_version", lambda: "0.32.0")
+    snapshot = tmp_path / "models--me--m" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "model.safetensors").touch()
+    (tmp_path / "models--me--m" / "refs").mkdir()
+    (tmp_path / "models--me--m" / "refs" / "main").write_text("0" * 40)
+    load.model_config = SimpleNamespace(model="me/m", served_model_name=["m"], revision=None)
+    load.download_dir = str(tmp_path)
+    assert hooks.checkpoint_path(load.model_config, load.download_dir) == str(snapshot)
+
+    # vLLM downloads the weights there and nothing else.
+    load.prepare(nn.Module())
+    load.release()
+    load.finish(nn.Module())
+    refusal = Refusal.load(refusal_path(tmp_path))
+    assert refusal is not None
+    assert "--local-dir" in refusal.reasons[0][1]
+
+
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_only_a_model_that_is_served_on_the_cpu_moves_into_shared_memory(device: str, load: Load) -> None:
     """On a GPU a parameter in host memory may have been mapped there by its address when the model was built."""
