@@ -144,7 +144,7 @@ class Stack:
         self._locks.append(take_lock(
             s.data_dir / LOCK, f"A stack is already up on {s.data_dir}: stop it, or give this one a data directory of "
             "its own with --data-dir."))  # fmt: skip
-        # The manifest and the weight version are there: a second vLLM would take the first one's away.
+        # The manifest and the weight version are there: a second vLLM would not be trained.
         self._locks.append(take_lock(
             s.model_runtime_dir / LOCK, f"A stack already serves {s.model_name} by way of {s.runtime_dir}: stop it, or "
             "set --runtime-dir to another directory for this one."))  # fmt: skip
