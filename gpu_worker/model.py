@@ -57,8 +57,8 @@ def build_model(attachment: Attachment) -> Any:
             sources[name] = part.names
             continue
         reason = reason or "its parts lie apart in vLLM's memory: no strided view shows them together"
-        if name in tied and tied[name] in recipe.parts:
-            continue  # the checkpoint's own copy of a tied tensor, which vLLM ties as well
+        if name in tied and tied[name] in recipe.parts and part is not None and _ignored(part, manifest):
+            continue  # the checkpoint's own copy of a tied tensor: vLLM did not load it, so it ties as well
         if sum(n > 1 for n in state[name].shape) >= 2:
             refused[name] = reason
         else:
@@ -117,6 +117,11 @@ def _why_not(part: Composition | None, manifest: Manifest) -> str | None:
         if record.slices is not None:
             return f"vLLM holds only {list(record.shape)} of {name}'s {list(record.full_shape or ())}"
     return None
+
+
+def _ignored(part: Composition, manifest: Manifest) -> bool:
+    """Whether vLLM loaded none of the checkpoint tensors that this parameter is made of."""
+    return bool(part.names) and all(manifest.tensors[name].status == "ignored" for name in part.names)
 
 
 def _ties_to(name: str, tied: Mapping[str, str], filled: Mapping[str, torch.Tensor]) -> bool:

@@ -12,7 +12,7 @@ import contextlib
 import json
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -243,6 +243,33 @@ def manifest_path(runtime_dir: Path, rank: int = 0) -> Path:
 def refusal_path(runtime_dir: Path, rank: int = 0) -> Path:
     """Where the report is when the weights of a rank were not shared."""
     return runtime_dir / f"rank{rank}.refused.json"
+
+
+def living_exports(runtime_dir: Path) -> Iterator[tuple[Path, int, str]]:
+    """The manifests of running vLLMs: file, process and export id of each, not checked any further.
+
+    A vLLM whose front end was killed is none: its engine ends soon, or is left behind and serves nobody.
+    """
+    for path in sorted(runtime_dir.glob("rank*.json")):
+        try:
+            meta = json.loads(path.read_bytes())["__metadata__"]
+            pid, started = int(meta["pid"]), float(meta["process_start_time"])
+            alive = meta["format"] == FORMAT and meta["boot_id"] == boot_id() and process_alive(pid, started)
+            if alive and not _front_end_killed(runtime_dir, path):
+                yield path, pid, str(meta["export_id"])
+        except (OSError, *_MALFORMED):
+            continue
+
+
+def _front_end_killed(runtime_dir: Path, manifest: Path) -> bool:
+    """Whether the front end that was published after this manifest is gone and left its file there."""
+    path = runtime_dir / "frontend.json"
+    try:
+        front = json.loads(path.read_bytes())
+        later = path.stat().st_mtime_ns >= manifest.stat().st_mtime_ns
+        return later and not process_alive(int(front["pid"]), float(front["process_start_time"]))
+    except (OSError, *_MALFORMED):
+        return False
 
 
 def sweep(runtime_dir: Path) -> list[Path]:

@@ -48,9 +48,11 @@ class Facts:
     moe_backend: str | None = None
     allocator_config: str = ""  # PYTORCH_CUDA_ALLOC_CONF or PYTORCH_ALLOC_CONF
     freezing: bool = False
+    config_override: str | None = None  # vLLM's argument that makes another model of config.json
     cpu_offload_gb: float = 0.0
     pipeline_parallel_size: int = 1
     data_parallel_size: int = 1
+    prefill_context_parallel_size: int = 1
     eplb: bool = False
     expert_parallel: bool = False
     remote_weights: str | None = None  # a model that vLLM streams from an object store
@@ -147,6 +149,16 @@ def cast(facts: Facts) -> str | None:
     )
 
 
+def overrides(facts: Facts) -> str | None:
+    """Training builds the model from the checkpoint's config.json: with another one vLLM serves another function."""
+    if facts.config_override is None:
+        return None
+    return (
+        f"{facts.config_override} makes vLLM serve another model than that of the checkpoint's config.json, which is "
+        f"trained: write the change into config.json and start vLLM without {facts.config_override}"
+    )
+
+
 def offload(facts: Facts) -> str | None:
     """Offloaded weights are copied to the GPU again and again."""
     if not facts.cpu_offload_gb:
@@ -160,6 +172,8 @@ def parallel(facts: Facts) -> str | None:
         return "pipeline parallelism is not supported: use --pipeline-parallel-size 1"
     if facts.data_parallel_size > 1:
         return "every data-parallel engine has weights of its own: use --data-parallel-size 1 and one vLLM per replica"
+    if facts.prefill_context_parallel_size > 1:
+        return "each prefill-context rank has weights of its own: use --prefill-context-parallel-size 1"
     if facts.eplb or facts.expert_parallel:
         return "expert parallelism moves experts between GPUs: leave out --enable-expert-parallel and --enable-eplb"
     return None
@@ -183,6 +197,7 @@ CHECKS: Mapping[str, Callable[[Facts], str | None]] = {
     "loader": loader,
     "no-safetensors": no_safetensors,
     "dtype": cast,
+    "overrides": overrides,
     "offload": offload,
     "parallel": parallel,
 }

@@ -4,6 +4,7 @@ Needs neither torch nor vLLM.
 """
 
 import contextlib
+import multiprocessing
 import multiprocessing.util
 import os
 from collections.abc import Callable
@@ -68,6 +69,16 @@ def process_alive(pid: int, start_time: float) -> bool:
         # Two readers of /proc derive the start from the same tick count; a clock adjustment may shift it by a little.
         return abs(process.create_time() - start_time) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
     except (psutil.Error, OverflowError, ValueError):
+        return False
+
+
+def of_this_program(pid: int) -> bool:
+    """Whether a process was started by this one, or by the one that multiprocessing started this one from."""
+    parent = multiprocessing.parent_process()
+    first = os.getpid() if parent is None else parent.pid
+    try:
+        return first in (pid, *(process.pid for process in psutil.Process(pid).parents()))
+    except psutil.Error:
         return False
 
 

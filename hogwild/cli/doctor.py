@@ -277,12 +277,15 @@ def argument_facts(arguments: list[str], device: str) -> dict[str, Any]:
     parser.add_argument("--dtype")
     parser.add_argument("--quantization", "-q")
     parser.add_argument("--load-format", default="auto")
+    parser.add_argument("--hf-overrides", default="{}")
+    parser.add_argument("--hf-config-path")
     parser.add_argument("--moe-backend")
     parser.add_argument("--cpu-offload-gb", type=float, default=0.0)
     parser.add_argument("--offload-group-size", type=int, default=0)
     parser.add_argument("--tensor-parallel-size", "-tp", type=int, default=1)
     parser.add_argument("--pipeline-parallel-size", "-pp", type=int, default=1)
     parser.add_argument("--data-parallel-size", "-dp", type=int, default=1)
+    parser.add_argument("--prefill-context-parallel-size", "-pcp", type=int, default=1)
     for flag in ("--enable-sleep-mode", "--enable-cumem-allocator", "--enable-expert-parallel", "--enable-eplb"):
         short = ["-ep"] if flag == "--enable-expert-parallel" else []
         parser.add_argument(flag, *short, action=argparse.BooleanOptionalAction, default=False)
@@ -298,10 +301,16 @@ def argument_facts(arguments: list[str], device: str) -> dict[str, Any]:
         "tensor_parallel_size": known.tensor_parallel_size,
         "freezing": options_freeze(inductor_options(arguments), device),
         "pipeline_parallel_size": known.pipeline_parallel_size, "data_parallel_size": known.data_parallel_size,
+        "prefill_context_parallel_size": known.prefill_context_parallel_size,
         "expert_parallel": known.enable_expert_parallel, "eplb": known.enable_eplb,
     }  # fmt: skip
     if known.dtype not in (None, "auto"):
         facts["serving_dtype"] = {"half": "float16", "float": "float32"}.get(known.dtype, known.dtype)
+    dotted = any(_spelled(argument)[0].startswith("--hf-overrides.") for argument in arguments)
+    if dotted or known.hf_overrides.strip() not in ("", "{}"):
+        facts["config_override"] = "--hf-overrides"
+    elif known.hf_config_path:
+        facts["config_override"] = "--hf-config-path"
     if known.quantization:
         facts["quantization"] = known.quantization
     return facts

@@ -29,7 +29,7 @@ import redis as redis_client
 
 from hogwild.config import Settings, url_host
 from hogwild.errors import ConfigError, HogwildError, ManifestError
-from hogwild.manifest import Refusal, refusal_path
+from hogwild.manifest import Refusal, living_exports, refusal_path
 from hogwild.mps import Mps
 from hogwild.runtime_files import boot_id, private_dir, process_alive, write_private
 from hogwild.stack import embedded_redis, services
@@ -112,6 +112,7 @@ class Stack:
                 )
             check_ports(services.build(s, vllm=self._vllm))  # before the model is cloned, which can take minutes
             if self._vllm:
+                self._check_alone()
                 self._prepare_checkpoint()
             if starts_on_card:
                 self._mps = Mps.start(s)
@@ -143,7 +144,7 @@ class Stack:
         self._locks.append(take_lock(
             s.data_dir / LOCK, f"A stack is already up on {s.data_dir}: stop it, or give this one a data directory of "
             "its own with --data-dir."))  # fmt: skip
-        # The manifest and the weight version are there: a second vLLM would take the first one's away.
+        # The manifest and the weight version are there: a second vLLM would not be trained.
         self._locks.append(take_lock(
             s.model_runtime_dir / LOCK, f"A stack already serves {s.model_name} by way of {s.runtime_dir}: stop it, or "
             "set --runtime-dir to another directory for this one."))  # fmt: skip
@@ -156,6 +157,17 @@ class Stack:
                 "the checkpoint on disk, so it needs the model's files: download it first and name the "
                 "directory."
             )
+
+    def _check_alone(self) -> None:
+        """A vLLM that shares its weights under this name keeps it: training would go there, not to the one started."""
+        deadline = time.monotonic() + KILLED_S
+        while (other := next(living_exports(self.settings.model_runtime_dir), None)) is not None:
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"Another vLLM (pid {other[1]}) shares its weights as {self.settings.model_name}: join it with "
+                    "--no-vllm, stop it, or give this stack another --served-model-name."
+                )
+            time.sleep(0.1)
 
     def _prepare_checkpoint(self) -> None:
         """vLLM serves the checkpoint directory itself, so that a restarted vLLM has all that was saved."""

@@ -20,6 +20,7 @@ from fastapi import FastAPI, Header, HTTPException
 from hogwild.config import is_loopback, load_settings, served_name, url_host
 from hogwild.frontend import FILE_NAME, Frontend
 from hogwild.manifest import sweep
+from hogwild.preflight import Problem
 from hogwild.runtime_files import at_exit, private_dir, process_start_time, remove_at_exit
 from hogwild.vllm_plugin.version_header import VersionSource, WeightVersionHeader
 
@@ -45,13 +46,20 @@ def api_keys(args: Namespace) -> tuple[str, ...]:
 
 
 class HogwildEndpoint:
-    """One per vLLM API server process. `runtime_dir_of`: finds the model's runtime directory in a VllmConfig."""
+    """One per vLLM API server process.
+
+    `runtime_dir_of` finds the model's runtime directory in a VllmConfig, `withdraw` why this server must not be
+    published there, if so.
+    """
 
     name = "hogwild"
     required_tasks = None
 
-    def __init__(self, runtime_dir_of: Any) -> None:
+    def __init__(
+        self, runtime_dir_of: Callable[[Any], Path], withdraw: Callable[[Any], Problem | None] = lambda config: None
+    ) -> None:
         self._runtime_dir_of = runtime_dir_of
+        self._withdraw = withdraw
         self._engine: Any = None
         self._runtime_dir: Path | None = None
         self._version = LateVersion()
@@ -100,8 +108,11 @@ class HogwildEndpoint:
         app.include_router(create_router(settings, service=service))
 
     def _publish(self, engine_client: Any, args: Namespace) -> None:
-        self._engine = engine_client
-        self._runtime_dir = private_dir(self._runtime_dir_of(engine_client.vllm_config))
+        runtime_dir = private_dir(self._runtime_dir_of(engine_client.vllm_config))
+        if (problem := self._withdraw(engine_client.vllm_config)) is not None:
+            logger.warning("hogwild: the worker is not told of this server: %s [%s]", problem.message, problem.check)
+            return
+        self._engine, self._runtime_dir = engine_client, runtime_dir
         self._version.source = VersionSource(self._runtime_dir)
         host = url_host(getattr(args, "host", None) or "")
         scheme = "https" if getattr(args, "ssl_keyfile", None) else "http"

@@ -306,12 +306,8 @@ def place(resolved: Mapping[str, Resolved], device: torch.device, arena: Arena |
         for name, entry in resolved.items():
             offset = None if entry.view is None else arena.offset_of(entry.view.data_ptr())
             if entry.view is not None and offset is None:
-                records[name] = replace(
-                    entry.record,
-                    status="derived",
-                    stride=(),
-                    hash=None,
-                    reason="its live values are outside the shared memory: made or moved while loading",
+                records[name] = _derived(
+                    entry.record, "its live values are outside the shared memory: made or moved while loading"
                 )
             else:
                 records[name] = entry.record if offset is None else replace(entry.record, allocation=0, offset=offset)
@@ -323,10 +319,17 @@ def place(resolved: Mapping[str, Resolved], device: torch.device, arena: Arena |
     for name, entry in resolved.items():
         if entry.view is None:
             records[name] = entry.record
+        elif entry.view.device.type != device.type:
+            records[name] = _derived(entry.record, "its live values are in the host's memory, not on the GPU")
         else:
             index, offset = found.locate(entry.view)
             records[name] = replace(entry.record, allocation=index, offset=offset)
     return Memory(device="cuda", gpu_uuid=gpu_uuid(device), allocations=found.allocations, records=records)
+
+
+def _derived(record: TensorRecord, reason: str) -> TensorRecord:
+    """The record of a tensor whose live view another process can't be given."""
+    return replace(record, status="derived", stride=(), hash=None, reason=reason)
 
 
 def summary(records: Mapping[str, TensorRecord]) -> str:

@@ -36,7 +36,7 @@ import torch
 from hogwild import config
 from hogwild.config import load_settings, slug
 from hogwild.errors import HogwildError
-from hogwild.manifest import Manifest, Refusal, manifest_path, refusal_path
+from hogwild.manifest import Manifest, Refusal, living_exports, manifest_path, refusal_path
 from hogwild.preflight import (
     SUPPORTED_VLLM,
     Facts,
@@ -46,7 +46,7 @@ from hogwild.preflight import (
     options_freeze,
     problems,
 )
-from hogwild.runtime_files import boot_id, private_dir, process_start_time, remove_at_exit
+from hogwild.runtime_files import boot_id, of_this_program, private_dir, process_start_time, remove_at_exit
 from hogwild.strided import Layout
 from hogwild.tensors import BackgroundDigests
 from hogwild.vllm_plugin import export
@@ -59,6 +59,10 @@ from hogwild.weight_state import WeightState
 T = TypeVar("T")
 logger = logging.getLogger("vllm.hogwild")
 
+# How long a vLLM that ends may take until the one that replaces it gives up sharing: vLLM kills what has not ended 5 s
+# after it was asked to.
+TAKEOVER_S = 15.0
+SAME_NAME = "same-name"
 _LOADERS = "vllm.model_executor.model_loader"
 
 
@@ -103,6 +107,7 @@ ENDPOINTS = Hook(module="vllm.plugins", owner=None, name="load_endpoint_plugins"
 HOOKS = (ALL_WEIGHTS, LOAD_WEIGHTS, LOAD_MODEL, CPU_GEMM, ENDPOINTS)
 
 _MARK = "_hogwild_original"
+_PLAIN = "_hogwild_plain_linear"  # on layers that were given plain F.linear
 
 
 def missing_hooks() -> list[str]:
@@ -232,8 +237,7 @@ def _report_failure(load: "Load", error: BaseException) -> None:
 def _load_weights(original: Callable[..., Any], self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
     load = _current
     if load is None:
-        for export in _exported:
-            _guarded(export, export.overwritten, model, default=None)
+        _overwritten(model)
         return original(self, model, *args, **kwargs)
     _guarded(load, load.prepare, model, default=None)
     loaded = original(self, model, *args, **kwargs)
@@ -241,18 +245,31 @@ def _load_weights(original: Callable[..., Any], self: Any, model: Any, *args: An
     return loaded
 
 
-def _get_all_weights(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
+def _get_all_weights(
+    original: Callable[..., Any], self: Any, model_config: Any, model: Any, *args: Any, **kwargs: Any
+) -> Iterator[tuple[str, Any]]:
     load = _current
-    for name, tensor in original(self, *args, **kwargs):
+    if load is None:  # `reload_weights` asks for the tensors only, and loads them itself
+        _overwritten(model)
+    for name, tensor in original(self, model_config, model, *args, **kwargs):
         if load is not None:
             _guarded(load, load.seen, name, tensor, default=None)
         yield name, tensor
+
+
+def _overwritten(model: Any) -> None:
+    """vLLM loads weights into a model outside a load of ours: if it is an exported one, that export ends."""
+    for load in _exported:
+        _guarded(load, load.overwritten, model, default=None)
 
 
 def _dispatch_cpu_gemm(original: Callable[..., Any], layer: Any, *args: Any, **kwargs: Any) -> Any:
     # Packing (oneDNN, sgl-kernel, zentorch) keeps a private copy: writes to the weight would not be served.
     load = _current
     if load is not None and _guarded(load, load.keep_plain_linear, layer, default=False):
+        return None
+    if load is None and getattr(layer, _PLAIN, False):  # a reload: vLLM puts the weights into the parameters it serves
+        layer.cpu_linear = torch.nn.functional.linear
         return None
     return original(layer, *args, **kwargs)
 
@@ -262,7 +279,7 @@ def _load_endpoint_plugins(original: Callable[..., Any], *args: Any, **kwargs: A
     try:
         from hogwild.vllm_plugin.endpoint import HogwildEndpoint
 
-        return [*plugins, HogwildEndpoint(model_runtime_dir)]
+        return [*plugins, HogwildEndpoint(model_runtime_dir, withdraw)]
     except Exception:
         logger.exception("hogwild: no routes on vLLM's port")
         return plugins
@@ -274,8 +291,9 @@ def _load_endpoint_plugins(original: Callable[..., Any], *args: Any, **kwargs: A
 class Load:
     """The load of the served model, from before its weights arrive until they are exported."""
 
-    def __init__(self, model_config: Any, runtime_dir: Path) -> None:
+    def __init__(self, model_config: Any, runtime_dir: Path, download_dir: str | None = None) -> None:
         self.model_config = model_config
+        self.download_dir = download_dir
         self.runtime_dir = runtime_dir
         self.rank, self.size = tensor_parallel()
         self.export_id = secrets.token_hex(16) if self.size == 1 else shared_export_id()
@@ -296,7 +314,7 @@ class Load:
         self._tracing.close()
         started = time.monotonic()
         with torch.no_grad():
-            if any(parameter.device.type == "cpu" for parameter in model.parameters()):
+            if self.facts.device == "cpu":  # on a GPU the model may have given it addresses of host memory already
                 self._arena = rehome(model, slug(served_name(self.model_config)))
                 self._prefault = Prefault(self._arena)
             self._places = export.places_by_storage(model)
@@ -325,6 +343,7 @@ class Load:
         if self._arena is None or layer.weight.ndim != 2 or layer.weight.is_meta:
             return False
         layer.cpu_linear = torch.nn.functional.linear
+        setattr(layer, _PLAIN, True)
         return True
 
     def release(self) -> None:
@@ -348,14 +367,23 @@ class Load:
         if self._trace.failed is not None:
             raise self._trace.failed
         if self.facts.checkpoint_files is None:  # a name on the hub, which only this load downloaded
-            refusals = problems(replace(self.facts, **_files_and_dtype(Path(checkpoint_path(self.model_config)))))
+            directory = Path(checkpoint_path(self.model_config, self.download_dir))
+            if self.download_dir and not (directory / "config.json").exists():
+                self.refuse([weights_alone(self.model_config.model)])
+                return
+            refusals = problems(replace(self.facts, **_files_and_dtype(directory)))
             if refusals:
                 self.refuse(refusals)
                 return
         with torch.no_grad():
             resolved = export.resolve(model, self._trace, self._places, self._layouts, logger)
-            memory = export.place(resolved, next(model.parameters()).device, self._arena)
+            served = torch.device(self.facts.device)
+            device = next((p.device for p in model.parameters() if p.device.type == served.type), served)
+            memory = export.place(resolved, device, self._arena)
         self.seconds += time.monotonic() - started
+        if (other := self.void(TAKEOVER_S)) is not None:
+            self._say([same_name(other)])
+            return
         path = self._publish(memory)
         self._model = weakref.ref(model)
         _exported.append(self)
@@ -377,7 +405,7 @@ class Load:
         pid = os.getpid()
         manifest = Manifest(
             export_id=self.export_id,
-            model_path=checkpoint_path(self.model_config),
+            model_path=checkpoint_path(self.model_config, self.download_dir),
             served_model_name=served_name(self.model_config),
             vllm_version=vllm_version(),
             pid=pid,
@@ -404,27 +432,35 @@ class Load:
         return path
 
     def refuse(self, refusals: list[Problem]) -> None:
-        """Log why the weights are not shared and leave the report where the manifest would be."""
+        """Log why the weights are not shared and leave the report where the manifest would be, unless another's is."""
+        self._say(refusals)
+        if self.void(TAKEOVER_S) is None:
+            report(refusals, served_name(self.model_config), refusal_path(self.runtime_dir, self.rank))
+
+    def _say(self, refusals: list[Problem]) -> None:
         name = served_name(self.model_config)
         for problem in refusals:
             logger.warning("hogwild: the weights of %s are not shared: %s [%s]", name, problem.message, problem.check)
-        self.void()
-        path, pid = refusal_path(self.runtime_dir, self.rank), os.getpid()
-        Refusal(
-            reasons=tuple((p.check, p.message) for p in refusals),
-            pid=pid,
-            boot_id=boot_id(),
-            served_model_name=name,
-            vllm_version=vllm_version(),
-            process_start_time=process_start_time(pid),
-        ).write(path)
-        remove_at_exit(path)
 
-    def void(self) -> None:
-        """Whatever an earlier vLLM of this name left does not hold any more, its weight version neither."""
+    def void(self, patience_s: float = 0.0) -> int | None:
+        """Whatever an earlier vLLM of this name left does not hold any more, its weight version neither.
+
+        One that goes on sharing its weights after `patience_s` seconds keeps its files; its process id is returned.
+        """
+        deadline = time.monotonic() + patience_s
+        while (other := self._other()) is not None:
+            if time.monotonic() >= deadline:
+                return other
+            time.sleep(0.1)
         manifest_path(self.runtime_dir, self.rank).unlink(missing_ok=True)
         if self.rank == 0:
             (self.runtime_dir / STATE_FILE).unlink(missing_ok=True)
+        return None
+
+    def _other(self) -> int | None:
+        """Process of another vLLM that shares its weights under this name; other ranks of ours have our export id."""
+        found = living_exports(self.runtime_dir)
+        return next((pid for _, pid, export_id in found if pid != os.getpid() and export_id != self.export_id), None)
 
     def forget(self) -> None:
         """Everything but the shared memory itself has done its work."""
@@ -434,7 +470,9 @@ class Load:
     def overwritten(self, model: Any) -> None:
         """vLLM loads other weights into the exported model: the export does not hold any more."""
         if self._model is not None and self._model() is model:
-            manifest_path(self.runtime_dir, self.rank).unlink(missing_ok=True)
+            for path, _, export_id in living_exports(self.runtime_dir):
+                if export_id == self.export_id and path == manifest_path(self.runtime_dir, self.rank):
+                    path.unlink(missing_ok=True)
             logger.warning("hogwild: vLLM is loading new weights; sharing ends until vLLM is restarted")
 
 
@@ -444,10 +482,11 @@ def _begin(original: Callable[..., Any], loader: Any, args: tuple[Any, ...], kwa
     vllm_config, model_config = bound.arguments["vllm_config"], bound.arguments["model_config"]
     if is_draft(vllm_config, model_config):
         return None
-    load = Load(model_config, private_dir(model_runtime_dir(vllm_config)))
+    download_dir = getattr(vllm_config.load_config, "download_dir", None)
+    load = Load(model_config, private_dir(model_runtime_dir(vllm_config)), download_dir)
     try:
-        load.void()
-        refusal_path(load.runtime_dir, load.rank).unlink(missing_ok=True)
+        if load.void() is None:
+            refusal_path(load.runtime_dir, load.rank).unlink(missing_ok=True)
         load.facts = facts_of(vllm_config, model_config, loader)
         refusals = problems(load.facts)
         if refusals:
@@ -470,6 +509,73 @@ def is_draft(vllm_config: Any, model_config: Any) -> bool:
     speculative = getattr(vllm_config, "speculative_config", None)
     draft = getattr(speculative, "draft_model_config", None)
     return draft is model_config and draft is not getattr(speculative, "target_model_config", None)
+
+
+def report(refusals: list[Problem], name: str, path: Path) -> None:
+    """Write why the weights of the model `name` are not shared, for as long as this process lives."""
+    pid = os.getpid()
+    Refusal(
+        reasons=tuple((p.check, p.message) for p in refusals),
+        pid=pid,
+        boot_id=boot_id(),
+        served_model_name=name,
+        vllm_version=vllm_version(),
+        process_start_time=process_start_time(pid),
+    ).write(path)
+    remove_at_exit(path)
+
+
+def weights_alone(model: str) -> Problem:
+    """The refusal where vLLM downloaded the weights away from the model's other files."""
+    return Problem(
+        check="loader",
+        message=f"--download-dir holds the weights of {model} without their config.json, and training needs both: "
+        f"download the model into one directory (hf download {model} --local-dir DIR) and serve that",
+    )
+
+
+def same_name(pid: int) -> Problem:
+    """The refusal beside another vLLM, which keeps the name."""
+    return Problem(
+        check=SAME_NAME,
+        message=f"another vLLM (pid {pid}) shares its weights under this name: start this one with another "
+        f"--served-model-name, or stop that one first",
+    )
+
+
+def withheld(vllm_config: Any) -> Problem | None:
+    """Why this front end is not that of the weights that are shared under its model's name; asked when it is ready."""
+    several = problems(Facts(data_parallel_size=engines(getattr(vllm_config, "parallel_config", None))))
+    _, others = _exports(vllm_config)
+    return next(iter([*several, *map(same_name, others)]), None)
+
+
+def withdraw(vllm_config: Any) -> Problem | None:
+    """`withheld`; with several engines, what one of them shared in ignorance of the others is taken back."""
+    problem = withheld(vllm_config)
+    if problem is None or problem.check == SAME_NAME:
+        return problem
+    directory = model_runtime_dir(vllm_config)
+    ours, others = _exports(vllm_config)
+    for path in ours:
+        path.unlink(missing_ok=True)
+    if not others:
+        (directory / STATE_FILE).unlink(missing_ok=True)
+        report([problem], served_name(vllm_config.model_config), refusal_path(directory))
+    return problem
+
+
+def _exports(vllm_config: Any) -> tuple[list[Path], list[int]]:
+    """The manifests of this front end's engines, and the processes of other vLLMs that share weights under its name."""
+    executor = getattr(getattr(vllm_config, "parallel_config", None), "distributed_executor_backend", None)
+    ours: list[Path] = []
+    others: list[int] = []
+    for path, pid, _ in living_exports(model_runtime_dir(vllm_config)):
+        if executor not in ("uni", "mp") or of_this_program(pid):  # who started those of others (Ray) can't be told
+            ours.append(path)
+        else:
+            others.append(pid)
+    return ours, others
 
 
 # --- what vLLM decided ---------------------------------------------------------------------------------------------
@@ -506,12 +612,34 @@ def facts_of(vllm_config: Any, model_config: Any, loader: Any) -> Facts:
         or options_freeze(options, device),
         cpu_offload_gb=float(getattr(uva, "cpu_offload_gb", 0) or getattr(prefetch, "offload_group_size", 0) or 0),
         pipeline_parallel_size=parallel.pipeline_parallel_size,
-        data_parallel_size=parallel.data_parallel_size,
+        data_parallel_size=engines(parallel),
+        prefill_context_parallel_size=getattr(parallel, "prefill_context_parallel_size", 1),
         eplb=bool(parallel.enable_eplb),
         expert_parallel=bool(parallel.enable_expert_parallel),
         remote_weights=getattr(model_config, "model_weights", None) or None,
+        config_override=config_override(model_config),
         **checkpoint,
     )
+
+
+def config_override(model_config: Any) -> str | None:
+    """The argument by which vLLM's configuration of the model is another than the checkpoint's, if there is one."""
+    if getattr(model_config, "hf_overrides", None):  # keys and values, or a function
+        return "--hf-overrides"
+    path = getattr(model_config, "hf_config_path", None)
+    return "--hf-config-path" if path and path != model_config.model else None
+
+
+def engines(parallel_config: Any) -> int:
+    """At least how many engines serve the model, each with weights of its own.
+
+    Within an engine of a dense model vLLM sets the number back to 1; what else was made of it still tells.
+    """
+    size, most, index = (
+        getattr(parallel_config, name, None) or 0
+        for name in ("data_parallel_size", "elastic_ep_max_dp_size", "data_parallel_index")
+    )
+    return max(size, most, index + 1)
 
 
 def _files_and_dtype(directory: Path) -> dict[str, Any]:
@@ -530,13 +658,14 @@ def served_name(model_config: Any) -> str:
     return config.served_name(model_config.served_model_name, model_config.model)
 
 
-def checkpoint_path(model_config: Any) -> str:
-    """The local directory that the weights came from."""
+def checkpoint_path(model_config: Any, download_dir: str | None) -> str:
+    """The local directory that the weights came from; vLLM downloads them into `download_dir`, if there is one."""
     if Path(model_config.model).is_dir():
         return str(Path(model_config.model).resolve())
     from huggingface_hub import snapshot_download
 
-    return str(snapshot_download(model_config.model, revision=model_config.revision, local_files_only=True))
+    name, revision = model_config.model, model_config.revision
+    return str(snapshot_download(name, revision=revision, cache_dir=download_dir, local_files_only=True))
 
 
 def tensor_parallel() -> tuple[int, int]:

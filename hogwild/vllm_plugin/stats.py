@@ -27,7 +27,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 
 from hogwild.config import load_settings
 from hogwild.pulse_state import FILE_NAME, PulseWriter
-from hogwild.vllm_plugin.hooks import model_runtime_dir
+from hogwild.vllm_plugin.hooks import model_runtime_dir, withheld
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ NOTHING: tuple[list[float], bool] = [], False  # a step's latencies (s), and whe
 
 
 class PulseStatLogger(StatLoggerBase):  # type: ignore[misc]  # vLLM is not there when types are checked
-    """Writes `pulse.state` into the runtime directory of the served model; silent when nothing was exported there."""
+    """Writes `pulse.state` into the runtime directory of the served model; silent where its weights are not shared."""
 
     def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
         self._writer: PulseWriter | None = None
@@ -44,7 +44,7 @@ class PulseStatLogger(StatLoggerBase):  # type: ignore[misc]  # vLLM is not ther
             if load_settings().disable:
                 return
             directory = model_runtime_dir(vllm_config)
-            if _is_private_dir(directory):
+            if _is_private_dir(directory) and withheld(vllm_config) is None:
                 self._writer = PulseWriter(directory / FILE_NAME, engine_index)
         except Exception:
             logger.exception("hogwild: no pulse for the pacing governor; it will read /metrics instead")

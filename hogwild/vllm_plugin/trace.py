@@ -14,9 +14,9 @@ Storages are told apart by the address of their StorageImpl, which a weak refere
 nothing is kept alive here: the trace costs no memory beyond its records.
 """
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -67,12 +67,22 @@ class Regions:
     def __init__(self) -> None:
         self._offsets: list[int] = []
         self._origins: list[Origin] = []
+        self._longest = 0  # extent of an origin
 
     def add(self, origin: Origin) -> None:
         """A later origin at the same offset goes before an earlier one."""
+        self._longest = max(self._longest, origin.base.extent)
         at = bisect_right(self._offsets, origin.base.offset)
         self._offsets.insert(at, origin.base.offset)
         self._origins.insert(at, origin)
+
+    def change(self, written: Layout, how: str) -> None:
+        """Every origin that reaches into what was written, be it in part, doesn't hold its tensor any more."""
+        first = bisect_right(self._offsets, written.offset - self._longest)
+        for at in range(first, bisect_left(self._offsets, written.offset + written.extent)):
+            origin = self._origins[at]
+            if origin.changed is None and origin.base.offset + origin.base.extent > written.offset:
+                self._origins[at] = replace(origin, piece=None, changed=how)
 
     def all(self) -> list[Origin]:
         """All origins."""
@@ -211,6 +221,8 @@ class LoadTrace(TorchDispatchMode):
         cast = source.dtype != target.dtype
         self._make(target, (source,), f"cast from {_short(source.dtype)} to {_short(target.dtype)}" if cast else A_COPY)
         origin = self._find(source) if self._loading else None
+        if self._loading:
+            self._mutated(target, "overwritten in place")
         if origin is None:
             return
         layout = layout_of(target)
@@ -241,7 +253,7 @@ class LoadTrace(TorchDispatchMode):
             for tensor in _written(func, args, kwargs):
                 self._make(tensor, read, f"computed by {_name(func)}")
                 if self._loading:
-                    self._mutated(func, tensor)
+                    self._mutated(tensor, f"changed in place by {_name(func)}")
         outs = [out for out in tensors_in(result) if out.numel() and out.device.type != "meta"]
         outs = [out for out in outs if storage_key(out) not in keys]  # a view needs no note: it is on the same storage
         for out in outs if read else ():
@@ -268,11 +280,11 @@ class LoadTrace(TorchDispatchMode):
                 for name in dict.fromkeys(o.name for _, o in origins):
                     self._know(out, Origin(name, layout_of(out), None, out.dtype, what))
 
-    def _mutated(self, func: Any, out: torch.Tensor) -> None:
-        """A known storage was written in place by something that is no copy: it doesn't hold the tensor any more."""
-        origin = self._find(out)
-        if origin is not None:
-            self._know(out, Origin(origin.name, layout_of(out), None, out.dtype, f"changed in place by {_name(func)}"))
+    def _mutated(self, out: torch.Tensor, how: str) -> None:
+        """A storage was written in place: where it is known, it doesn't hold the tensor any more."""
+        regions = self._origins.get(storage_key(out))
+        if regions is not None and out.numel():
+            regions.change(layout_of(out), how)
 
 
 def tensors_in(value: Any) -> Iterable[torch.Tensor]:

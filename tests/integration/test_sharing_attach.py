@@ -339,7 +339,7 @@ def test_manifest_replaced_under_a_living_worker(start: Callable[[], Exporter], 
     start()
     seen = Seen(runtime_dir)
     seen.poll()
-    start()  # another vLLM of the same name takes over
+    start()  # as a vLLM does beside an engine whose front end was killed
     assert seen.poll() is State.DETACHED
     assert seen.poll() is State.VERIFIED
     assert seen.events == ["attached", "lost", "attached"]

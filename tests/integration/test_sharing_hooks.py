@@ -106,10 +106,19 @@ def test_switched_off(rows: Rows) -> None:
     assert not rows["disabled"]["manifest"]
 
 
-def test_weights_that_vllm_reloads_end_the_export(rows: Rows) -> None:
-    row = rows["weights reloaded by vLLM"]
+@pytest.mark.parametrize("case", ["weights reloaded by vLLM's loader", "weights reloaded in place"])
+def test_weights_that_vllm_reloads_end_the_export_and_are_served(case: str, rows: Rows) -> None:
+    row = rows[case]
+    assert row.get("error") is None
+    assert row["served"]
     assert not row["manifest"]
     assert "sharing ends until vLLM is restarted" in log(row)
+
+
+def test_a_reload_leaves_the_manifest_of_another_export(rows: Rows) -> None:
+    row = rows["weights reloaded after another export"]
+    assert row.get("error") is None
+    assert row["manifest"]
 
 
 def test_what_post_processing_computes_from_a_weight_makes_that_derived(rows: Rows) -> None:
@@ -145,6 +154,15 @@ def test_a_checkpoint_of_another_dtype_is_refused(rows: Rows) -> None:
     assert "start vLLM with --dtype bfloat16" in log(row)
 
 
+@pytest.mark.parametrize("case", ["beside another vLLM", "refused beside another vLLM"])
+def test_a_second_vllm_takes_nothing_from_the_first(case: str, rows: Rows) -> None:
+    row = rows[case]
+    assert row.get("error") is None
+    assert row["kept"]
+    assert not row["reported"]
+    assert (f"another vLLM (pid {row['pid']}) shares its weights" in log(row)) != case.startswith("refused")
+
+
 def test_a_checkpoint_without_safetensors_is_refused(rows: Rows) -> None:
     row = rows["only .bin files"]
     assert row["served"]
@@ -168,6 +186,19 @@ def test_a_directory_without_a_readable_config_is_refused_at_once(rows: Rows) ->
     assert row["served"]
     assert row["refused"] == ["config"]
     assert "m is not a readable checkpoint" in log(row)
+
+
+@pytest.mark.parametrize("case", ["another epsilon", "changed by a function", "another config.json"])
+def test_a_model_that_is_not_that_of_its_config_json_is_refused(case: str, rows: Rows) -> None:
+    assert rows[case].get("error") is None
+    assert rows[case]["refused"] == ["overrides"]
+    assert rows["its own config.json"]["shared"] == 21
+
+
+def test_an_engine_of_several_is_known_although_vllm_says_it_is_the_only_one(rows: Rows) -> None:
+    row = rows["one of two data-parallel engines"]
+    assert row.get("error") is None
+    assert (row["left"], row["engines"]) == (1, 2)
 
 
 def test_freezing_by_vllms_own_configuration_is_refused(rows: Rows) -> None:

@@ -176,17 +176,45 @@ def cases(bench: Bench) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
 
     yield "disabled", disabled
 
-    def reloaded() -> dict[str, Any]:
-        row = bench.load("m")
-        from vllm.config import LoadConfig, set_current_vllm_config
+    def reloaded(how: Callable[[Any, Any], None]) -> Callable[[], dict[str, Any]]:
+        """Other weights are loaded into a model that is shared."""
 
-        config = _config(bench, "m")
-        with set_current_vllm_config(config):
-            DefaultModelLoader(LoadConfig()).load_weights(row["model"], config.model_config)
+        def run() -> dict[str, Any]:
+            import torch
+            from vllm.config import set_current_vllm_config
+
+            row, config = bench.load("m"), _config(bench, "m")
+            layer = row["model"].model.layers[1].mlp.down_proj
+            path, wanted = manifest.manifest_path(bench.runtime / "m"), layer.weight.clone()
+            layer.weight.zero_()
+            with set_current_vllm_config(config):
+                how(row["model"], config)
+            x = torch.randn(2, 256)
+            served = torch.equal(layer.weight, wanted)
+            served &= torch.equal(layer.quant_method.apply(layer, x), torch.nn.functional.linear(x, wanted))
+            return {**row, "manifest": path.exists(), "served": served, "log": bench.log.lines[:]}
+
+        return run
+
+    def by_its_loader(model: Any, config: Any) -> None:
+        DefaultModelLoader(config.load_config).load_weights(model, config.model_config)
+
+    def in_place(model: Any, config: Any) -> None:
+        from vllm.model_executor.model_loader.reload.inplace import reload_weights
+
+        reload_weights(config, model, None, None, True)
+
+    def beside_another(model: Any, config: Any) -> None:
+        """The name went to another export since."""
+        from dataclasses import replace
+
         path = manifest.manifest_path(bench.runtime / "m")
-        return {**row, "manifest": path.exists(), "log": bench.log.lines[:]}
+        replace(manifest.Manifest.load(path), export_id="ab" * 16).write(path)
+        in_place(model, config)
 
-    yield "weights reloaded by vLLM", reloaded
+    yield "weights reloaded by vLLM's loader", reloaded(by_its_loader)
+    yield "weights reloaded in place", reloaded(in_place)
+    yield "weights reloaded after another export", reloaded(beside_another)
 
     def draft() -> dict[str, Any]:
         row = bench.load("m")
@@ -253,6 +281,30 @@ def cases(bench: Bench) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
 
     yield "checkpoint of another dtype", bf16
 
+    def beside(directory: str) -> Callable[[], dict[str, Any]]:
+        """Another process shares its weights under this name."""
+        from dataclasses import replace
+
+        from hogwild.runtime_files import process_start_time
+
+        def run() -> dict[str, Any]:
+            row, path, pid = bench.load("m"), manifest.manifest_path(bench.runtime / "m"), os.getppid()
+            made = manifest.Manifest.load(path)
+            replace(made, pid=pid, process_start_time=process_start_time(pid), export_id="ab" * 16,
+                    allocations=[replace(a, pid=pid) for a in made.allocations]).write(path)  # fmt: skip
+            state, before = bench.runtime / "m" / "weights.state", path.read_bytes()
+            bench.log.lines.clear()
+            with mock.patch.object(hooks, "TAKEOVER_S", 0.2):
+                bench.server.load(bench.base / directory, "m")
+            kept = path.exists() and path.read_bytes() == before and state.exists()
+            refused = manifest.refusal_path(bench.runtime / "m").exists()
+            return {**row, "kept": kept, "reported": refused, "log": bench.log.lines[:], "pid": pid}
+
+        return run
+
+    yield "beside another vLLM", beside("llama")
+    yield "refused beside another vLLM", beside("bf16")
+
     def only_bin() -> dict[str, Any]:
         import torch
         from safetensors.torch import load_file
@@ -289,12 +341,34 @@ def cases(bench: Bench) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
 
     yield "no readable config.json", patched(hooks, "checkpoint_facts", no_config)
 
+    def one_of_two() -> dict[str, Any]:
+        """The first engine of two for a dense model, as vLLM sets it up."""
+        config = _config(bench, "m", data_parallel_size=2)
+        config.parallel_config.data_parallel_index = 0
+        config.parallel_config.reconfigure_for_independent_dp_rank()
+        facts = hooks.facts_of(config, config.model_config, DefaultModelLoader(config.load_config))
+        return {"left": config.parallel_config.data_parallel_size, "engines": facts.data_parallel_size}
+
+    yield "one of two data-parallel engines", one_of_two
+
     def autotuned() -> dict[str, Any]:
         options = {"compilation_config": {"inductor_compile_config": {"max_autotune": True}}}
         with mock.patch.object(bench.server, "arguments", options):
             return bench.load("m")
 
     yield "max_autotune on a CPU", autotuned
+
+    def overridden(**arguments: Any) -> Callable[[], dict[str, Any]]:
+        def run() -> dict[str, Any]:
+            with mock.patch.object(bench.server, "arguments", arguments):
+                return bench.load("m")
+
+        return run
+
+    yield "another epsilon", overridden(hf_overrides={"rms_norm_eps": 1e-3})
+    yield "changed by a function", overridden(hf_overrides=lambda config: config)
+    yield "another config.json", overridden(hf_config_path=str(bench.base / "bf16"))
+    yield "its own config.json", overridden(hf_config_path=str(bench.base / "llama"))
 
     def endpoint_broken() -> dict[str, Any]:
         import vllm.plugins

@@ -91,6 +91,13 @@ def test_nothing_is_written_where_nothing_was_exported(runtime):
     assert not (runtime.parent / "another").exists()
 
 
+def test_nothing_is_written_beside_the_vllm_whose_weights_are_trained(runtime, monkeypatch):
+    monkeypatch.setattr("hogwild.vllm_plugin.stats.withheld", lambda config: "another vLLM has the name")
+    PulseStatLogger(config()).record(SchedulerStats(), IterationStats())
+
+    assert not (runtime / "pulse.state").exists()
+
+
 def test_nothing_is_written_when_hogwild_is_switched_off(runtime, monkeypatch):
     monkeypatch.setenv("HOGWILD_DISABLE", "1")
     PulseStatLogger(config()).record(SchedulerStats(), IterationStats())

@@ -91,6 +91,10 @@ def test_nothing_in_the_way(model: Path) -> None:
         ("--dtype float32 -pp 2", "parallel", "--pipeline-parallel-size 1"),
         ("--dtype float32 --cpu-offload-gb 4", "offload", "--cpu-offload-gb"),
         ("--dtype float32 --offload-group-size 2", "offload", "--offload-group-size"),
+        ("""--dtype float32 --hf-overrides '{"rms_norm_eps": 1e-3}'""", "overrides", "without --hf-overrides"),
+        ("--dtype float32 --hf_overrides.rope_theta=1000", "overrides", "without --hf-overrides"),
+        ("--dtype float32 --hf-config-path /other", "overrides", "without --hf-config-path"),
+        ("--dtype float32 -pcp 2", "parallel", "--prefill-context-parallel-size 1"),
         ("--dtype float32 --enable-eplb", "parallel", "--enable-eplb"),
         ("--dtype float32 -ep", "parallel", "--enable-expert-parallel"),
         ("--dtype float32 --enable-cumem-allocator", "sleep-mode", "--enable-cumem-allocator"),
@@ -118,6 +122,7 @@ def test_vllm_arguments_that_stand_in_the_way(arguments: str, check: str, says: 
     [
         "--no-enable-sleep-mode --tensor-parallel-size 1 --offload-group-size 0", "-cc 3 --seed 1",
         """-cc '{"inductor_compile_config": {"freezing": false}}'""", "-cc.mode none",
+        "--hf-overrides {}",
     ],
 )  # fmt: skip
 def test_vllm_arguments_that_do_not(arguments: str, model: Path) -> None:

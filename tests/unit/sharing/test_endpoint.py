@@ -11,6 +11,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from hogwild.frontend import TOKEN_HEADER, Frontend
+from hogwild.preflight import Problem
 from hogwild.vllm_plugin.endpoint import HogwildEndpoint, api_keys
 from hogwild.weight_state import FILE_NAME, WeightState
 
@@ -45,7 +46,7 @@ def serving(runtime_dir: Path, engine: Engine | None = None, **options: Any) -> 
     app, args = FastAPI(), Namespace(**fields)
     app.state.args = args
     app.get("/v1/models")(lambda: {})
-    plugin = HogwildEndpoint(lambda config: runtime_dir if config == "config" else None)
+    plugin = HogwildEndpoint(lambda config: runtime_dir if config == "config" else Path())
     plugin.attach_router(app)
     asyncio.run(plugin.init_state(engine, app.state, args))
     return TestClient(app), Frontend.load(runtime_dir)
@@ -96,6 +97,16 @@ def test_a_server_without_an_engine_publishes_nothing(runtime_dir: Path) -> None
     client, frontend = serving(runtime_dir, None)
     assert frontend is None
     assert client.post("/hogwild/prefix_cache/reset", headers={TOKEN_HEADER: ""}).status_code == 403
+
+
+def test_a_server_beside_that_of_the_shared_weights_publishes_nothing(
+    runtime_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, frontend = serving(runtime_dir, Engine(True))
+    plugin = HogwildEndpoint(lambda _: runtime_dir, lambda _: Problem(check="same-name", message="another vLLM"))
+    asyncio.run(plugin.init_state(Engine(True), None, Namespace(port=8001)))
+    assert Frontend.load(runtime_dir) == frontend
+    assert "another vLLM [same-name]" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ map is resolved and compared. The danger is always the same: a view that is call
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from hogwild.tensors import BackgroundDigests, digest
-from hogwild.vllm_plugin import export
+from hogwild.vllm_plugin import cuda_export, export
 from hogwild.vllm_plugin.arena import Prefault, rehome
 from hogwild.vllm_plugin.trace import Landing, LoadTrace
 
@@ -212,6 +213,40 @@ def test_changed_in_place_before_the_copy() -> None:
     model = one(4)
     found = status(model, {"w": torch.zeros(4)}, lambda _, t: model.w.data.copy_(t.mul_(3)))
     assert found["w"] == ("derived", "changed in place by mul_ while loading")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda t: t[4:].mul_(2), "changed in place by mul_"),
+        (lambda t: t[2:4].copy_(torch.ones(2)), "overwritten in place"),
+        (lambda t: torch.exp(t[:2], out=t[6:]), "changed in place by exp"),
+    ],
+)
+def test_changed_in_part_before_the_copy(change: Callable[[torch.Tensor], Any], says: str) -> None:
+    model = one(8)
+
+    def load(_: str, tensor: torch.Tensor) -> None:
+        change(tensor)
+        model.w.data.copy_(tensor)
+
+    assert status(model, {"w": random(8)}, load)["w"] == ("derived", f"{says} while loading")
+
+
+def test_only_the_tensor_that_was_changed_in_a_storage_of_many() -> None:
+    """A whole file in memory, of which the middle tensor is written to; nothing is written at the first one's end."""
+    model, flat = Layer(), torch.randn(4 * 8 * 3)
+    tensors = {name: flat[32 * i : 32 * (i + 1)].view(4, 8) for i, name in enumerate("qkv")}
+    loading = Loading(model)
+    with torch.no_grad(), loading.trace:
+        for name, tensor in tensors.items():
+            loading.trace.seen(name, tensor)
+        tensors["k"][2:].neg_()
+        tensors["q"][3:, 4:4].copy_(torch.empty(1, 0))
+        for name in "vqk":
+            model.load(name, tensors[name])
+    found = {name: entry.record.status for name, entry in loading.resolve().items()}
+    assert found == {"q": "shared", "k": "derived", "v": "shared"}
 
 
 def test_parameter_copied_to_parameter_after_loading() -> None:
@@ -564,6 +599,20 @@ def test_parameter_made_while_loading() -> None:
     assert memory.records["w"].status == "shared"
     assert memory.records["bias"].status == "derived"
     assert "outside the shared memory" in str(memory.records["bias"].reason)
+
+
+def test_parameter_in_host_memory_of_a_model_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No allocation of the GPU's: it is left out, and the rest is shared."""
+    monkeypatch.setattr(cuda_export, "gpu_uuid", lambda device: "GPU-1")
+    monkeypatch.setattr(cuda_export, "CudaAllocations", lambda: SimpleNamespace(allocations=[], locate=lambda _: 1 / 0))
+    model = one(4, 6)
+    loading = Loading(model)
+    loading.run({"w": random(4, 6)}, lambda _, t: model.w.data.copy_(t))
+
+    memory = export.place(loading.resolve(), torch.device("cuda"), None)
+
+    assert memory.records["w"].status == "derived"
+    assert "in the host's memory" in str(memory.records["w"].reason)
 
 
 @pytest.mark.parametrize("told", [True, False])

@@ -191,6 +191,17 @@ def test_a_tied_checkpoints_own_copy_of_the_head_needs_no_sharing(tmp_path: Path
     same_logits(model, path)
 
 
+@pytest.mark.parametrize("said", ["derived", "unequal"])
+def test_a_head_that_vllm_serves_apart_is_not_taken_for_the_embedding(said: str, tmp_path: Path) -> None:
+    """The configuration ties them, the checkpoint has another head, and vLLM serves that one."""
+    path = save(tmp_path / "tied", "llama", tie_word_embeddings=True)
+    tensors = load_file(path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(AttachRefused, match=f"lm_head.weight is {said}"):
+        build_model(attachment(path, lm_head_weight=said))
+
+
 def test_padded_and_strided_memory_gives_the_same_logits(tmp_path: Path) -> None:
     path = save(tmp_path / "qwen2", "qwen2")
 

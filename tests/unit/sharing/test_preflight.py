@@ -21,9 +21,11 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("no-safetensors", {"checkpoint_files": ("config.json", "pytorch_model.bin")}, "pytorch_model.bin"),
     ("no-safetensors", {"checkpoint_files": ("config.json",)}, "no weight files"),
     ("dtype", {"checkpoint_dtype": "bfloat16", "serving_dtype": "float32"}, "--dtype bfloat16"),
+    ("overrides", {"config_override": "--hf-overrides"}, "write the change into config.json"),
     ("offload", {"cpu_offload_gb": 4.0}, "--cpu-offload-gb"),
     ("parallel", {"pipeline_parallel_size": 2}, "--pipeline-parallel-size 1"),
     ("parallel", {"data_parallel_size": 2}, "--data-parallel-size 1"),
+    ("parallel", {"prefill_context_parallel_size": 2}, "--prefill-context-parallel-size 1"),
     ("parallel", {"eplb": True}, "--enable-eplb"),
     ("parallel", {"expert_parallel": True}, "--enable-expert-parallel"),
 ]

@@ -261,6 +261,24 @@ def test_a_taken_port_is_found_before_the_model_is_cloned(tmp_path: Path, model_
     assert not stack.settings.model_checkpoint_dir.exists()
 
 
+def test_a_vllm_that_shares_its_weights_under_the_name_is_joined_or_stopped_not_doubled(
+    tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hogwild.stack.up.KILLED_S", 0.2)
+    monkeypatch.setattr("hogwild.stack.up.check_ports", lambda plan: None)
+    stack, pid = Stack(settings(tmp_path, model=str(model_dir)), notice=lambda _: None), os.getppid()
+    directory = private_dir(stack.settings.model_runtime_dir)
+    meta = {
+        "format": "hogwild-manifest", "export_id": "ab" * 16, "pid": pid, "boot_id": boot_id(),
+        "process_start_time": process_start_time(pid),
+    }  # fmt: skip
+    (directory / "rank0.json").write_text(json.dumps({"__metadata__": meta}))
+    with pytest.raises(ConfigError, match=f"pid {pid}.* shares its weights as Tiny-1B: join it with --no-vllm"):
+        stack.start()
+    assert (directory / "rank0.json").exists()
+    assert not stack.settings.model_checkpoint_dir.exists()
+
+
 def test_the_worker_is_held_back_beside_a_vllm_of_the_users_own_too(tmp_path: Path) -> None:
     assert plan(settings(tmp_path, mps_threads=40))["worker"].env["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] == "40"
 
