@@ -77,13 +77,18 @@ def rollback(
             report: dict[str, Any] = asdict(store.rollback(generation))
     else:
         report = operation("/checkpoint/rollback", {"generation": generation})
-    live = "" if offline else f", {report.get('live_blocks_changed', 0):,} blocks in the live weights"
-    console.print(
-        f"generation {report['generation']} has the contents of generation {generation}: "
-        f"{report['blocks_changed']:,} blocks on disk{live}. To undo this: hogwild rollback {report['generation'] - 1}"
-        if report["generation"] != generation or report.get("live_blocks_changed")
-        else f"generation {generation} is the last one and is in place: nothing to do."
-    )
+    made, changed = report["generation"], report.get("live_blocks_changed", 0)
+    live = "" if offline else f", {changed:,} blocks in the live weights"
+    if made != generation:
+        text = (
+            f"generation {made} has the contents of generation {generation}: {report['blocks_changed']:,} blocks on "
+            f"disk{live}. To undo this: hogwild rollback {made - 1}"
+        )
+    elif changed:
+        text = f"generation {made} is the last one, and in the files; in the live weights {changed:,} blocks were not."
+    else:
+        text = f"generation {made} is the last one and is in place: nothing to do."
+    console.print(text)
 
 
 @group.command("list")

@@ -248,6 +248,15 @@ def test_rollback_through_the_api(run, api):
     assert asked[0][:3] == ("POST", "/checkpoint/rollback?wait=30", b'{"generation":3}')
 
 
+def test_rollback_to_the_last_generation_puts_live_weights_right_and_can_not_be_undone(run, api):
+    answers, _ = api
+    result = {"generation": 6, "restored": 6, "blocks_changed": 0, "live_blocks_changed": 11}
+    answers += [(202, {"id": "op-2", "state": "succeeded", "result": result})]
+    text = run("rollback", 6)
+    assert "generation 6 is the last one, and in the files; in the live weights 11 blocks were not." in text
+    assert "undo" not in text
+
+
 ATTACHED = {"worker": {"alive": True, "attached": True}}
 
 
