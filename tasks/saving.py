@@ -253,7 +253,8 @@ class Saver:
                 self._restore(attachment)
                 self.restored()
                 saved = attachment.weights.version, self.store.head.generation, self.saved_version
-                self._report = self._tell(lambda: self._dirty.settle(*saved), wait=wait)
+                # At once, or it would take the mark of a later step with it; a last sync has none after it.
+                self._tell(lambda: self._dirty.settle(*saved), wait=trainer is not None)
                 self._failures, self._not_before, self.error = 0, 0.0, None
             except BaseException as error:
                 self._failed(error, [], operation, wait=wait)
@@ -449,9 +450,7 @@ class Saver:
         self.error = {"message": message, "failures": self._failures, "retry_in_s": pause, "at": time.time()}
         if operation is not None:
             self._end(operation, error=error)
-        self._report = self._tell(
-            lambda: record_failed_sync(self._dirty.client, self._settings.model_name), wait=wait
-        )
+        self._tell(lambda: record_failed_sync(self._dirty.client, self._settings.model_name), wait=wait)
 
     def _end(
         self,

@@ -239,6 +239,22 @@ def test_a_commit_beside_training_that_fails_is_tried_again(
     assert bench.saver.store.head.weight_version == 1
 
 
+def test_a_failure_that_redis_is_yet_to_count_does_not_put_off_the_next_try(
+    bench: Bench, clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = threading.Event()
+    monkeypatch.setattr(saving, "record_failed_sync", lambda *_: counted.wait(30))
+    bench.step()
+    with monkeypatch.context() as patched:
+        patched.setattr(bench.saver.store, "begin_sync", failing(MemoryError()))
+        bench.runtime.between_steps()
+    bench.runtime._asked_due_at, clock.now = 0.0, clock.now + 5.0
+    bench.runtime.between_steps()
+    bench.saver._join()
+    counted.set()
+    assert bench.saver.store.head.weight_version == 1
+
+
 def test_two_beats_that_tick_at_once_make_one_sync(bench: Bench) -> None:
     bench.step()
     ticks = [threading.Thread(target=bench.runtime.tick) for _ in range(2)]
@@ -379,7 +395,7 @@ def test_what_outlives_the_job_that_it_was_asked_for_in_is_not_done_twice(
     assert (operations.get(operation).state, operations.pending()) == ("running", [])
     assert not any(bench.runtime.client.llen(key) for key in operations.messages.queue_keys())
     slow.set()
-    bench.saver._join()
+    wait_until(lambda: not bench.saver.busy)
     bench.runtime.tick()
     done = operations.get(operation)
     assert (done.state, done.attempts, len(times)) == ("succeeded", 1, 1)
@@ -475,6 +491,19 @@ def test_marks_of_steps_that_went_with_a_mixture_go_too(bench: Bench, mixture: S
     bench.runtime.tick()
     assert not bench.weights.restoring
     assert not bench.runtime.dirty.state().dirty
+
+
+def test_the_mark_of_a_step_that_comes_after_a_mixture_was_finished_stays(
+    bench: Bench, mixture: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixture.tries = 0
+    settle = bench.runtime.dirty._settle
+    monkeypatch.setattr(bench.runtime.dirty, "_settle", lambda **args: (time.sleep(0.3), settle(**args))[1])
+    bench.runtime.between_steps()
+    bench.step()
+    wait_until(lambda: not bench.saver.busy)
+    time.sleep(0.5)
+    assert bench.runtime.dirty.state().steps == 1
 
 
 # --- versions of weights that are the last generation ----------------------------------------------------------------
