@@ -4,6 +4,7 @@ import copy
 import errno
 import os
 import sys
+import time
 from dataclasses import fields
 from types import SimpleNamespace
 
@@ -312,7 +313,8 @@ def test_verify_compares_files_and_live_weights(saver, attachment, trainer, wait
 
     def verify():
         saver.verify(attachment, "op", wait=wait)
-        saver._join()
+        while saver.busy:  # reading, or reporting it
+            time.sleep(0.01)
         return end.result
 
     step(attachment)
