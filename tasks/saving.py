@@ -418,8 +418,7 @@ class Saver:
             if self.last is not None:
                 self.last = {**self.last, "applied": True}
             self._make_undo_data()
-            checkpoint = self._described()
-            self._tell(lambda: self._registry.publish_checkpoint(checkpoint))
+            self._tell_checkpoint()
 
     def _make_undo_data(self) -> None:
         """What a sync leaves for later, beside the next steps; the next commit does it if this fails."""
@@ -429,13 +428,8 @@ class Saver:
             logger.warning("undo data was not made; the next sync tries again", exc_info=True)
             return
         if nbytes:
-            checkpoint = self._described()
-
-            def tell() -> None:
-                record_undo(self._dirty.client, self._settings.model_name, nbytes)
-                self._registry.publish_checkpoint(checkpoint)
-
-            self._tell(tell)
+            self._tell(lambda: record_undo(self._dirty.client, self._settings.model_name, nbytes))
+            self._tell_checkpoint()
 
     def _failed(
         self, error: BaseException, jobs: list[str], operation: Operation | None, *, wait: bool = False
@@ -466,6 +460,11 @@ class Saver:
         """The last generation has the contents of that weight version; steps since then stay unsaved."""
         generation = self.store.head.generation
         self._report = self._tell(lambda: self._dirty.clear(generation, version), wait=wait)
+
+    def _tell_checkpoint(self, *, wait: bool = False) -> None:
+        """`publish`, of the generations that there are now."""
+        checkpoint = self._described()
+        self._tell(lambda: self._registry.publish_checkpoint(checkpoint), wait=wait)
 
     def _tell(self, report: Callable[[], object], *, wait: bool = False) -> Future[None]:
         """Report to Redis, after all earlier reports; `wait`: until that is done, or given up and logged."""
@@ -590,8 +589,7 @@ class Saver:
         weights.restored(self.saved_version)
         self._committer.submit(self._make_undo_data)
         self._tell_saved(weights.version, wait=True)  # what fails of it is logged: the rollback is done all the same
-        checkpoint = self._described()
-        self._tell(lambda: self._registry.publish_checkpoint(checkpoint), wait=True)
+        self._tell_checkpoint(wait=True)
         return {**asdict(report), "weight_version": weights.version}
 
     # --- what others see ----------------------------------------------------------------------------------------------
