@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# What needs NVIDIA cards, all of it, on one or two of them: the GPU tests and the benchmarks at the size of an 8 B model.
+# What needs NVIDIA cards, all of it, on as many as there are: the GPU tests and the benchmarks at the size of an 8 B model.
 #
 #     bench/card.sh OUT TOKENIZER [SECONDS]
 #
 # OUT gets a log and the results of each part; TOKENIZER is a directory with a tokenizer for the random models; after
-# SECONDS everything that still runs is ended. With two cards the second has what needs one to itself; with one card, one
-# after the other. About an hour in all; ONLY=stack,train,… runs just those parts.
+# SECONDS everything that still runs is ended. There are four lanes of parts, each with a card to itself where there are
+# four. About an hour in all; ONLY=stack,train,… runs just those parts.
 set -uo pipefail
 out=$(realpath -m "${1:?usage: bench/card.sh OUT TOKENIZER [SECONDS]}"); tok=$(realpath "$2"); limit=${3:-7200}
 mkdir -p "$out"; cd "$(dirname "$0")/.."
@@ -22,69 +22,64 @@ part() { # NAME SECONDS COMMAND…: a line in OUT/parts.txt says how it ended
   echo "$name: exit $? after $((SECONDS - start)) s" >> "$out/parts.txt"
 }
 
-functions() { # of one card: tests that don't mind each other
-  export CUDA_VISIBLE_DEVICES=$1
-  local waited=()
+checks() {
+  export CUDA_VISIBLE_DEVICES=$1 HOGWILD_TOKENIZER=$tok HOGWILD_GPU_RESTARTS=${RESTARTS:-5}
+  if [ "$1" != "$2" ]; then
+    CUDA_VISIBLE_DEVICES=$1,$2 part two-cards 90 "${tests[@]}" tests/gpu/test_cuda_ipc.py -k uuid
+  fi
+  local waited=()  # of one card: tests that don't mind each other
   part architectures 240 python3 tests/acceptance/architectures.py --device cuda --json "$out/architectures.json" \
     --table "$out/architectures.md" & waited+=($!)
   part ipc 240 "${tests[@]}" tests/gpu/test_cuda_ipc.py -k "not twenty" & waited+=($!)
   part partition-tests 400 "${tests[@]}" tests/gpu/test_partition_gpu.py & waited+=($!)
   wait "${waited[@]}"
-}
-
-units() {
-  export CUDA_VISIBLE_DEVICES=$1
   part units 600 "${tests[@]}" tests/gpu/test_engine_gpu.py tests/gpu/test_checkpoint_gpu.py
-}
-
-kills() { # these look at all of the card's memory: nobody else may use it
-  export CUDA_VISIBLE_DEVICES=$1 HOGWILD_TOKENIZER=$tok HOGWILD_GPU_RESTARTS=${RESTARTS:-5}
-  part twenty 300 "${tests[@]}" tests/gpu/test_cuda_ipc.py -k twenty
-  part mps 180 "${tests[@]}" tests/gpu/test_mps.py
+  # These look at all of the card's memory: nobody else may use it.
   part stack 900 "${tests[@]}" tests/gpu/test_stack_gpu.py ${STACK:+-k "$STACK"}
+  part mps 180 "${tests[@]}" tests/gpu/test_mps.py
+  part twenty 300 "${tests[@]}" tests/gpu/test_cuda_ipc.py -k twenty
 }
 
-speed() {
+disk() {
   export CUDA_VISIBLE_DEVICES=$1
-  part train 420 python3 bench/train.py --device cuda --shape qwen3-8b --tokens 4096 --steps 6 --memory-limit-gb 4 \
-    --json "$out/train.json" \
-    --kernels 30 --variants "${TRAIN:-none+compile,mini+compile,none+keep+compile,mini+keep+compile,trainer,apollo+keep+compile,trainer-apollo,mini+keep,loop}"
-  part checkpoint 400 python3 bench/checkpoint.py --device cuda --mb 16000 --lean --repeats 1 \
-    --shares ${SHARES:-0.01 1.0} --only ${CHECKPOINT:-hogwild save_file save_safely} --directory "$out/disk" \
+  part checkpoint 1200 python3 bench/checkpoint.py --device cuda --mb 16000 --lean --repeats 1 \
+    --shares ${SHARES:-0.01 1.0 0.0001 0.1} ${CHECKPOINT:+--only $CHECKPOINT} --directory "$out/disk" \
     --out "$out/checkpoint.json"
   rm -rf "$out/disk"
+  part attach 300 bash -c 'python3 bench/random_model.py qwen3-8b "$0/m" --tokenizer "$1" --device cuda &&
+    python3 bench/attach.py --device cuda --model "$0/m" --repeats 2 --out "$0/attach.json"; rm -rf "$0/m"' "$out" "$tok"
+}
+
+coserve() { # NAME PARTS OPTION…
+  local name=$1 parts=$2; shift 2
+  part "$name" 1300 python3 bench/coserve.py --device cuda --shape qwen3-8b --model "$tok" --seconds 6 \
+    --out "$out/$name.json" --parts "$parts" "$@"
 }
 
 serving() {
   export CUDA_VISIBLE_DEVICES=$1
-  local coserve=(python3 bench/coserve.py --device cuda --shape qwen3-8b --model "$tok" --seconds 6 --out "$out/coserve.json")
-  part coserve 1300 "${coserve[@]}" --parts "${COSERVE:-share,pace,undivided,reload}"
-  part timeslice 500 "${coserve[@]}" --parts timeslice --append --streams 16
+  coserve coserve "${COSERVE:-share,pace,undivided}"
+  part train 420 python3 bench/train.py --device cuda --shape qwen3-8b --tokens 4096 --steps 6 --memory-limit-gb 4 \
+    --json "$out/train.json" \
+    --kernels 30 --variants "${TRAIN:-none+compile,mini+compile,none+keep+compile,mini+keep+compile,trainer,apollo+keep+compile,trainer-apollo,mini+keep,loop}"
 }
 
-beside() {
+baselines() {
   export CUDA_VISIBLE_DEVICES=$1
+  coserve reload reload
+  coserve timeslice timeslice --streams 16
   local ours=mini+keep+compile ways=hf,mini+keep+compile
   part timesliced 200 python3 bench/interference.py --no-mps --variants $ways --json "$out/timesliced.json"
   ways+=,$ours:low,$ours:part=0.25:low,$ours:part=0.5:low,$ours:part=0.75:low
   part interference 500 python3 bench/interference.py --variants $ways --json "$out/interference.json"
 }
 
-loading() {
-  export CUDA_VISIBLE_DEVICES=$1
-  part attach 300 bash -c 'python3 bench/random_model.py qwen3-8b "$0/m" --tokenizer "$1" --device cuda &&
-    python3 bench/attach.py --device cuda --model "$0/m" --repeats 2 --out "$0/attach.json"; rm -rf "$0/m"' "$out" "$tok"
-}
-
 cp docs/architectures.md "$out/"
-first=${cards[0]} last=${cards[-1]}
-if [ "$first" != "$last" ]; then
-  CUDA_VISIBLE_DEVICES=$last,$first part two-cards 90 "${tests[@]}" tests/gpu/test_cuda_ipc.py -k uuid &
-  others=($!)
-  (speed "$first"; serving "$first") & others+=($!)
-  loading "$last"; functions "$last"; kills "$last"; units "$last"; beside "$last"
-  wait "${others[@]}"
-else
-  functions "$first"; units "$first"; kills "$first"; speed "$first"; loading "$first"; serving "$first"; beside "$first"
-fi
+lanes=(serving checks baselines disk)
+for card in "${!cards[@]}"; do
+  for ((lane = card; lane < ${#lanes[@]}; lane += ${#cards[@]})); do
+    "${lanes[lane]}" "${cards[card]}" "${cards[(card + 1) % ${#cards[@]}]}"
+  done &
+done
+wait
 echo done >> "$out/parts.txt"
