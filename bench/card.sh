@@ -5,7 +5,7 @@
 #
 # OUT gets a log and the results of each part; TOKENIZER is a directory with a tokenizer for the random models; after
 # SECONDS everything that still runs is ended. There are four lanes of parts, each with a card to itself where there are
-# four. About an hour in all; ONLY=stack,train,… runs just those parts.
+# four. About an hour in all; ONLY=stack,train,… runs just those parts. LEAN= (130 GB of disk): rsync has an old copy.
 set -uo pipefail
 out=$(realpath -m "${1:?usage: bench/card.sh OUT TOKENIZER [SECONDS]}"); tok=$(realpath "$2"); limit=${3:-7200}
 mkdir -p "$out"; cd "$(dirname "$0")/.."
@@ -42,7 +42,7 @@ checks() {
 
 disk() {
   export CUDA_VISIBLE_DEVICES=$1
-  part checkpoint 1200 python3 bench/checkpoint.py --device cuda --mb 16000 --lean --repeats 1 \
+  part checkpoint 1200 python3 bench/checkpoint.py --device cuda --mb 16000 ${LEAN---lean} --repeats 1 \
     --shares ${SHARES:-0.01 1.0 0.0001 0.1} ${CHECKPOINT:+--only $CHECKPOINT} --directory "$out/disk" \
     --out "$out/checkpoint.json"
   rm -rf "$out/disk"
