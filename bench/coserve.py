@@ -14,7 +14,8 @@ Starts the real stack (`hogwild up`'s own code), drives it with bench/load.py an
   pace        the governor: each --serve-share at each number of streams and with Poisson arrivals; then an inter-token
               budget of 1.25 times the p50 alone, the share of one-second windows that hold it, and how soon silence
               gives full speed
-  undivided   (card only) the first --serve-share with training always on all multiprocessors
+  undivided   (card only) the first --serve-share with parts of the card and with training always on the whole card,
+              in turns, --repeats times: which is kinder to serving for the same training
   timeslice   baseline (card only): the same without MPS
   reload      baseline: the way without Hogwild. vLLM is stopped, plain transformers trains the same steps and saves,
               vLLM starts on the result: seconds from the request to train to the first token of the new weights
@@ -494,12 +495,14 @@ def part_pace(bed: Bed, report: Report, args: argparse.Namespace) -> None:
 
 
 def part_undivided(bed: Bed, report: Report, args: argparse.Namespace) -> None:
-    """The governor without parts of the card."""
+    """The governor with and without parts of the card, in turns, because what a single run differs by is more."""
     part, share = "undivided", args.serve_share[0]
     measure_alone(bed, report, args, part)
-    bed.pace(serve_share=share, mps_parts="off")
-    with bed.training() as training:
-        beside_streams(bed, report, args, part, f"share {share}, whole card", training)
+    for _ in range(args.repeats):
+        for parts, mode in (("auto", "parts"), ("off", "whole card")):
+            bed.pace(serve_share=share, mps_parts=parts)
+            with bed.training() as training:
+                beside_streams(bed, report, args, part, f"share {share}, {mode}", training)
 
 
 def learning_s(args: argparse.Namespace) -> float:
@@ -647,6 +650,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--train-tokens", type=int, default=None, help="of one optimizer step")
     parser.add_argument("--threads", default="30,60", help="percent of the multiprocessors, for the part of that name")
     parser.add_argument("--serve-share", default="0.9", help="one or several, separated by commas")
+    parser.add_argument("--repeats", type=int, default=3, help="of the part undivided")
     parser.add_argument("--reload-steps", type=int, default=8)
     parser.add_argument("--optimizer", default="apollo-mini")
     parser.add_argument("--vllm-args", default=None)

@@ -3,9 +3,11 @@
     python bench/load.py --url http://127.0.0.1:8000 --model NAME --streams 16 --seconds 10
     python bench/load.py --url http://127.0.0.1:8000 --model NAME --rate 4 --seconds 10
 
-Prints one JSON object. Prompts are random token ids, so that no prefix is cached; every request streams exactly
-`--output-tokens` tokens (`ignore_eos`). What happens in the first `--warmup` seconds is not counted, and at the end
-requests in flight are cut off, so that all of the measured time has the full load.
+Prints one JSON object. Prompts are random token ids, so that no prefix is cached. A request streams half to one and a
+half times `--output-tokens` tokens (`ignore_eos`), evenly distributed: were all of one length, the streams of a closed
+loop would end together and wait for each other's prompts, and whatever brings them out of step would look like a gain.
+What happens in the first `--warmup` seconds is not counted, and at the end requests in flight are cut off, so that all
+of the measured time has the full load.
 
 Needs aiohttp, which vLLM brings along: with httpx, 64 fast streams keep this process busier than vLLM's.
 """
@@ -28,7 +30,7 @@ class Recorder:
 
     first: list[tuple[float, float]] = field(default_factory=list)  # arrival, time to first token (s)
     next: list[tuple[float, float]] = field(default_factory=list)  # arrival, inter-token latency (s)
-    done: list[tuple[float, int]] = field(default_factory=list)  # end of a request, chunks it came in
+    done: list[tuple[float, int, int]] = field(default_factory=list)  # end of a request, tokens, chunks they came in
     versions: list[tuple[float, int]] = field(default_factory=list)  # start of a response, weight version
     failed: int = 0
 
@@ -40,15 +42,16 @@ class Shape:
     url: str
     model: str
     prompt_tokens: int = 256
-    output_tokens: int = 128
+    output_tokens: int = 128  # the mean
     vocabulary: int = 30_000
     api_key: str | None = None
 
 
 async def request(session: aiohttp.ClientSession, shape: Shape, rng: random.Random, seen: Recorder) -> None:
     """One streamed completion."""
+    tokens = rng.randint(-(-shape.output_tokens // 2), shape.output_tokens * 3 // 2)
     body = {
-        "model": shape.model, "max_tokens": shape.output_tokens, "ignore_eos": True, "temperature": 0, "stream": True,
+        "model": shape.model, "max_tokens": tokens, "ignore_eos": True, "temperature": 0, "stream": True,
         "prompt": [rng.randrange(100, shape.vocabulary) for _ in range(shape.prompt_tokens)],
     }  # fmt: skip
     headers = {"Authorization": f"Bearer {shape.api_key}"} if shape.api_key else {}
@@ -69,7 +72,7 @@ async def request(session: aiohttp.ClientSession, shape: Shape, rng: random.Rand
                     seen.first.append((now, now - sent))
                 last = now
                 chunks += 1
-        seen.done.append((last, chunks))
+        seen.done.append((last, tokens, chunks))
     except aiohttp.ClientError:
         seen.failed += 1
         await asyncio.sleep(0.1)
@@ -109,20 +112,20 @@ async def measure(shape: Shape, *, streams: int | None = None, rate: float | Non
         end = time.time()
         task.cancel()
         await asyncio.wait([task])
-    summary = summarise(seen, end - seconds, end, shape.output_tokens)
+    summary = summarise(seen, end - seconds, end)
     return {"streams": streams, "rate": rate, "prompt_tokens": shape.prompt_tokens,
             "output_tokens": shape.output_tokens, **summary}  # fmt: skip
 
 
-def summarise(seen: Recorder, start: float, end: float, output_tokens: int) -> dict[str, Any]:
+def summarise(seen: Recorder, start: float, end: float) -> dict[str, Any]:
     """Throughput and latencies between two times (s since the epoch); latencies in ms."""
     def within(pairs: list[Any]) -> list[Any]:
         return [p for p in pairs if start < p[0] <= end]
 
     first, following, done = within(seen.first), within(seen.next), within(seen.done)
     # A slow reader gets several tokens in one chunk: finished requests say how many that was on average.
-    chunks = sum(n for _, n in seen.done)
-    per_chunk = output_tokens * len(seen.done) / chunks if chunks else 1.0
+    chunks = sum(chunks for _, _, chunks in seen.done)
+    per_chunk = sum(tokens for _, tokens, _ in seen.done) / chunks if chunks else 1.0
     itl = sorted(latency for _, latency in following)
     ttft = sorted(latency for _, latency in first)
     return {
