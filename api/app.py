@@ -3,7 +3,7 @@
     uvicorn --factory hogwild.api.app:main
 """
 
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -28,19 +28,22 @@ from hogwild.config import Settings, load_settings
 _BEARER = Security(HTTPBearer(auto_error=False, description="HOGWILD_API_KEY, or a key of HOGWILD_API_KEYS_FILE."))
 
 
-def create_router(settings: Settings, *, extra_keys: Iterable[str] = (), service: Service | None = None) -> APIRouter:
+def create_router(settings: Settings, *, extra_keys: Iterable[str] = (), service: Service | None = None,
+                  usable: Callable[[], None] = lambda: None) -> APIRouter:  # fmt: skip
     """All routes of the job service, for this application or a foreign one (vLLM's).
 
     Nothing is registered on the application that includes it: errors become problem documents, bodies are limited
     and keys are checked per route.
 
-    `extra_keys`: keys that are valid besides the deployment's own: vLLM's `--api-key`.
+    `extra_keys`: keys that are valid besides the deployment's own: vLLM's `--api-key`. `usable` raises the
+    HogwildError that every request with a valid key is answered with, as long as there is one.
     """
     service = service or Service(settings, extra_keys)
     authenticate = authenticator(service.keys)
 
     async def caller(request: Request) -> None:
         request.state.api_key = await authenticate(request)
+        usable()
         if settings.rate_limit:
             await run_in_threadpool(service.check_rate, request.state.api_key)
 

@@ -16,6 +16,7 @@ from typing import Any
 from hogwild.errors import ConfigError
 
 SUPPORTED_VLLM = "0.26 to 0.33"
+SAME_NAME = "same-name"  # the one check whose answer is not the model's or the settings': asked by the plugin alone
 
 # Fields of a config.json that hold the number of experts.
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")

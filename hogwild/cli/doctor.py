@@ -39,6 +39,7 @@ from hogwild.preflight import (
     problems,
 )
 from hogwild.runtime_files import private_dir
+from hogwild.stack.vllm_arguments import expanded
 from hogwild.tasks import persistence
 
 Verdict = Literal["ok", "note", "problem"]
@@ -273,6 +274,7 @@ def argument_facts(arguments: list[str], device: str) -> dict[str, Any]:
     Raises:
         ConfigError: vLLM won't take them either.
     """
+    arguments = expanded(arguments)
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--dtype")
     parser.add_argument("--quantization", "-q")

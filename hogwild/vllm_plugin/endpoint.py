@@ -18,9 +18,10 @@ from typing import Any, cast
 from fastapi import FastAPI, Header, HTTPException
 
 from hogwild.config import is_loopback, load_settings, served_name, url_host
+from hogwild.errors import Conflict
 from hogwild.frontend import FILE_NAME, Frontend
 from hogwild.manifest import sweep
-from hogwild.preflight import Problem
+from hogwild.preflight import SAME_NAME, Problem
 from hogwild.runtime_files import at_exit, private_dir, process_start_time, remove_at_exit
 from hogwild.vllm_plugin.version_header import VersionSource, WeightVersionHeader
 
@@ -63,6 +64,7 @@ class HogwildEndpoint:
         self._engine: Any = None
         self._runtime_dir: Path | None = None
         self._version = LateVersion()
+        self._withheld: Problem | None = None
 
     def attach_router(self, app: FastAPI) -> None:
         """Add the routes and the version header; called by vLLM before it starts to listen."""
@@ -105,11 +107,16 @@ class HogwildEndpoint:
                 host or "any address of this machine",
             )
             return
-        app.include_router(create_router(settings, service=service))
+        app.include_router(create_router(settings, service=service, usable=self._usable))
+
+    def _usable(self) -> None:
+        if self._withheld is not None and self._withheld.check == SAME_NAME:
+            raise Conflict(f"These routes would reach the other model, not this one: {self._withheld.message}.")
 
     def _publish(self, engine_client: Any, args: Namespace) -> None:
         runtime_dir = private_dir(self._runtime_dir_of(engine_client.vllm_config))
-        if (problem := self._withdraw(engine_client.vllm_config)) is not None:
+        self._withheld = self._withdraw(engine_client.vllm_config)
+        if (problem := self._withheld) is not None:
             logger.warning("hogwild: the worker is not told of this server: %s [%s]", problem.message, problem.check)
             return
         self._engine, self._runtime_dir = engine_client, runtime_dir

@@ -38,6 +38,7 @@ from hogwild.config import load_settings, slug
 from hogwild.errors import HogwildError
 from hogwild.manifest import Manifest, Refusal, living_exports, manifest_path, refusal_path
 from hogwild.preflight import (
+    SAME_NAME,
     SUPPORTED_VLLM,
     Facts,
     Problem,
@@ -62,7 +63,6 @@ logger = logging.getLogger("vllm.hogwild")
 # How long a vLLM that ends may take until the one that replaces it gives up sharing: vLLM kills what has not ended 5 s
 # after it was asked to.
 TAKEOVER_S = 15.0
-SAME_NAME = "same-name"
 _LOADERS = "vllm.model_executor.model_loader"
 
 

@@ -130,6 +130,26 @@ def test_vllm_arguments_that_do_not(arguments: str, model: Path) -> None:
     assert code == 0, found
 
 
+def test_vllms_config_file_is_read_as_vllm_reads_it(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "vllm.yaml"
+    file.write_text("dtype: half\nenable-sleep-mode: true\nlora-modules: []\nprefix: {a: 1}\n")
+    code, found = run_doctor(str(model), "--vllm-args", f"--config {file} --dtype float32")
+    wrong = [name for name, (verdict, _) in found["model model"].items() if verdict == "problem"]
+    assert (code, wrong) == (1, ["sleep-mode"])  # what stands in the command wins over the file
+    file.write_text("enable-sleep-mode: false\n")
+    assert run_doctor(str(model), "--vllm-args", f"--config {file} --dtype float32")[0] == 0
+
+
+@pytest.mark.parametrize(("text", "says"), [(None, "can't be read"), ("- a", "must hold"), ("a: [", "can't be read")])
+def test_a_config_file_that_vllm_will_not_take(text: str | None, says: str, model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "vllm.yaml"
+    if text is not None:
+        file.write_text(text)
+    code, found = run_doctor(str(model), "--vllm-args", f"--config {file}")
+    verdict, message = found["model model"]["arguments"]
+    assert (code, verdict) == (1, "problem") and says in message and str(file) in message
+
+
 def test_a_gpu_that_this_process_does_not_see(runtime: Path) -> None:
     handle = bytes(64).hex()
     memory = Allocation(kind="cuda_ipc", size=1 << 20, handle=handle)

@@ -13,6 +13,7 @@ from fastapi.testclient import TestClient
 from hogwild.frontend import TOKEN_HEADER, Frontend
 from hogwild.preflight import Problem
 from hogwild.vllm_plugin.endpoint import HogwildEndpoint, api_keys
+from hogwild.vllm_plugin.hooks import same_name
 from hogwild.weight_state import FILE_NAME, WeightState
 
 
@@ -160,6 +161,21 @@ def test_training_routes_need_no_key_where_only_this_machine_reaches_them(
 ) -> None:
     client, _ = serving(runtime_dir, Engine(True), **options)
     assert client.get("/checkpoint/operations/x").headers["x-request-id"]
+
+
+def test_beside_another_vllm_of_the_name_the_routes_lead_nowhere(runtime_dir: Path) -> None:
+    args = Namespace(model="/models/m", served_model_name=["m"], host="127.0.0.1", port=8001, api_key="k")
+    app = FastAPI()
+    app.state.args = args
+    plugin = HogwildEndpoint(lambda config: runtime_dir, lambda config: same_name(4711))
+    plugin.attach_router(app)
+    asyncio.run(plugin.init_state(Engine(True), app.state, args))
+    client = TestClient(app)
+    for method, path in (("POST", "/train"), ("GET", "/train/status"), ("POST", "/checkpoint"), ("POST", "/v1/files")):
+        assert client.request(method, path).status_code == 401
+        answer = client.request(method, path, headers={"Authorization": "Bearer k"})
+        assert answer.status_code == 409, path
+        assert "pid 4711" in answer.json()["detail"] and "--served-model-name" in answer.json()["detail"]
 
 
 def test_the_weight_version_is_on_every_answer_once_exported(runtime_dir: Path) -> None:

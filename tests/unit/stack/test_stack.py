@@ -84,6 +84,18 @@ def test_the_users_vllm_arguments_win(tmp_path: Path, model_dir: Path) -> None:
     assert argv[-2:] == ["--max-model-len", "512"]
 
 
+def test_what_vllms_config_file_says_is_not_said_otherwise(tmp_path: Path, model_dir: Path) -> None:
+    file = tmp_path / "vllm.yaml"
+    file.write_text("dtype: float32\nenforce_eager: false\napi-key: [sesame]\n")
+    s = settings(tmp_path, model=str(model_dir), vllm_args=f"--config {file}", vllm_host="0.0.0.0")
+    argv = services.vllm_command(s, model_dir)
+    assert argv[-2:] == ["--config", str(file)] and not {"--dtype", "--enforce-eager"} & set(argv)
+    services.check_access(s, vllm=True)
+    file.unlink()
+    with pytest.raises(ConfigError, match="can't be read"):
+        services.vllm_command(s, model_dir)
+
+
 @pytest.mark.parametrize("service", ["api", "flower", "vllm"])
 def test_nothing_is_open_to_the_network_without_a_key(tmp_path: Path, service: str) -> None:
     s = settings(tmp_path, **{f"{service}_host": "0.0.0.0"})
