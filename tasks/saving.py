@@ -16,17 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 
 from hogwild.checkpoint.records import Commit
 from hogwild.checkpoint.store import CheckpointStore
-from hogwild.config import LAST_SYNC_RATE, Settings
-from hogwild.errors import AttachRefused, CheckpointError, DoesNotFit, HogwildError
+from hogwild.config import Settings
+from hogwild.errors import AttachRefused, CheckpointError, HogwildError
 from hogwild.gpu_worker.config import TrainConfig
 from hogwild.gpu_worker.engine import Trainer
 from hogwild.tasks.dirty import Dirty
 from hogwild.tasks.metrics import SyncFigures, record_failed_sync, record_sync, record_undo
 from hogwild.tasks.operations import Operation, Operations
+from hogwild.tasks.optimizer_states import OptimizerStates
 from hogwild.tasks.registry import Registry
 
 if TYPE_CHECKING:
@@ -37,9 +37,6 @@ logger = logging.getLogger(__name__)
 BACKOFF_S = (5.0, 600.0)  # first and longest pause after a sync that failed
 LAST_CHANCE_S = (0.5, 5.0)  # the same where there is no later: a reader ends, somebody makes room on the disk
 DOUBLINGS = 16  # more would change nothing, and a thousand of them are no float any more
-# Optimizer state up to this size is saved within the pause of a sync beside training (a tenth of a second); more of it
-# waits for a sync that no job runs beside.
-SMALL_STATE = 256 << 20
 NOT_TRAINED = ("adopt", "rollback")  # kinds of generations that are made of something else than the live weights
 
 
@@ -54,6 +51,7 @@ class Saver:
         self, settings: Settings, *, store: CheckpointStore, dirty: Dirty, operations: Operations, registry: Registry
     ) -> None:
         self.store = store
+        self.optimizer_states = OptimizerStates(settings)
         self.last: dict[str, Any] | None = None
         self.error: dict[str, Any] | None = None
         self.restored: Callable[[], object] = lambda: None
@@ -269,7 +267,7 @@ class Saver:
         try:
             torch.cuda.empty_cache()  # fingerprints need room on the card, and training keeps what it ever had
             pending = self.store.begin_sync(attachment.views, weight_version=version, jobs=jobs)
-            outdated = self._save_optimizer(trainer, version, all_sizes=wait)
+            outdated = self.optimizer_states.save(trainer, version, all_sizes=wait)
         except BaseException as error:
             if pending is not None:
                 pending.abandon()  # or no other sync could begin
@@ -354,7 +352,7 @@ class Saver:
                 return False
             time.sleep(min(pause, left))
             pause = min(longest, 2 * pause)
-        self._save_last_optimizer(trainer, attachment.weights.version, until)
+        self.optimizer_states.save_last(trainer, attachment.weights.version, until)
         return True
 
     def _try_last(self, attachment: "Attachment", reason: str, until: float) -> bool:
@@ -380,19 +378,6 @@ class Saver:
                 return False
             wait_for([self._commit], min(left, 0.2))  # type: ignore[list-item]
         return True
-
-    def _save_last_optimizer(self, trainer: Trainer, version: int, until: float) -> None:
-        if trainer.optimizer is None or self._optimizer_path(version).exists():
-            return
-        seconds = trainer.optimizer.allocated_bytes() / LAST_SYNC_RATE
-        if seconds > until - time.monotonic():
-            logger.warning("no time is left for the optimizer's state: the next job begins with an older one, or none")
-            return
-        try:
-            for path in self._save_optimizer(trainer, version, all_sizes=True):
-                path.unlink(missing_ok=True)
-        except Exception:
-            logger.exception("the optimizer's state was not saved: the next job begins with an older one, or none")
 
     def unsaved(self, attachment: "Attachment") -> str:
         """What would be lost with the live weights, for a log."""
@@ -565,7 +550,7 @@ class Saver:
             weights.set_version(self.saved_version)
             after()
             trainer.rolled_back()
-            for _, path in self._optimizer_files():
+            for _, path in self.optimizer_states.files():
                 path.unlink(missing_ok=True)
 
         weights.begin_restore()  # before the generation exists: a worker that dies now leaves the rest to the next one
@@ -616,47 +601,11 @@ class Saver:
 
     # --- optimizer state ----------------------------------------------------------------------------------------------
 
-    def _optimizer_files(self) -> list[tuple[int, Path]]:
-        """Saved optimizer states: (weight version, file), newest first."""
-        found = []
-        for path in (self._settings.data_dir / "optimizer").glob(f"{self._settings.model_slug}@*.safetensors"):
-            version = path.stem.rpartition("@")[2]
-            if version.isdigit():
-                found.append((int(version), path))
-        return sorted(found, reverse=True)
-
-    def _optimizer_path(self, version: int) -> Path:
-        return self._settings.data_dir / "optimizer" / f"{self._settings.model_slug}@{version}.safetensors"
-
-    def _save_optimizer(self, trainer: Trainer | None, version: int, *, all_sizes: bool) -> list[Path]:
-        """Beside each generation, so that a restarted worker goes on with the moments it had then. Returns the files
-        that it replaces, to be removed when the generation is there."""
-        if trainer is None or trainer.optimizer is None:
-            return []
-        if not all_sizes and trainer.optimizer.allocated_bytes() > SMALL_STATE:
-            return []
-        path = self._optimizer_path(version)
-        try:
-            trainer.save_optimizer(path)
-        except SafetensorError as error:  # how safetensors reports a full disk, among others
-            raise CheckpointError(f"the optimizer's state can't be written to {path}: {error}") from error
-        return [old for _, old in self._optimizer_files() if old != path]
-
     def load_optimizer(self, trainer: Trainer, config: TrainConfig, weight_version: int) -> None:
         """Before the first job after attaching. A few steps too old is better than none: moments move slowly. A state
         from a later version than the weights' belongs to other weights, and so does one from before a rollback.
 
-        Raises DoesNotFit: the state is good, and not given up because something else has the memory at the moment.
+        Raises DoesNotFit.
         """
         turns = [g.weight_version for g in self.store.generations() if g.kind in NOT_TRAINED]
-        for version, path in self._optimizer_files():
-            if max(turns, default=0) <= version <= weight_version:
-                try:
-                    trainer.load_optimizer(path, config)
-                except DoesNotFit:
-                    raise
-                except HogwildError as error:
-                    logger.info("optimizer state starts empty: %s", error)
-                else:
-                    logger.info("optimizer state of weight version %d restored", version)
-                return
+        self.optimizer_states.load(trainer, config, oldest=max(turns, default=0), newest=weight_version)

@@ -695,7 +695,7 @@ def test_a_disk_that_is_full_for_a_moment_costs_no_step_of_the_last_sync(
     monkeypatch.setattr(bench.saver.store, "_write", full_at_first)
     bench.runtime.shutdown() if end == "shutdown" else lose(bench)
     assert (len(tries), bench.saver.store.head.weight_version) == (3, 1)
-    assert [path.name for _, path in bench.saver._optimizer_files()] == ["tiny@1.safetensors"]
+    assert [path.name for _, path in bench.saver.optimizer_states.files()] == ["tiny@1.safetensors"]
 
 
 @pytest.mark.parametrize("end", ["vLLM is gone", "shutdown"])
@@ -727,7 +727,7 @@ def test_an_optimizer_state_that_there_is_no_time_for_is_left_out_and_the_weight
     bench.step()
     bench.runtime.shutdown()
     assert bench.saver.store.head.weight_version == 1
-    assert not bench.saver._optimizer_files()
+    assert not bench.saver.optimizer_states.files()
     assert "no time is left for the optimizer's state" in caplog.text
 
 
