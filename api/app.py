@@ -39,7 +39,7 @@ def create_router(settings: Settings, *, extra_keys: Iterable[str] = (), service
     HogwildError that every request with a valid key is answered with, as long as there is one.
     """
     service = service or Service(settings, extra_keys)
-    authenticate = authenticator(service.keys)
+    authenticate = authenticator(lambda: service.keys)
 
     async def caller(request: Request) -> None:
         request.state.api_key = await authenticate(request)
@@ -93,7 +93,7 @@ def _operator_router(service: Service, app: FastAPI) -> APIRouter:
 
     from hogwild.api.metrics import CONTENT_TYPE, render
 
-    authenticate = authenticator(service.keys)
+    authenticate = authenticator(lambda: service.keys)
 
     async def caller(request: Request) -> None:
         request.state.api_key = await authenticate(request)

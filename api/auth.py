@@ -89,11 +89,11 @@ def keys_of(settings: Settings, extra: Iterable[str] = ()) -> list[ApiKey]:
     return keys
 
 
-def authenticator(keys: list[ApiKey]) -> Callable[[Request], Awaitable[ApiKey]]:
+def authenticator(keys_now: Callable[[], list[ApiKey]]) -> Callable[[Request], Awaitable[ApiKey]]:
     """A FastAPI dependency that returns the key of a request. Raises Unauthorized, Forbidden."""
 
     async def authenticate(request: Request) -> ApiKey:
-        if not keys:
+        if not (keys := keys_now()):
             return ANYONE
         kind, _, token = request.headers.get("authorization", "").partition(" ")
         hashed = digest(token.strip()) if kind.lower() == "bearer" else ""

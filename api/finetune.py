@@ -9,10 +9,10 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, StringConstraints
 
 from hogwild.api.schemas import FiniteFloat, Metadata, Strict
 from hogwild.api.validation import complete_config
-from hogwild.config import Settings
 from hogwild.errors import InvalidRequest
 from hogwild.gpu_worker.config import INTEGERS, NUMBERS, TrainConfig
 from hogwild.tasks.jobs import Job
+from hogwild.tasks.registry import ModelInfo
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Auto = Literal["auto"]
@@ -146,7 +146,7 @@ class CheckpointList(BaseModel):
     last_id: str | None
 
 
-def training_config(body: CreateRequest, settings: Settings) -> dict[str, Any]:
+def training_config(body: CreateRequest, served: ModelInfo) -> dict[str, Any]:
     """The engine's configuration of a request. Raises InvalidRequest."""
     chosen = body.method.supervised.hyperparameters if body.method and body.method.supervised else None
     hyper = chosen or body.hyperparameters or Hyperparameters()
@@ -166,7 +166,7 @@ def training_config(body: CreateRequest, settings: Settings) -> dict[str, Any]:
         config["seed"] = body.seed
     if hyper.learning_rate_multiplier != "auto":
         config["learning_rate_multiplier"] = hyper.learning_rate_multiplier
-    return complete_config(config, settings)
+    return complete_config(config, served)
 
 
 def job_object(job: Job, served: str) -> JobObject:

@@ -60,7 +60,7 @@ def finetune_router(service: Service, router: APIRouter) -> None:
         if body.model != served and not body.model.startswith(f"{served}@v"):
             raise NotFound(f"The model that is served and trained here is {served!r}, not {body.model[:100]!r}.",
                            field="model")
-        config = training_config(body, settings)
+        config = training_config(body, model)
         content = await run_in_threadpool(service.files.content, known_file(body.training_file))
         examples = await run_in_threadpool(parse, content, max_lines=settings.max_job_samples)
         async with tokenizer() as vllm:

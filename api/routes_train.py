@@ -64,8 +64,9 @@ def train_router(service: Service, router: APIRouter) -> None:
         The ids are checked against the served model's vocabulary and length first: what is answered 422 was not queued.
         """
         key: ApiKey = request.state.api_key
-        config = check_config(body, service.settings)
-        payload = check_samples(body, service.model(), service.settings)
+        model = service.model()
+        config = check_config(body, model)
+        payload = check_samples(body, model, service.settings)
         check_length(config, payload)
         job_id, new = service.ledger.submit(
             payload, config, metadata=body.metadata, priority=body.priority, api_key=key.name,

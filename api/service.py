@@ -1,17 +1,19 @@
 """What the routes work with: connections, ledger, registry. Made once per process, connected on first use."""
 
 import asyncio
+import json
 import threading
 import time
 import weakref
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
 from hogwild.api.auth import ApiKey, keys_of
 from hogwild.api.events import Hub
 from hogwild.config import Settings
 from hogwild.errors import ManifestError, ServiceUnavailable, TooManyRequests
-from hogwild.runtime_files import read_private
+from hogwild.runtime_files import read_private, write_private
 from hogwild.tasks.announce import Announcer
 from hogwild.tasks.app import make_app
 from hogwild.tasks.connections import api_client, async_client, redis_url
@@ -103,27 +105,63 @@ class Service:
         self.registry.model()
 
 
+SHARED = ("rate_limit", "queue_limit", "max_sample_tokens", "max_job_samples", "job_retention_s")
+"""Settings of a deployment that hold on a vLLM's port as well, whatever that process' environment says."""
+
+
+def publish(settings: Settings) -> None:
+    """Tell the routes on the port of a vLLM that was started before this deployment what they must know of it."""
+    known = {
+        "redis_url": settings.redis_url,
+        "keys": [asdict(key) for key in keys_of(settings)],
+        "settings": settings.model_dump(mode="json", include=set(SHARED)),
+    }
+    write_private(settings.deployment_file, json.dumps(known))
+
+
 class LateService:
-    """A `Service` of the Redis that `hogwild up --no-vllm` starts after vLLM: made when its URL is there, anew when it
-    is another one. Handlers use it as they use a Service; until then each of its parts raises ServiceUnavailable."""
+    """A `Service` of the deployment that `hogwild up --no-vllm` starts after vLLM: made when it is there, anew when it
+    is another one. Handlers use it as they use a Service; until then each of its parts raises ServiceUnavailable.
+
+    `own_keys` are valid besides the deployment's.
+    """
 
     def __init__(self, settings: Settings, extra_keys: Iterable[str] = ()) -> None:
-        self.settings = settings
-        self.keys = keys_of(settings, extra_keys)
-        self._made: Service | None = None
+        self.own_keys = keys_of(settings, extra_keys)
+        self._settings = settings
+        self._made: tuple[str, Service] | None = None
         self._lock = threading.Lock()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._service(), name)
 
+    @property
+    def keys(self) -> list[ApiKey]:
+        """Those of the deployment that is there, and our own."""
+        try:
+            return self._service().keys
+        except ServiceUnavailable:
+            return self.own_keys
+
+    @property
+    def settings(self) -> Settings:
+        """The deployment's, as far as it shares them."""
+        try:
+            return self._service().settings
+        except ServiceUnavailable:
+            return self._settings
+
     def _service(self) -> Service:
         try:
-            url = read_private(self.settings.redis_url_file).decode()
+            text = read_private(self._settings.deployment_file).decode()
         except ManifestError:
             raise ServiceUnavailable(
                 "There is no Redis for vLLM's port: 'hogwild up --no-vllm' brings one; for a Redis of your own, start "
                 "vLLM with HOGWILD_REDIS_URL.", retry_after=10) from None
         with self._lock:
-            if self._made is None or self._made.url != url:
-                self._made = Service(self.settings.model_copy(update={"redis_url": url}))
-            return self._made
+            if self._made is None or self._made[0] != text:
+                known = json.loads(text)
+                made = Service(self._settings.model_copy(update={**known["settings"], "redis_url": known["redis_url"]}))
+                made.keys = [*(ApiKey(**key) for key in known["keys"]), *self.own_keys]
+                self._made = text, made
+            return self._made[1]

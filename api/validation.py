@@ -122,19 +122,20 @@ def _check_sample(found: Findings, sample: SampleIn, at: str, model: ModelInfo, 
             found.add(f"{at}/weights", "all are 0 in single precision: nothing would be learned from this sample")
 
 
-def check_config(request: TrainRequest, settings: Settings) -> dict[str, Any]:
-    """The job's configuration: what was given, and the deployment's defaults. Raises InvalidRequest."""
-    return complete_config(request.model_dump(exclude=_NOT_CONFIG), settings)
+def check_config(request: TrainRequest, model: ModelInfo) -> dict[str, Any]:
+    """The job's configuration: what was given, and the worker's defaults. Raises InvalidRequest."""
+    return complete_config(request.model_dump(exclude=_NOT_CONFIG), model)
 
 
-def complete_config(given: dict[str, Any], settings: Settings) -> dict[str, Any]:
-    """`given` with the deployment's optimizer and rate, as the engine will take it. Raises InvalidRequest.
+def complete_config(given: dict[str, Any], model: ModelInfo) -> dict[str, Any]:
+    """`given` with the worker's optimizer and rate, as the engine will take it. Raises InvalidRequest.
 
-    None is as good as nothing: kept with the job, it would hide the deployment's defaults from whoever reads it.
+    The worker's, not this process': vLLM's port has an environment of its own. None is as good as nothing: kept with
+    the job, it would hide the defaults from whoever reads it.
     """
-    config = {"optimizer": settings.optimizer, **{name: value for name, value in given.items() if value is not None}}
-    if settings.learning_rate is not None and config["optimizer"] == settings.optimizer:
-        config.setdefault("learning_rate", settings.learning_rate)
+    config = {"optimizer": model.optimizer, **{name: value for name, value in given.items() if value is not None}}
+    if model.learning_rate is not None and config["optimizer"] == model.optimizer:
+        config.setdefault("learning_rate", model.learning_rate)
     try:
         with _option_named():
             TrainConfig.from_dict(config)

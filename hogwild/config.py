@@ -203,9 +203,9 @@ class Settings(BaseSettings):
         return self.last_sync_s or LAST_SYNC_S + weight_bytes / LAST_SYNC_RATE
 
     @property
-    def redis_url_file(self) -> Path:
-        """Where `hogwild up` leaves the URL of its Redis (0600) for a vLLM that was started before it."""
-        return self.model_runtime_dir / "redis.url"
+    def deployment_file(self) -> Path:
+        """Where `hogwild up` leaves (0600) what the routes on the port of an older vLLM must know of it."""
+        return self.model_runtime_dir / "deployment.json"
 
     @property
     def model_checkpoint_dir(self) -> Path:

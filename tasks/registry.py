@@ -29,7 +29,7 @@ class ModelInfo:
     max_model_len: int  # tokens of context + continuation that vLLM serves
     dtype: str = ""
     parameters: int = 0
-    optimizer: str = ""  # of jobs that name none
+    optimizer: str = "apollo"  # of jobs that name none
     learning_rate: float | None = None  # of jobs that name none
     vllm_url: str = ""  # for /tokenize
 

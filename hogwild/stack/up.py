@@ -27,11 +27,12 @@ import httpx
 import psutil
 import redis as redis_client
 
+from hogwild.api.service import publish
 from hogwild.config import Settings, url_host
 from hogwild.errors import ConfigError, HogwildError, ManifestError
 from hogwild.manifest import Refusal, living_exports, refusal_path
 from hogwild.mps import Mps
-from hogwild.runtime_files import boot_id, private_dir, process_alive, write_private
+from hogwild.runtime_files import boot_id, private_dir, process_alive
 from hogwild.stack import embedded_redis, services
 from hogwild.stack.logs import LogFollower, tail
 from hogwild.stack.supervise import State, Supervisor
@@ -131,7 +132,7 @@ class Stack:
             if self.embedded:
                 self.supervisor.start_service("redis")
             self._wait(self._redis_answers, 60, f"Redis at {_without_password(redis_url)}")
-            write_private(s.redis_url_file, redis_url)
+            publish(s)
             for service in plan:
                 if service.name != "redis":
                     self.supervisor.start_service(service.name)
@@ -359,7 +360,7 @@ class Stack:
             self._follower.stop()
             self._follower = None
         if len(self._locks) == 2:  # both were taken: what is there is ours
-            for path in (self.settings.redis_url_file, self.settings.model_runtime_dir / LOCK):
+            for path in (self.settings.deployment_file, self.settings.model_runtime_dir / LOCK):
                 path.unlink(missing_ok=True)
         if self._vllm and supervisor is not None:
             for pattern in RUNTIME_FILES:

@@ -90,6 +90,7 @@ class HogwildEndpoint:
         """The same routes as on the API's own port, for this model, guarded by vLLM's API keys as well as by ours."""
         try:
             from hogwild.api.app import create_router
+            from hogwild.api.auth import keys_of
             from hogwild.api.service import LateService, Service
         except ImportError as error:
             logger.info("hogwild: the API is not installed beside vLLM (%s): only the worker's routes are added", error)
@@ -98,9 +99,11 @@ class HogwildEndpoint:
         name = served_name(getattr(args, "served_model_name", None), args.model)
         settings = load_settings().model_copy(update={"served_model_name": name})
         make = Service if settings.redis_url else LateService
-        service = cast(Service, make(settings, api_keys(args)))
+        own_keys = api_keys(args)
+        service = cast(Service, make(settings, own_keys))
         host = getattr(args, "host", None) or ""  # vLLM's default is every address
-        if not getattr(args, "uds", None) and not is_loopback(host) and not service.keys:
+        # A deployment's keys come and go with it: what opens the port to a network is a key of this server's own.
+        if not getattr(args, "uds", None) and not is_loopback(host) and not keys_of(settings, own_keys):
             logger.warning(
                 "hogwild: /train is not on vLLM's port: whoever reaches %s could change the weights without a key. "
                 "Set HOGWILD_API_KEY or vLLM's --api-key, or start vLLM with --host 127.0.0.1",

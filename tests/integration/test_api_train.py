@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from fastapi.testclient import TestClient
@@ -64,8 +65,8 @@ def test_job_is_accepted_and_can_be_polled(client, ledger):
     assert (shown["plan"], shown["steps"]["total"]) == (plan, 6)
 
 
-def test_null_means_the_default(client, ledger, settings):
-    settings.optimizer, settings.learning_rate = "sgd", 0.123
+def test_null_means_the_workers_default(client, ledger, redis_client, settings):
+    Registry(redis_client, settings.model_name).publish_model(replace(MODEL, optimizer="sgd", learning_rate=0.123))
     options = dict.fromkeys(("optimizer", "learning_rate", "replay", "seed", "epochs", "trainable"))
     job_id = client.post("/train", json={**BODY, **options, "steps": 2}).json()["id"]
     assert ledger.get(job_id).config == {"optimizer": "sgd", "learning_rate": 0.123, "steps": 2}

@@ -129,9 +129,10 @@ def test_a_whole_fine_tune(client, ledger, words, run_job, redis_client):
 def test_null_among_hogwilds_options_means_the_default(client, ledger, settings):
     options = {"optimizer": None, "learning_rate": None, "seed": None, "replay": None, "steps": 2}
     # Given a deployment with an optimizer and a rate of its own, a job that names none has these
-    own = settings.model_copy(update={"optimizer": "sgd", "learning_rate": 0.123})
+    served = ModelInfo(served_model_name="tiny", model_path="/m", vocab_size=9, max_model_len=9, optimizer="sgd",
+                       learning_rate=0.123)
     body = CreateRequest(model="tiny", training_file="file-x", hogwild=options)
-    assert training_config(body, own) == {"optimizer": "sgd", "learning_rate": 0.123, "steps": 2}
+    assert training_config(body, served) == {"optimizer": "sgd", "learning_rate": 0.123, "steps": 2}
     # And nulls are not kept with it
     file = upload(client, CHATS[:1])
     job = client.fine_tuning.jobs.create(model="tiny", training_file=file.id, extra_body={"hogwild": options})

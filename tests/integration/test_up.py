@@ -103,7 +103,7 @@ def test_everything_comes_up_and_a_ready_line_names_the_urls(up: Up) -> None:
     until(lambda: "logs  " in up.said(), 400, "the ready line")
     assert f"http://127.0.0.1:{up.api_port}" in up.said()
     assert up.attached()
-    assert (up.runtime / "tiny" / "redis.url").stat().st_mode & 0o777 == 0o600  # for the routes on vLLM's own port
+    assert (up.runtime / "tiny" / "deployment.json").stat().st_mode & 0o777 == 0o600  # for vLLM's port
     assert (up.out.parent / "data" / "logs" / "worker.log").exists()
     assert re.search(r"^worker \| ", up.said(), re.MULTILINE)
 
@@ -142,7 +142,7 @@ def test_sigterm_twice_still_stops_in_order_and_leaves_nothing(up: Up) -> None:
     until(lambda: not any(lives(p) for p in family), 60, "the end of all processes")
     # the exporter is not ours: its manifest stays, and what was trained was saved before the end
     assert (up.runtime / "tiny" / "rank0.json").exists()
-    assert not (up.runtime / "tiny" / "redis.url").exists()
+    assert not (up.runtime / "tiny" / "deployment.json").exists()
     assert not list(up.runtime.glob("*.sock"))
     assert version == 2
     assert "generation 1 (shutdown)" in up.said()
