@@ -105,7 +105,7 @@ class Service:
         self.registry.model()
 
 
-SHARED = ("rate_limit", "queue_limit", "max_sample_tokens", "max_job_samples", "job_retention_s")
+SHARED = ("rate_limit", "queue_limit", "queue_bytes", "max_sample_tokens", "max_job_samples", "job_retention_s")
 """Settings of a deployment that hold on a vLLM's port as well, whatever that process' environment says."""
 
 

@@ -11,9 +11,10 @@ database, because one script must be able to write a job and its message togethe
 | `events:<id>`      | stream | what happened, for server-sent events                                      |
 | `jobs`             | zset   | every job id by sequence number: listing                                   |
 | `state:<state>`    | zset   | the same, by state: filters and counts                                     |
+| `kind:<kind>`      | zset   | the same, by the route they came from: `train`, `fine_tuning`              |
 | `retention`        | zset   | finished jobs by the time they may be forgotten                            |
-| `payload:<sha256>` | string | packed token ids, shared by jobs with the same samples                     |
-| `payload-refs`     | hash   | sha256 → number of jobs                                                    |
+| `payload:<sha256>` | string | packed token ids, shared by jobs with the same samples, until they ended   |
+| `payload-refs`     | hash   | sha256 → number of jobs; `payload-bytes`: string, bytes of all payloads    |
 | `idem:<sha256>`    | hash   | Idempotency-Key → body hash, job id; expires                               |
 | `counters`         | hash   | totals for /metrics                                                        |
 | `dirty`            | hash   | unsaved training: since when, up to which weight version                   |

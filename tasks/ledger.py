@@ -106,7 +106,7 @@ class Ledger:
         """Accept a job: ledger row, samples and message in one durable write. Returns (job id, True if new).
 
         `idempotency_key`: already scoped to its owner. Raises IdempotencyConflict when it came with another body,
-        TooManyRequests when `queue_limit` jobs wait.
+        TooManyRequests when `queue_limit` jobs wait, or `queue_bytes` of samples.
         """
         job_id = f"{'ftjob' if kind == 'fine_tuning' else 'job'}-{secrets.token_hex(12)}"
         message = self.messages.build(TRAIN, (job_id,), subject=job_id, priority=priority)
@@ -119,12 +119,17 @@ class Ledger:
         answer, detail = self._call(
             "SUBMIT", job_id, message.key, message.id, message.body, payload.digest, payload.data, config_json,
             metadata_json, priority, payload.samples, payload.tokens, idem, body, IDEMPOTENCY_S,
-            self.settings.queue_limit, api_key, kind, json.dumps(dict(extra)) if extra else "")
+            self.settings.queue_limit, api_key, kind, json.dumps(dict(extra)) if extra else "",
+            self.settings.queue_bytes)
         if answer == b"idempotency":
             raise IdempotencyConflict(job_id=detail.decode())
         if answer == b"full":
             raise TooManyRequests(f"{detail.decode()} jobs are waiting, which is the limit.",
                                   retry_after=30, limit=self.settings.queue_limit)
+        if answer == b"full-of-samples":
+            raise TooManyRequests(f"The jobs that wait hold {detail.decode()} bytes of samples; with this one's "
+                                  f"{len(payload.data)} it would be more than the limit (HOGWILD_QUEUE_BYTES).",
+                                  retry_after=30, limit=self.settings.queue_bytes)
         new = answer == b"created"
         if new:
             self._announce(message)
@@ -150,11 +155,12 @@ class Ledger:
              metadata: Mapping[str, str] | None = None, kind: str | None = None) -> Page:
         """Jobs, newest first. `cursor`: the `next_cursor` of the page before.
 
-        With a `metadata` or `kind` filter a page can be short although more follow: at most LIST_SCAN rows are read.
+        With a `metadata` filter, or with `state` and `kind`, a page can be short although more follow: at most
+        LIST_SCAN rows are read.
         """
         if state is not None and state not in JOB_STATES:
             raise InvalidRequest(f"state must be one of {', '.join(JOB_STATES)}")
-        index = self.keys("state", state) if state else self.keys("jobs")
+        index = self.keys("state", state) if state else self.keys("kind", kind) if kind else self.keys("jobs")
         found: list[Job] = []
         wanted = metadata or {}
         scanned = 0

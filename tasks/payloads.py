@@ -95,7 +95,7 @@ def load(client: Client, keys: Keys, digest: str) -> list[Sample]:
     """Samples of a stored payload. Raises NotFound, or HogwildError when the content is not what was stored."""
     data = client.get(keys("payload", digest))
     if data is None:
-        raise NotFound(f"The samples {digest[:12]}… are not in Redis any more: the job's retention has ended.")
+        raise NotFound(f"The samples {digest[:12]}… are not in Redis any more: the job has ended.")
     if hashlib.sha256(data).hexdigest() != digest:
         raise HogwildError(f"The stored samples {digest[:12]}… do not match their hash.")
     return unpack(data)

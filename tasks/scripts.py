@@ -29,8 +29,19 @@ local function move(id, from, to)
   redis.call('HSET', job_key(id), 'state', to)
 end
 local function count(name, n) redis.call('HINCRBY', P .. 'counters', name, n) end
+-- Samples are stored once for all jobs that have the same; nobody reads those of a job that has ended.
+local function drop_payload(id)
+  local digest = get(id, 'payload')
+  if not digest or digest == '' then return end
+  redis.call('HSET', job_key(id), 'payload', '')
+  if redis.call('HINCRBY', P .. 'payload-refs', digest, -1) > 0 then return end
+  redis.call('HDEL', P .. 'payload-refs', digest)
+  redis.call('DECRBY', P .. 'payload-bytes', redis.call('STRLEN', P .. 'payload:' .. digest))
+  redis.call('DEL', P .. 'payload:' .. digest)
+end
 local function close(id, from, to, err, t)
   move(id, from, to)
+  drop_payload(id)
   redis.call('HSET', job_key(id), 'finished_at', t, 'paused', '0', 'worker', '')
   if err ~= '' then redis.call('HSET', job_key(id), 'error', err) end
   redis.call('ZADD', P .. 'retention', t, id)
@@ -45,7 +56,8 @@ local function held(id, fence) return get(id, 'state') == 'running' and get(id, 
 """
 
 # ARGV: id, queue key, message id, message, payload hash, payload, config, metadata, priority, samples, tokens,
-#       idempotency hash, body hash, idempotency seconds, queue limit, api key name, kind, extra
+#       idempotency hash, body hash, idempotency seconds, queue limit, api key name, kind, extra,
+#       most bytes of samples
 SUBMIT = PRELUDE + """
 local id = ARGV[1]
 if redis.call('EXISTS', job_key(id)) == 1 then return {'created', id} end
@@ -59,9 +71,15 @@ if idem then
 end
 local waiting = redis.call('ZCARD', P .. 'state:queued')
 if waiting >= tonumber(ARGV[15]) then return {'full', tostring(waiting)} end
+local bytes = tonumber(redis.call('GET', P .. 'payload-bytes') or '0')
+if bytes > 0 and bytes + #ARGV[6] > tonumber(ARGV[19]) and redis.call('EXISTS', P .. 'payload:' .. ARGV[5]) == 0 then
+  return {'full-of-samples', tostring(bytes)}
+end
 local t = now()
 local seq = redis.call('INCR', P .. 'seq')
-redis.call('SET', P .. 'payload:' .. ARGV[5], ARGV[6], 'NX')
+if redis.call('SET', P .. 'payload:' .. ARGV[5], ARGV[6], 'NX') then
+  redis.call('INCRBY', P .. 'payload-bytes', #ARGV[6])
+end
 redis.call('HINCRBY', P .. 'payload-refs', ARGV[5], 1)
 redis.call('HSET', job_key(id), 'id', id, 'seq', seq, 'state', 'queued', 'created_at', t, 'queued_at', t,
   'published_at', t, 'message', ARGV[3], 'payload', ARGV[5], 'config', ARGV[7], 'metadata', ARGV[8],
@@ -69,6 +87,7 @@ redis.call('HSET', job_key(id), 'id', id, 'seq', seq, 'state', 'queued', 'create
   'begun', 0, 'applied', 0, 'interrupted', 0, 'attempts', 0, 'fence', 0, 'requested', 'run', 'paused', '0')
 if ARGV[18] ~= '' then redis.call('HSET', job_key(id), 'extra', ARGV[18]) end
 redis.call('ZADD', P .. 'jobs', seq, id)
+redis.call('ZADD', P .. 'kind:' .. ARGV[17], seq, id)
 redis.call('ZADD', P .. 'state:queued', seq, id)
 count('jobs_accepted', 1)
 event(id, 'queued', '{}')
@@ -300,13 +319,11 @@ PURGE = PRELUDE + """
 local before = tonumber(now()) - tonumber(ARGV[1])
 local ids = redis.call('ZRANGEBYSCORE', P .. 'retention', '-inf', before, 'LIMIT', 0, ARGV[2])
 for _, id in ipairs(ids) do
-  local f = redis.call('HMGET', job_key(id), 'state', 'payload')
-  if f[2] and redis.call('HINCRBY', P .. 'payload-refs', f[2], -1) <= 0 then
-    redis.call('HDEL', P .. 'payload-refs', f[2])
-    redis.call('DEL', P .. 'payload:' .. f[2])
-  end
+  local f = redis.call('HMGET', job_key(id), 'state', 'kind')
+  drop_payload(id)
   redis.call('DEL', job_key(id), P .. 'losses:' .. id, P .. 'events:' .. id)
   redis.call('ZREM', P .. 'jobs', id)
+  if f[2] then redis.call('ZREM', P .. 'kind:' .. f[2], id) end
   redis.call('ZREM', P .. 'retention', id)
   if f[1] then redis.call('ZREM', P .. 'state:' .. f[1], id) end
 end

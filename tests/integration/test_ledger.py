@@ -8,7 +8,7 @@ import time
 import pytest
 
 from hogwild.errors import Conflict, IdempotencyConflict, NotFound, TooManyRequests
-from hogwild.tasks.ledger import BARREN_ATTEMPTS, Ledger
+from hogwild.tasks.ledger import BARREN_ATTEMPTS, LIST_SCAN, Ledger
 from hogwild.tasks.payloads import Sample, pack
 from hogwild.tasks.registry import Registry
 
@@ -106,6 +106,43 @@ def test_full_queue_refuses_and_says_when_to_return(redis_client, settings, subm
         small.submit(pack(SAMPLES), {})
     assert caught.value.details["retry_after"] > 0
     assert small.counts()["queued"] == 2
+
+
+def test_samples_that_wait_are_limited_in_bytes(redis_client, settings):
+    payload, other = pack(SAMPLES), pack([*SAMPLES, *SAMPLES])
+    small = Ledger(redis_client, settings.model_copy(update={"queue_bytes": len(other.data)}))
+    first = small.submit(payload, {})[0]
+    small.submit(payload, {})  # the same samples are there already
+    with pytest.raises(TooManyRequests, match="HOGWILD_QUEUE_BYTES") as caught:
+        small.submit(other, {})
+    assert caught.value.details["retry_after"] > 0
+    small.request(first, "cancel")
+    with pytest.raises(TooManyRequests):
+        small.submit(other, {})  # the second job still needs them
+    [second] = small.list(state="queued").jobs
+    small.request(second.id, "cancel")
+    small.submit(other, {})
+    assert int(redis_client.get(small.keys("payload-bytes"))) == len(other.data)
+
+
+def test_samples_of_a_job_that_has_ended_are_gone(redis_client, ledger, submit):
+    job_id = submit()
+    lease = ledger.claim(job_id, "w")
+    assert list(redis_client.scan_iter(f"{ledger.keys('payload', '*')}"))
+    run_steps(ledger, lease, 0, 1)
+    ledger.finish(lease, "succeeded")
+    ledger.finish(lease, "succeeded")  # the answer to the first was lost
+    assert not list(redis_client.scan_iter(f"{ledger.keys('payload', '*')}"))
+    assert redis_client.get(ledger.keys("payload-bytes")) == b"0"
+    assert submit() != job_id and len(list(redis_client.scan_iter(f"{ledger.keys('payload', '*')}"))) == 1
+
+
+def test_jobs_of_a_kind_are_found_behind_many_others(ledger, submit):
+    wanted = submit(kind="fine_tuning")
+    for _ in range(LIST_SCAN + 1):
+        submit()
+    page = ledger.list(kind="fine_tuning")
+    assert ([job.id for job in page.jobs], page.next_cursor) == ([wanted], None)
 
 
 def test_urgent_jobs_go_first_and_equals_in_order(redis_client, ledger, submit):
@@ -433,7 +470,7 @@ def test_forgotten_jobs_take_their_samples_with_them(redis_client, settings, led
     time.sleep(0.02)
     assert brief.purge() == 1
     left = {key.decode() for key in redis_client.keys("hogwild:*")}
-    assert left <= {brief.keys("seq"), brief.keys("counters")}
+    assert left <= {brief.keys("seq"), brief.keys("counters"), brief.keys("payload-bytes")}
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
