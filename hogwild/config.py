@@ -89,8 +89,8 @@ class Settings(BaseSettings):
 
     # --- jobs -----------------------------------------------------------------------------------------------------
     queue_limit: int = Field(10_000, ge=1, description="Jobs that may wait; more are answered 429.")
-    queue_bytes: int = Field(4 << 30, ge=1, description="Bytes of samples that may wait in Redis' memory (4 a token, 8 with a "
-                             "weight); more are answered 429.")
+    queue_bytes: int = Field(4 << 30, ge=1, description="Bytes of samples that may wait in Redis' memory, 4 a token "
+                             "(8 with a weight); more are answered 429.")
     max_body_bytes: int = Field(64 << 20, ge=1024, description="Largest request body, in bytes.")
     max_sample_tokens: int | None = Field(
         None, ge=2, description="Longest sample (context + continuation); default: the model's own limit."
