@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -45,6 +46,18 @@ ANSWER_TOKENS = 24
 MARKER = ".hogwild-demo"  # a data directory with this file is a demo's, to be wiped by the next one
 
 console = Console(highlight=False, record=True, width=min(Console().width, 100))
+
+
+class DemoSettings(Settings):
+    """What the demo says itself: the user's HOGWILD_* variables are about another model, another checkpoint."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource,
+        *args: PydanticBaseSettingsSource, **sources: PydanticBaseSettingsSource
+    ) -> tuple[PydanticBaseSettingsSource, ...]:  # fmt: skip
+        """The arguments alone."""
+        return (init_settings,)
 
 
 @dataclass
@@ -83,7 +96,7 @@ def run(model_dir: Path, data_dir: Path, *, steps: int = STEPS, keep_running: bo
     """Run the demo; True when the fact was learned and nothing else was forgotten."""
     clear(data_dir)  # a fresh model each time, or the first answer would be right already
     ports = free_ports(4)
-    settings = Settings(
+    settings = DemoSettings(
         model=str(model_dir), served_model_name=MODEL_NAME, data_dir=data_dir, runtime_dir=data_dir / "run",
         vllm_port=ports[0], api_port=ports[1], flower_port=ports[2], redis_port=ports[3], redis_url=None,
         vllm_args=f"--max-model-len {MAX_MODEL_LEN}")  # fmt: skip
@@ -94,7 +107,7 @@ def run(model_dir: Path, data_dir: Path, *, steps: int = STEPS, keep_running: bo
             _wait_ready(stack)
         for name, url in stack.urls.items():
             console.print(f"    {name:<7} {url}", style="dim")
-        vllm = httpx.Client(base_url=stack.vllm_url, timeout=120)
+        vllm = httpx.Client(base_url=stack.vllm_url, timeout=120, trust_env=False)  # no proxy to loopback
         with timings.phase("asking about something the model can't know"):
             before = [ask(vllm, question) for question in QUESTIONS]
             unrelated_before = complete(vllm, UNRELATED)

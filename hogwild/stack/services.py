@@ -68,8 +68,9 @@ def _text(value: Any) -> str:
 
 
 def environment(settings: Settings) -> dict[str, str]:
-    """The environment all services share."""
-    env = {**os.environ, **settings_env(settings)}
+    """The environment all services share: of Hogwild's variables, what the settings say and nothing else."""
+    others = {k: v for k, v in os.environ.items() if not k.startswith("HOGWILD_") and k != "VLLM_API_KEY"}
+    env = {**others, **settings_env(settings)}
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}"
     env["PYTHONUNBUFFERED"] = "1"
     env.setdefault("TOKENIZERS_PARALLELISM", "false")

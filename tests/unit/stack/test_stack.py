@@ -201,6 +201,25 @@ def test_the_demo_wipes_nothing_but_an_earlier_demo(tmp_path: Path) -> None:
         demo.clear(tmp_path / "demo")
 
 
+def test_the_demo_takes_nothing_of_the_users_settings(
+    tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = {"CHECKPOINT_DIR": str(tmp_path / "mine"), "API_KEY": "sesame", "DISABLE": "1", "API_HOST": "0.0.0.0",
+            "OPTIMIZER": "sgd", "REDIS_URL": "redis://mine", "QUEUE_LIMIT": "none"}  # fmt: skip
+    for name, value in mine.items():
+        monkeypatch.setenv(f"HOGWILD_{name}", value)
+    monkeypatch.setenv("VLLM_API_KEY", "open")
+    stacks: list[Stack] = []
+    monkeypatch.setattr(Stack, "start", lambda self: stacks.append(self) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        demo.run(model_dir, tmp_path / "demo")
+    s = stacks[0].settings
+    assert s.model_checkpoint_dir == tmp_path / "demo" / "checkpoints" / s.model_name
+    env = services.environment(s)
+    assert not {"HOGWILD_API_KEY", "VLLM_API_KEY", "HOGWILD_REDIS_URL", "FLOWER_BASIC_AUTH"} & set(env)
+    assert [env[f"HOGWILD_{name}"] for name in ("DISABLE", "API_HOST", "OPTIMIZER")] == ["False", "127.0.0.1", "apollo"]
+
+
 @pytest.mark.parametrize("names", [[], ["a"], ["a", "b"]])
 def test_joining_needs_exactly_one_exported_model_or_a_name(tmp_path: Path, names: list[str]) -> None:
     me = {"boot_id": boot_id(), "pid": os.getpid(), "process_start_time": process_start_time(os.getpid())}
