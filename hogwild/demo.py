@@ -86,7 +86,7 @@ def clear(data_dir: Path) -> None:
                 f"{data_dir} holds something that no demo put there, so it is not wiped: name a new directory with "
                 "--data-dir."
             )
-        with take_lock(data_dir / LOCK, f"A demo is still up on {data_dir}: stop it first."):
+        with take_lock(data_dir / LOCK, f"A demo is still up on {data_dir}: stop it first.", _notice):
             shutil.rmtree(data_dir)
     data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     (data_dir / MARKER).touch()
@@ -101,7 +101,7 @@ def run(model_dir: Path, data_dir: Path, *, steps: int = STEPS, keep_running: bo
         vllm_port=ports[0], api_port=ports[1], flower_port=ports[2], redis_port=ports[3], redis_url=None,
         vllm_args=f"--max-model-len {MAX_MODEL_LEN}")  # fmt: skip
     timings = Timings()
-    stack = Stack(settings, notice=lambda text: console.print(f"    {text}", style="dim", markup=False))
+    stack = Stack(settings, notice=_notice)
     with stack:
         with timings.phase("starting Redis, vLLM, worker, beat, API and Flower"):
             _wait_ready(stack)
@@ -134,6 +134,10 @@ def run(model_dir: Path, data_dir: Path, *, steps: int = STEPS, keep_running: bo
             except KeyboardInterrupt:
                 pass
     return learned and kept
+
+
+def _notice(text: str) -> None:
+    console.print(f"    {text}", style="dim", markup=False)
 
 
 def free_ports(n: int) -> list[int]:

@@ -12,9 +12,10 @@ import signal
 import subprocess
 import sys
 import xmlrpc.client
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from supervisor.xmlrpc import SupervisorTransport
 
@@ -71,14 +72,18 @@ class State:
 
 
 class Supervisor:
-    """One supervisord and its services."""
+    """One supervisord and its services; as long as it lives it holds `locks`."""
 
-    def __init__(self, services: list[Service], *, directory: Path, socket: Path, env: dict[str, str]) -> None:
+    def __init__(
+        self, services: list[Service], *, directory: Path, socket: Path, env: dict[str, str],
+        locks: Sequence[IO[str]] = (),
+    ) -> None:  # fmt: skip
         self.services = services
         self.logs = directory / "logs"
         self._run = directory / "run"
         self._socket = socket
         self._env = env
+        self._locks = locks
         self.process: subprocess.Popen[bytes] | None = None
 
     def log_file(self, name: str) -> Path:
@@ -124,6 +129,7 @@ class Supervisor:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=(self.logs / "supervisord.err").open("wb"),
+            pass_fds=[lock.fileno() for lock in self._locks],
             preexec_fn=_die_with_parent if sys.platform == "linux" else None,
         )
 
@@ -131,6 +137,11 @@ class Supervisor:
     def alive(self) -> bool:
         """Whether supervisord itself runs."""
         return self.process is not None and self.process.poll() is None
+
+    @property
+    def stop_s(self) -> float:
+        """Seconds in which it has stopped or killed all services."""
+        return sum(s.stop_wait_s for s in self.services) + 10.0
 
     def call(self, method: str, *args: Any) -> Any:
         """One XML-RPC call. Raises OSError while supervisord is not listening yet, xmlrpc.client.Fault on refusal."""

@@ -220,6 +220,43 @@ def test_the_demo_takes_nothing_of_the_users_settings(
     assert [env[f"HOGWILD_{name}"] for name in ("DISABLE", "API_HOST", "OPTIMIZER")] == ["False", "127.0.0.1", "apollo"]
 
 
+def bare_stack(folder: Path, patch: pytest.MonkeyPatch) -> Stack:
+    """A stack of one service, which takes a second to save what it has."""
+    saving = f"trap 'sleep 1; touch {folder}/saved; exit' TERM; touch {folder}/runs; while :; do sleep 0.1; done"
+    worker = services.Service(name="worker", argv=["sh", "-c", saving], priority=30, stop_wait_s=30)
+    patch.setattr(services, "build", lambda *args, **options: [worker])
+    patch.setattr(Stack, "_redis_answers", lambda self: True)
+    return Stack(
+        settings(folder, redis_url="redis://x", served_model_name="m"), vllm=False, notice=(folder / "said").write_text
+    )
+
+
+@pytest.mark.parametrize("following", ["up", "demo"])
+def test_what_a_killed_up_left_saving_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, following: str
+) -> None:
+    code = "import pathlib, pytest, sys, test_stack as t, time; t.bare_stack(pathlib.Path(sys.argv[1]), "
+    code += "pytest.MonkeyPatch()).start(); time.sleep(300)"
+    killed = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=Path(__file__).parent)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "runs").exists():
+        assert time.monotonic() < deadline and killed.poll() is None
+        time.sleep(0.05)
+    stack = bare_stack(tmp_path, monkeypatch)
+    (tmp_path / "data" / demo.MARKER).touch()
+    with pytest.raises(ConfigError, match=f"process {killed.pid}"):
+        stack.start()
+    killed.kill()
+    killed.wait()
+    if following == "up":
+        with stack:
+            assert (tmp_path / "saved").exists()
+        assert "was killed still stops" in (tmp_path / "said").read_text()
+    else:
+        demo.clear(tmp_path / "data")
+        assert (tmp_path / "saved").exists()
+
+
 @pytest.mark.parametrize("names", [[], ["a"], ["a", "b"]])
 def test_joining_needs_exactly_one_exported_model_or_a_name(tmp_path: Path, names: list[str]) -> None:
     me = {"boot_id": boot_id(), "pid": os.getpid(), "process_start_time": process_start_time(os.getpid())}
