@@ -8,9 +8,11 @@ a Redis whose disk is full can come back at any time.
 import ctypes
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import xmlrpc.client
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -75,13 +77,13 @@ class Supervisor:
     """One supervisord and its services; as long as it lives it holds `locks`."""
 
     def __init__(
-        self, services: list[Service], *, directory: Path, socket: Path, env: dict[str, str],
-        locks: Sequence[IO[str]] = (),
-    ) -> None:  # fmt: skip
+        self, services: list[Service], *, directory: Path, env: dict[str, str], locks: Sequence[IO[str]] = ()
+    ) -> None:
         self.services = services
         self.logs = directory / "logs"
         self._run = directory / "run"
-        self._socket = socket
+        # Nobody else's, and short: a Unix socket's path holds 107 characters, and Supervisor appends its pid.
+        self._socket = Path(tempfile.mkdtemp(prefix="hogwild-")) / "up.sock"
         self._env = env
         self._locks = locks
         self.process: subprocess.Popen[bytes] | None = None
@@ -121,7 +123,6 @@ class Supervisor:
                 log_bytes=LOG_BYTES,
             )
         config.write_text(text)
-        self._socket.unlink(missing_ok=True)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "supervisor.supervisord", "-c", str(config)],
             env=self._env,
@@ -162,16 +163,15 @@ class Supervisor:
 
     def stop(self, timeout: float) -> bool:
         """SIGTERM to supervisord, which stops the services in reverse order; False when that took too long."""
-        if self.process is None:
-            return True
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
         try:
-            self.process.wait(timeout)
+            if self.process is not None:
+                if self.process.poll() is None:
+                    self.process.send_signal(signal.SIGTERM)
+                self.process.wait(timeout)
         except subprocess.TimeoutExpired:
             return False
         finally:
-            self._socket.unlink(missing_ok=True)
+            shutil.rmtree(self._socket.parent, ignore_errors=True)
         return True
 
 

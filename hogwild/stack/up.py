@@ -7,7 +7,6 @@ Ctrl-C / SIGTERM → flower, beat, api, worker (last sync), vllm, redis → mani
 """
 
 import fcntl
-import hashlib
 import json
 import os
 import signal
@@ -119,11 +118,7 @@ class Stack:
             plan = services.build(s, vllm=self._vllm, mps=self._mps)
             redis_url = s.redis_url or embedded_redis.url(s.data_dir / "redis", s.redis_port)
             self.settings = s = s.model_copy(update={"redis_url": redis_url})
-            digest = hashlib.sha256(str(s.data_dir).encode()).hexdigest()[:12]
-            self.supervisor = Supervisor(
-                plan, directory=s.data_dir, socket=s.runtime_dir / f"up-{digest}.sock", env=services.environment(s),
-                locks=self._locks,
-            )  # fmt: skip
+            self.supervisor = Supervisor(plan, directory=s.data_dir, env=services.environment(s), locks=self._locks)
             if self._log_line:
                 self._follower = LogFollower([(p.name, self.supervisor.log_file(p.name)) for p in plan], self._log_line)
                 self._follower.start()

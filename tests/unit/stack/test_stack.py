@@ -231,13 +231,24 @@ def bare_stack(folder: Path, patch: pytest.MonkeyPatch) -> Stack:
     )
 
 
+def test_directories_may_have_long_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / ("d" * 100)
+    folder.mkdir()
+    (tmp_path / "t").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "t"))
+    with bare_stack(folder, monkeypatch):
+        pass
+    assert not list((tmp_path / "t").iterdir())
+
+
 @pytest.mark.parametrize("following", ["up", "demo"])
 def test_what_a_killed_up_left_saving_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, following: str
 ) -> None:
     code = "import pathlib, pytest, sys, test_stack as t, time; t.bare_stack(pathlib.Path(sys.argv[1]), "
     code += "pytest.MonkeyPatch()).start(); time.sleep(300)"
-    killed = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=Path(__file__).parent)
+    env = {**os.environ, "TMPDIR": str(tmp_path)}
+    killed = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=Path(__file__).parent, env=env)
     deadline = time.monotonic() + 60
     while not (tmp_path / "runs").exists():
         assert time.monotonic() < deadline and killed.poll() is None
@@ -562,7 +573,7 @@ def test_every_argument_and_variable_reaches_the_service_as_it_is(tmp_path: Path
     made = services.Service(
         name="x", argv=[sys.executable, "-c", code, str(out), *words], priority=1, stop_wait_s=1, env={"WORD": words[0]}
     )
-    supervisor = Supervisor([made], directory=tmp_path, socket=tmp_path / "s", env={"PATH": os.environ["PATH"]})
+    supervisor = Supervisor([made], directory=tmp_path, env={"PATH": os.environ["PATH"]})
     supervisor.start()  # without HOME, LOGNAME and USER, as in a container of any user id
     try:
         deadline = time.monotonic() + 60
