@@ -13,7 +13,10 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import redis
 from pydantic import SecretStr
+from redis.backoff import ConstantBackoff
+from redis.retry import Retry
 
 from hogwild import cli, demo
 from hogwild.cli import up
@@ -59,6 +62,20 @@ def test_the_embedded_server_fsyncs_every_write_and_never_evicts(tmp_path: Path)
     assert {"appendonly yes", "appendfsync always", "maxmemory-policy noeviction"} <= set(text.splitlines())
     assert stat.S_IMODE(config.stat().st_mode) == 0o600
     assert stat.S_IMODE((tmp_path / "redis" / "password").stat().st_mode) == 0o600
+
+
+def test_the_embedded_servers_directory_may_have_any_name(tmp_path: Path) -> None:
+    directory, port = tmp_path / 'it\'s "my" d\\x41ta\t# ü', demo.free_ports(1)[0]
+    config = embedded_redis.write_config(directory, port)
+    server = subprocess.Popen([embedded_redis.server_binary(), config], stdout=subprocess.PIPE, text=True)
+    try:
+        patient = Retry(ConstantBackoff(0.1), 300)
+        with redis.Redis.from_url(embedded_redis.url(directory, port), retry=patient) as client:
+            client.set("a", 1)
+    finally:
+        server.terminate()
+        said, _ = server.communicate()
+    assert (directory / "appendonlydir").is_dir(), said
 
 
 def test_the_embedded_servers_password_stays_the_same(tmp_path: Path) -> None:
@@ -573,13 +590,14 @@ def test_every_argument_and_variable_reaches_the_service_as_it_is(tmp_path: Path
     made = services.Service(
         name="x", argv=[sys.executable, "-c", code, str(out), *words], priority=1, stop_wait_s=1, env={"WORD": words[0]}
     )
-    supervisor = Supervisor([made], directory=tmp_path, env={"PATH": os.environ["PATH"]})
+    directory = tmp_path / 'it\'s "mine"'
+    supervisor = Supervisor([made], directory=directory, env={"PATH": os.environ["PATH"]})
     supervisor.start()  # without HOME, LOGNAME and USER, as in a container of any user id
     try:
         deadline = time.monotonic() + 60
         started, text = False, ""
         while not text:
-            assert time.monotonic() < deadline, (tmp_path / "logs" / "supervisord.err").read_text()
+            assert time.monotonic() < deadline, (directory / "logs" / "supervisord.err").read_text()
             with suppress(OSError):
                 started = started or supervisor.call("startProcess", "x", False)
             time.sleep(0.05)
