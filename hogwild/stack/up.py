@@ -93,6 +93,8 @@ class Stack:
         """Start every service; returns when supervisor has launched them, not when they are ready."""
         s = self.settings
         services.check_access(s, vllm=self._vllm)
+        if self._vllm:
+            services.check_vllm(s)
         s.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         s.runtime_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         private_dir(s.model_runtime_dir)

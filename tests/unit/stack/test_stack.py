@@ -113,6 +113,43 @@ def test_what_vllms_config_file_says_is_not_said_otherwise(tmp_path: Path, model
         services.vllm_command(s, model_dir)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("--host 0.0.0.0", "HOGWILD_VLLM_HOST"),
+        ("--ho=0.0.0.0", "HOGWILD_VLLM_HOST"),
+        ("--seed 1 --port=9000", "HOGWILD_VLLM_PORT"),
+        ("--served_model_name a b", "HOGWILD_SERVED_MODEL_NAME"),
+        ("--model /other", "HOGWILD_MODEL"),
+        ("--uds /run/vllm.sock", "join it with --no-vllm"),
+        ("--ssl-certfile a --ssl-keyfile b", "join it with --no-vllm"),
+    ],
+)
+def test_a_vllm_that_would_not_be_where_it_is_looked_for_is_refused(
+    tmp_path: Path, model_dir: Path, arguments: str, says: str
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        Stack(settings(tmp_path, model=str(model_dir), vllm_args=arguments)).start()
+
+
+def test_of_vllms_config_file_only_what_wins_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "vllm.yaml"
+    file.write_text("host: 0.0.0.0\nport: 9000\nserved-model-name: a\nroot-path: /a\nmodel-impl: auto\n")
+    services.check_vllm(settings(tmp_path, vllm_args=f"--config {file} --model-impl vllm --no-enable-log-requests"))
+    file.write_text("uds: /run/vllm.sock\n")
+    with pytest.raises(ConfigError, match="--uds"):
+        services.check_vllm(settings(tmp_path, vllm_args=f"--config {file}"))
+
+
+@pytest.mark.parametrize(("name", "value"), [("HOGWILD_DISABLE", "1"), ("VLLM_PLUGINS", "other"), ("VLLM_PLUGINS", "")])
+def test_a_vllm_without_the_plugin_is_not_started(
+    tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=name):
+        Stack(settings(tmp_path, model=str(model_dir))).start()
+
+
 @pytest.mark.parametrize("service", ["api", "flower", "vllm"])
 def test_nothing_is_open_to_the_network_without_a_key(tmp_path: Path, service: str) -> None:
     s = settings(tmp_path, **{f"{service}_host": "0.0.0.0"})
