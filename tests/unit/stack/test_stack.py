@@ -13,7 +13,10 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import redis
 from pydantic import SecretStr
+from redis.backoff import ConstantBackoff
+from redis.retry import Retry
 
 from hogwild import cli, demo
 from hogwild.cli import up
@@ -61,6 +64,20 @@ def test_the_embedded_server_fsyncs_every_write_and_never_evicts(tmp_path: Path)
     assert stat.S_IMODE((tmp_path / "redis" / "password").stat().st_mode) == 0o600
 
 
+def test_the_embedded_servers_directory_may_have_any_name(tmp_path: Path) -> None:
+    directory, port = tmp_path / 'it\'s "my" d\\x41ta\t# ü', demo.free_ports(1)[0]
+    config = embedded_redis.write_config(directory, port)
+    server = subprocess.Popen([embedded_redis.server_binary(), config], stdout=subprocess.PIPE, text=True)
+    try:
+        patient = Retry(ConstantBackoff(0.1), 300)
+        with redis.Redis.from_url(embedded_redis.url(directory, port), retry=patient) as client:
+            client.set("a", 1)
+    finally:
+        server.terminate()
+        said, _ = server.communicate()
+    assert (directory / "appendonlydir").is_dir(), said
+
+
 def test_the_embedded_servers_password_stays_the_same(tmp_path: Path) -> None:
     assert embedded_redis.url(tmp_path / "r", 1) == embedded_redis.url(tmp_path / "r", 1)
 
@@ -94,6 +111,43 @@ def test_what_vllms_config_file_says_is_not_said_otherwise(tmp_path: Path, model
     file.unlink()
     with pytest.raises(ConfigError, match="can't be read"):
         services.vllm_command(s, model_dir)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("--host 0.0.0.0", "HOGWILD_VLLM_HOST"),
+        ("--ho=0.0.0.0", "HOGWILD_VLLM_HOST"),
+        ("--seed 1 --port=9000", "HOGWILD_VLLM_PORT"),
+        ("--served_model_name a b", "HOGWILD_SERVED_MODEL_NAME"),
+        ("--model /other", "HOGWILD_MODEL"),
+        ("--uds /run/vllm.sock", "join it with --no-vllm"),
+        ("--ssl-certfile a --ssl-keyfile b", "join it with --no-vllm"),
+    ],
+)
+def test_a_vllm_that_would_not_be_where_it_is_looked_for_is_refused(
+    tmp_path: Path, model_dir: Path, arguments: str, says: str
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        Stack(settings(tmp_path, model=str(model_dir), vllm_args=arguments)).start()
+
+
+def test_of_vllms_config_file_only_what_wins_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "vllm.yaml"
+    file.write_text("host: 0.0.0.0\nport: 9000\nserved-model-name: a\nroot-path: /a\nmodel-impl: auto\n")
+    services.check_vllm(settings(tmp_path, vllm_args=f"--config {file} --model-impl vllm --no-enable-log-requests"))
+    file.write_text("uds: /run/vllm.sock\n")
+    with pytest.raises(ConfigError, match="--uds"):
+        services.check_vllm(settings(tmp_path, vllm_args=f"--config {file}"))
+
+
+@pytest.mark.parametrize(("name", "value"), [("HOGWILD_DISABLE", "1"), ("VLLM_PLUGINS", "other"), ("VLLM_PLUGINS", "")])
+def test_a_vllm_without_the_plugin_is_not_started(
+    tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=name):
+        Stack(settings(tmp_path, model=str(model_dir))).start()
 
 
 @pytest.mark.parametrize("service", ["api", "flower", "vllm"])
@@ -201,6 +255,73 @@ def test_the_demo_wipes_nothing_but_an_earlier_demo(tmp_path: Path) -> None:
         demo.clear(tmp_path / "demo")
 
 
+def test_the_demo_takes_nothing_of_the_users_settings(
+    tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = {"CHECKPOINT_DIR": str(tmp_path / "mine"), "API_KEY": "sesame", "DISABLE": "1", "API_HOST": "0.0.0.0",
+            "OPTIMIZER": "sgd", "REDIS_URL": "redis://mine", "QUEUE_LIMIT": "none"}  # fmt: skip
+    for name, value in mine.items():
+        monkeypatch.setenv(f"HOGWILD_{name}", value)
+    monkeypatch.setenv("VLLM_API_KEY", "open")
+    stacks: list[Stack] = []
+    monkeypatch.setattr(Stack, "start", lambda self: stacks.append(self) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        demo.run(model_dir, tmp_path / "demo")
+    s = stacks[0].settings
+    assert s.model_checkpoint_dir == tmp_path / "demo" / "checkpoints" / s.model_name
+    env = services.environment(s)
+    assert not {"HOGWILD_API_KEY", "VLLM_API_KEY", "HOGWILD_REDIS_URL", "FLOWER_BASIC_AUTH"} & set(env)
+    assert [env[f"HOGWILD_{name}"] for name in ("DISABLE", "API_HOST", "OPTIMIZER")] == ["False", "127.0.0.1", "apollo"]
+
+
+def bare_stack(folder: Path, patch: pytest.MonkeyPatch) -> Stack:
+    """A stack of one service, which takes a second to save what it has."""
+    saving = f"trap 'sleep 1; touch {folder}/saved; exit' TERM; touch {folder}/runs; while :; do sleep 0.1; done"
+    worker = services.Service(name="worker", argv=["sh", "-c", saving], priority=30, stop_wait_s=30)
+    patch.setattr(services, "build", lambda *args, **options: [worker])
+    patch.setattr(Stack, "_redis_answers", lambda self: True)
+    return Stack(
+        settings(folder, redis_url="redis://x", served_model_name="m"), vllm=False, notice=(folder / "said").write_text
+    )
+
+
+def test_directories_may_have_long_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / ("d" * 100)
+    folder.mkdir()
+    (tmp_path / "t").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "t"))
+    with bare_stack(folder, monkeypatch):
+        pass
+    assert not list((tmp_path / "t").iterdir())
+
+
+@pytest.mark.parametrize("following", ["up", "demo"])
+def test_what_a_killed_up_left_saving_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, following: str
+) -> None:
+    code = "import pathlib, pytest, sys, test_stack as t, time; t.bare_stack(pathlib.Path(sys.argv[1]), "
+    code += "pytest.MonkeyPatch()).start(); time.sleep(300)"
+    env = {**os.environ, "TMPDIR": str(tmp_path)}
+    killed = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=Path(__file__).parent, env=env)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "runs").exists():
+        assert time.monotonic() < deadline and killed.poll() is None
+        time.sleep(0.05)
+    stack = bare_stack(tmp_path, monkeypatch)
+    (tmp_path / "data" / demo.MARKER).touch()
+    with pytest.raises(ConfigError, match=f"process {killed.pid}"):
+        stack.start()
+    killed.kill()
+    killed.wait()
+    if following == "up":
+        with stack:
+            assert (tmp_path / "saved").exists()
+        assert "was killed still stops" in (tmp_path / "said").read_text()
+    else:
+        demo.clear(tmp_path / "data")
+        assert (tmp_path / "saved").exists()
+
+
 @pytest.mark.parametrize("names", [[], ["a"], ["a", "b"]])
 def test_joining_needs_exactly_one_exported_model_or_a_name(tmp_path: Path, names: list[str]) -> None:
     me = {"boot_id": boot_id(), "pid": os.getpid(), "process_start_time": process_start_time(os.getpid())}
@@ -226,11 +347,13 @@ def test_joining_needs_exactly_one_exported_model_or_a_name(tmp_path: Path, name
         ("vllm_args", "--chat-template 'a"),
         ("cors_origins", '["a"'),
         ("api_key", ""),
+        ("api_key", "abc,def"),
     ],
 )
 def test_a_value_that_would_fail_later_is_refused_at_once(name: str, value: str) -> None:
-    with pytest.raises(ConfigError, match=f"HOGWILD_{name.upper()}"):
+    with pytest.raises(ConfigError, match=f"HOGWILD_{name.upper()}") as caught:
         load_settings(**{name: value})
+    assert "abc" not in str(caught.value)  # a key is no text for a log
 
 
 def test_origins_can_be_written_on_a_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -506,13 +629,14 @@ def test_every_argument_and_variable_reaches_the_service_as_it_is(tmp_path: Path
     made = services.Service(
         name="x", argv=[sys.executable, "-c", code, str(out), *words], priority=1, stop_wait_s=1, env={"WORD": words[0]}
     )
-    supervisor = Supervisor([made], directory=tmp_path, socket=tmp_path / "s", env={"PATH": os.environ["PATH"]})
+    directory = tmp_path / 'it\'s "mine"'
+    supervisor = Supervisor([made], directory=directory, env={"PATH": os.environ["PATH"]})
     supervisor.start()  # without HOME, LOGNAME and USER, as in a container of any user id
     try:
         deadline = time.monotonic() + 60
         started, text = False, ""
         while not text:
-            assert time.monotonic() < deadline, (tmp_path / "logs" / "supervisord.err").read_text()
+            assert time.monotonic() < deadline, (directory / "logs" / "supervisord.err").read_text()
             with suppress(OSError):
                 started = started or supervisor.call("startProcess", "x", False)
             time.sleep(0.05)
