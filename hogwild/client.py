@@ -7,8 +7,9 @@
         job = client.wait(job.id, progress=True)
         client.checkpoint()
 
-Requests are repeated when the network, Redis or a restart gets in between; a job carries an idempotency key, so that a
-repeated submit is the same job. Errors of the API come as the classes of `hogwild.errors`.
+Requests are repeated when the network, Redis or a restart gets in between; jobs, saves, rollbacks and verifications
+carry an idempotency key, so that a repeated request is the same one. Errors of the API come as the classes of
+`hogwild.errors`.
 """
 
 import asyncio
@@ -157,7 +158,8 @@ class _Calls:
 
     @staticmethod
     def operation(path: str, body: Mapping[str, Any] | None, wait: bool) -> _Call[dict[str, Any]]:
-        return _Call("POST", path, dict, json=body, params={"wait": OPERATION_WAIT_S if wait else 0})
+        return _Call("POST", path, dict, json=body, params={"wait": OPERATION_WAIT_S if wait else 0},
+                     headers={"Idempotency-Key": uuid.uuid4().hex})
 
     @staticmethod
     def poll(operation_id: str) -> _Call[dict[str, Any]]:

@@ -11,13 +11,14 @@ it, atomically; the other finds nothing left to do.
 A living worker does none of them twice: an end that Redis could not be told is told before it is asked anything else.
 """
 
+import hashlib
 import json
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-from hogwild.errors import NotFound
+from hogwild.errors import IdempotencyConflict, NotFound
 from hogwild.tasks.app import ROLLBACK, SYNC, VERIFY
 from hogwild.tasks.connections import Client
 from hogwild.tasks.jobs import error_json, load_json
@@ -36,7 +37,8 @@ local now = string.format('%d.%06d', t[1], t[2])
 # KEYS: prefix. ARGV: id, kind, params, queue key, message
 _SUBMIT = _NOW + """
 local key = KEYS[1] .. 'op:' .. ARGV[1]
-if redis.call('EXISTS', key) == 1 then return 0 end
+local known = redis.call('HGET', key, 'params')
+if known then return known == ARGV[3] and 1 or 0 end
 redis.call('HSET', key, 'id', ARGV[1], 'kind', ARGV[2], 'params', ARGV[3], 'state', 'pending', 'created_at', now,
   'attempts', 0, 'worker', '')
 redis.call('ZADD', KEYS[1] .. 'ops', now, ARGV[1])
@@ -121,12 +123,27 @@ class Operations:
         self._finish = client.register_script(_FINISH)
         self._retry = client.register_script(_RETRY)
 
-    def submit(self, kind: Kind, **params: Any) -> str:
-        """Durably ask for an operation; returns its id. It goes before all jobs in the queue."""
-        op_id = f"op-{secrets.token_hex(12)}"
+    def submit(self, kind: Kind, *, op_id: str | None = None, **params: Any) -> str:
+        """Durably ask for an operation; returns its id. It goes before all jobs in the queue.
+
+        `op_id`: of `id_of`; asking again with it is the same operation. Raises IdempotencyConflict when that one has
+        other `params`.
+        """
+        op_id = op_id or f"op-{secrets.token_hex(12)}"
         message = self._message(op_id, kind, params)
-        self._submit(keys=[self.keys.prefix], args=[op_id, kind, json.dumps(params), message.key, message.body])
+        if not self._submit(keys=[self.keys.prefix],
+                            args=[op_id, kind, json.dumps(params), message.key, message.body]):
+            raise IdempotencyConflict(operation=op_id)
         return op_id
+
+    @staticmethod
+    def id_of(kind: Kind, idempotency_key: str) -> str:
+        """The id of the operation of an idempotency key, which is already scoped to its owner."""
+        return f"op-{hashlib.sha256(f'{kind}:{idempotency_key}'.encode()).hexdigest()[:24]}"
+
+    def known(self, op_id: str) -> bool:
+        """Whether this operation was asked for, and not forgotten since."""
+        return bool(self.client.exists(self.keys("op", op_id)))
 
     def get(self, op_id: str) -> Operation:
         """One operation. Raises NotFound."""

@@ -290,6 +290,24 @@ def test_checkpoint_operations(client, redis_client):
     assert_problem(client.get("/checkpoint/operations/op-1"), 404)
 
 
+def test_idempotency_key_gives_the_same_operation(client, redis_client):
+    registry = Registry(redis_client, "tiny")
+    registry.publish_checkpoint({"head": 3, "generations": [{"generation": 3}, {"generation": 2}]})
+
+    def post(path, body=None):
+        return client.post(path, json=body, headers={"Idempotency-Key": "k"})
+
+    first = post("/checkpoint/rollback", {"generation": 2})
+    registry.publish_checkpoint({"head": 4, "generations": [{"generation": 4}, {"generation": 3}]})
+    again = post("/checkpoint/rollback", {"generation": 2})  # though it has made that generation leave
+    assert again.status_code == 202 and again.json()["id"] == first.json()["id"]
+    assert again.headers["idempotency-replayed"] == "true" and "idempotency-replayed" not in first.headers
+    other = post("/checkpoint/rollback", {"generation": 3})
+    assert assert_problem(other, 422, "idempotency-conflict")["operation"] == first.json()["id"]
+    others = {post(path).json()["id"] for path in ("/checkpoint", "/checkpoint/verify") * 2}
+    assert len(others) == 2 and first.json()["id"] not in others
+
+
 def test_metrics_have_no_job_ids(client, ledger):
     job_id = client.post("/train", json=BODY).json()["id"]
     lease = ledger.claim(job_id, "w")

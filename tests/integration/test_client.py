@@ -169,6 +169,21 @@ def test_submit_is_repeated_and_makes_one_job(serve, app, ledger, failures):
     assert [found.id for found in ledger.list().jobs] == [job.id]
 
 
+@pytest.mark.parametrize("ask", [lambda client: client.checkpoint(wait=False), lambda client: client.verify(wait=False),
+                                 lambda client: client.rollback(0, wait=False)])
+def test_operation_is_repeated_and_done_once(serve, app, ledger, redis_client, ask):
+    operations = Operations(redis_client, ledger.messages, "tiny")
+    with Client(serve(Flaky(app, ["lost answer", "refused"])), retries=3) as client:
+        first, second = ask(client), ask(client)
+    assert [op.id for op in operations.pending()] == [first["id"], second["id"]]
+
+
+async def test_asynchronous_operation_is_repeated_and_done_once(serve, app, ledger, redis_client):
+    async with AsyncClient(serve(Flaky(app, ["lost answer"])), retries=3) as client:
+        asked = await client.rollback(0, wait=False)
+    assert [op.id for op in Operations(redis_client, ledger.messages, "tiny").pending()] == [asked["id"]]
+
+
 def test_full_queue_is_raised_after_the_retries(serve, settings, app):
     with Client(serve(create_app(settings.model_copy(update={"queue_limit": 1}))), retries=0) as client:
         client.train(**IDS)
