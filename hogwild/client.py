@@ -14,6 +14,7 @@ carry an idempotency key, so that a repeated request is the same one. Errors of 
 
 import asyncio
 import json
+import math
 import random
 import time
 import uuid
@@ -157,13 +158,39 @@ class _Calls:
         return _Call("GET", path, dict)
 
     @staticmethod
-    def operation(path: str, body: Mapping[str, Any] | None, wait: bool) -> _Call[dict[str, Any]]:
-        return _Call("POST", path, dict, json=body, params={"wait": OPERATION_WAIT_S if wait else 0},
+    def operation(path: str, body: Mapping[str, Any] | None, wait: int) -> _Call[dict[str, Any]]:
+        return _Call("POST", path, dict, json=body, params={"wait": wait},
                      headers={"Idempotency-Key": uuid.uuid4().hex})
 
     @staticmethod
-    def poll(operation_id: str) -> _Call[dict[str, Any]]:
-        return _Call("GET", f"/checkpoint/operations/{operation_id}", dict, params={"wait": OPERATION_WAIT_S})
+    def poll(operation_id: str, wait: int) -> _Call[dict[str, Any]]:
+        return _Call("GET", f"/checkpoint/operations/{operation_id}", dict, params={"wait": wait})
+
+
+class _Patience:
+    """How long an operation is waited for."""
+
+    def __init__(self, wait: bool, timeout: float | None) -> None:
+        self.wait = wait
+        self.timeout = math.inf if timeout is None else timeout
+        self.deadline = time.monotonic() + self.timeout
+
+    def poll_s(self) -> int:
+        """Seconds that the server may take for its next answer."""
+        return math.ceil(max(0, min(OPERATION_WAIT_S, self.deadline - time.monotonic()))) if self.wait else 0
+
+    def ask_again(self, operation: Mapping[str, Any]) -> bool:
+        """Whether the end is still to be waited for. Raises TimeoutError."""
+        if not self.wait or operation["state"] not in ("pending", "running"):
+            return False
+        if time.monotonic() >= self.deadline:
+            raise TimeoutError(f"{operation['id']} is {operation['state']} after {self.timeout:g} s; it stays queued, "
+                               "and is done when a worker is there for it")
+        return True
+
+    def answer(self, operation: Mapping[str, Any]) -> dict[str, Any]:
+        """The report, or the operation when it was not waited for."""
+        return _result(operation) if self.wait else dict(operation)
 
 
 def _result(operation: Mapping[str, Any]) -> dict[str, Any]:
@@ -228,7 +255,14 @@ class _Base:
 def _parse(call: _Call[T], response: httpx.Response) -> T:
     if response.is_error:
         raise error_of(response)
-    return call.parse(response.json())
+    try:
+        answer = response.json()
+    except ValueError:
+        answer = None
+    if not isinstance(answer, dict):
+        raise HogwildError(f"{response.request.url} answered {response.status_code} without JSON: is that Hogwild's "
+                           "API?")
+    return call.parse(answer)
 
 
 class Client(_Base):
@@ -372,26 +406,46 @@ class Client(_Base):
         """Saved generations and what is not saved yet (`GET /checkpoint`)."""
         return self._do(_Calls.get("/checkpoint"))
 
-    def checkpoint(self, *, wait: bool = True) -> dict[str, Any]:
-        """Save the live weights now. Returns the report; with `wait=False` the operation. Raises CheckpointError."""
-        return self._operation("/checkpoint", None, wait)
+    def checkpoint(self, *, wait: bool = True, timeout: float | None = None) -> dict[str, Any]:
+        """Save the live weights now. Returns the report; with `wait=False` the operation.
 
-    def verify(self, *, wait: bool = True) -> dict[str, Any]:
+        Without a worker it waits for one: for `timeout` seconds, then TimeoutError names the operation, which stays
+        queued. Raises CheckpointError, TooManyRequests.
+        """
+        return self._operation("/checkpoint", None, wait, timeout)
+
+    def verify(self, *, wait: bool = True, timeout: float | None = None) -> dict[str, Any]:
         """Compare files and live weights with the last generation's fingerprints; the report's `ok` says how it went.
 
-        `unsaved`: the live weights have steps that are not saved yet, and are meant to differ. Raises CheckpointError.
+        `unsaved`: the live weights have steps that are not saved yet, and are meant to differ. `timeout`: as of
+        `checkpoint`. Raises CheckpointError.
         """
-        return self._operation("/checkpoint/verify", None, wait)
+        return self._operation("/checkpoint/verify", None, wait, timeout)
 
-    def rollback(self, generation: int, *, wait: bool = True) -> dict[str, Any]:
-        """Return to a generation, on disk and in the live weights. Raises InvalidRequest, CheckpointError."""
-        return self._operation("/checkpoint/rollback", {"generation": generation}, wait)
+    def rollback(self, generation: int, *, wait: bool = True, timeout: float | None = None) -> dict[str, Any]:
+        """Return to a generation, on disk and in the live weights. `timeout`: as of `checkpoint`.
 
-    def _operation(self, path: str, body: Mapping[str, Any] | None, wait: bool) -> dict[str, Any]:
-        operation = self._do(_Calls.operation(path, body, wait))
-        while wait and operation["state"] in ("pending", "running"):
-            operation = self._do(_Calls.poll(operation["id"]))
-        return _result(operation) if wait else operation
+        Raises InvalidRequest, CheckpointError.
+        """
+        return self._operation("/checkpoint/rollback", {"generation": generation}, wait, timeout)
+
+    def operation(self, operation_id: str, *, wait: bool = True, timeout: float | None = None) -> dict[str, Any]:
+        """An operation that was asked for before: its report, or with `wait=False` the operation as it is now.
+
+        Raises NotFound, CheckpointError, TimeoutError.
+        """
+        patience = _Patience(wait, timeout)
+        return self._finished(self._do(_Calls.poll(operation_id, patience.poll_s())), patience)
+
+    def _operation(self, path: str, body: Mapping[str, Any] | None, wait: bool, timeout: float | None
+                   ) -> dict[str, Any]:
+        patience = _Patience(wait, timeout)
+        return self._finished(self._do(_Calls.operation(path, body, patience.poll_s())), patience)
+
+    def _finished(self, operation: dict[str, Any], patience: _Patience) -> dict[str, Any]:
+        while patience.ask_again(operation):
+            operation = self._do(_Calls.poll(operation["id"], patience.poll_s()))
+        return patience.answer(operation)
 
 
 class AsyncClient(_Base):
@@ -523,23 +577,32 @@ class AsyncClient(_Base):
         """See `Client.generations`."""
         return await self._do(_Calls.get("/checkpoint"))
 
-    async def checkpoint(self, *, wait: bool = True) -> dict[str, Any]:
+    async def checkpoint(self, *, wait: bool = True, timeout: float | None = None) -> dict[str, Any]:
         """See `Client.checkpoint`."""
-        return await self._operation("/checkpoint", None, wait)
+        return await self._operation("/checkpoint", None, wait, timeout)
 
-    async def verify(self, *, wait: bool = True) -> dict[str, Any]:
+    async def verify(self, *, wait: bool = True, timeout: float | None = None) -> dict[str, Any]:
         """See `Client.verify`."""
-        return await self._operation("/checkpoint/verify", None, wait)
+        return await self._operation("/checkpoint/verify", None, wait, timeout)
 
-    async def rollback(self, generation: int, *, wait: bool = True) -> dict[str, Any]:
+    async def rollback(self, generation: int, *, wait: bool = True, timeout: float | None = None) -> dict[str, Any]:
         """See `Client.rollback`."""
-        return await self._operation("/checkpoint/rollback", {"generation": generation}, wait)
+        return await self._operation("/checkpoint/rollback", {"generation": generation}, wait, timeout)
 
-    async def _operation(self, path: str, body: Mapping[str, Any] | None, wait: bool) -> dict[str, Any]:
-        operation = await self._do(_Calls.operation(path, body, wait))
-        while wait and operation["state"] in ("pending", "running"):
-            operation = await self._do(_Calls.poll(operation["id"]))
-        return _result(operation) if wait else operation
+    async def operation(self, operation_id: str, *, wait: bool = True, timeout: float | None = None) -> dict[str, Any]:
+        """See `Client.operation`."""
+        patience = _Patience(wait, timeout)
+        return await self._finished(await self._do(_Calls.poll(operation_id, patience.poll_s())), patience)
+
+    async def _operation(self, path: str, body: Mapping[str, Any] | None, wait: bool, timeout: float | None
+                         ) -> dict[str, Any]:
+        patience = _Patience(wait, timeout)
+        return await self._finished(await self._do(_Calls.operation(path, body, patience.poll_s())), patience)
+
+    async def _finished(self, operation: dict[str, Any], patience: _Patience) -> dict[str, Any]:
+        while patience.ask_again(operation):
+            operation = await self._do(_Calls.poll(operation["id"], patience.poll_s()))
+        return patience.answer(operation)
 
 
 class _EventParser:

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-from hogwild.errors import IdempotencyConflict, NotFound
+from hogwild.errors import IdempotencyConflict, NotFound, TooManyRequests
 from hogwild.tasks.app import ROLLBACK, SYNC, VERIFY
 from hogwild.tasks.connections import Client
 from hogwild.tasks.jobs import error_json, load_json
@@ -28,22 +28,24 @@ from hogwild.tasks.messages import MOST_URGENT, Messages
 Kind = Literal["sync", "rollback", "verify"]
 _TASKS = {"sync": SYNC, "rollback": ROLLBACK, "verify": VERIFY}
 ATTEMPTS = 3
+MOST_PENDING = 32  # without a worker they wait for one: what is asked for all the same must not pile up
 RETENTION_S = 86_400  # finished operations can be polled for a day
 
 _NOW = """
 local t = redis.call('TIME')
 local now = string.format('%d.%06d', t[1], t[2])
 """
-# KEYS: prefix. ARGV: id, kind, params, queue key, message
+# KEYS: prefix. ARGV: id, kind, params, queue key, message, most that may wait
 _SUBMIT = _NOW + """
 local key = KEYS[1] .. 'op:' .. ARGV[1]
 local known = redis.call('HGET', key, 'params')
-if known then return known == ARGV[3] and 1 or 0 end
+if known then return known == ARGV[3] and 'there' or 'conflict' end
+if redis.call('ZCARD', KEYS[1] .. 'ops') >= tonumber(ARGV[6]) then return 'full' end
 redis.call('HSET', key, 'id', ARGV[1], 'kind', ARGV[2], 'params', ARGV[3], 'state', 'pending', 'created_at', now,
   'attempts', 0, 'worker', '')
 redis.call('ZADD', KEYS[1] .. 'ops', now, ARGV[1])
 redis.call('LPUSH', ARGV[4], ARGV[5])
-return 1
+return 'new'
 """
 # KEYS: prefix. ARGV: id, worker, call
 _START = _NOW + """
@@ -127,13 +129,17 @@ class Operations:
         """Durably ask for an operation; returns its id. It goes before all jobs in the queue.
 
         `op_id`: of `id_of`; asking again with it is the same operation. Raises IdempotencyConflict when that one has
-        other `params`.
+        other `params`, TooManyRequests when MOST_PENDING operations wait.
         """
         op_id = op_id or f"op-{secrets.token_hex(12)}"
         message = self._message(op_id, kind, params)
-        if not self._submit(keys=[self.keys.prefix],
-                            args=[op_id, kind, json.dumps(params), message.key, message.body]):
+        answer = self._submit(keys=[self.keys.prefix], args=[op_id, kind, json.dumps(params), message.key,
+                                                             message.body, MOST_PENDING])
+        if answer == b"conflict":
             raise IdempotencyConflict(operation=op_id)
+        if answer == b"full":
+            raise TooManyRequests(f"{MOST_PENDING} saves, rollbacks and verifications are waiting, which is the "
+                                  "limit.", retry_after=30, limit=MOST_PENDING)
         return op_id
 
     @staticmethod

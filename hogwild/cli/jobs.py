@@ -35,13 +35,13 @@ def register(app: typer.Typer) -> None:
         app.command()(command)
 
 
-def connect(url: str | None) -> "Client":
+def connect(url: str | None, *, retries: int = 3) -> "Client":
     """A client of the API that the settings name."""
     from hogwild.client import Client
 
     settings = load_settings()
     secret = settings.api_key.get_secret_value() if settings.api_key else None
-    return Client(url or api_url(settings), api_key=secret, retries=3)
+    return Client(url or api_url(settings), api_key=secret, retries=retries)
 
 
 def api_url(settings: Settings) -> str:

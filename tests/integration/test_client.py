@@ -216,6 +216,26 @@ def test_save_and_rollback_wait_for_the_worker(client, ledger, redis_client):
     assert client.checkpoint(wait=False)["state"] == "pending"
 
 
+def test_waiting_for_a_worker_ends_after_a_timeout_and_names_what_stays_queued(client, ledger, redis_client):
+    operations = Operations(redis_client, ledger.messages, "tiny")
+    for ask in (client.checkpoint, client.verify, lambda **options: client.rollback(0, **options)):
+        with pytest.raises(TimeoutError, match=r"op-[0-9a-f]{24} is pending after 0.1 s; it stays queued") as caught:
+            ask(timeout=0.1)
+        op_id = str(caught.value).split()[0]
+        assert client.operation(op_id, wait=False)["state"] == "pending"
+        worker = in_background(serve_operations, operations, {"generation": 1})
+        assert client.operation(op_id, timeout=60) == {"generation": 1}
+        worker.join()
+
+
+async def test_asynchronous_waiting_for_a_worker_ends_after_a_timeout(url):
+    async with AsyncClient(url, retries=1) as client:
+        for ask in (client.checkpoint(timeout=0.1), client.verify(timeout=0.1), client.rollback(0, timeout=0.1)):
+            with pytest.raises(TimeoutError, match="stays queued") as caught:
+                await ask
+        assert (await client.operation(str(caught.value).split()[0], wait=False))["kind"] == "rollback"
+
+
 async def test_asynchronous_client_does_the_same(url, ledger, run_job, redis_client):
     async with AsyncClient(url, retries=1) as client:
         job = await client.train(**IDS, steps=2)
