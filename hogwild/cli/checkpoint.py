@@ -70,6 +70,10 @@ def rollback(
     directory: Directory = None,
 ) -> None:
     """Go back to a saved generation, on disk and in the weights that are being served; serving goes on."""
+    if directory and not offline:
+        raise ConfigError(
+            "--directory goes with --offline: without it, the worker rolls back the model that it trains."
+        )
     if offline:
         with opened(directory) as store:
             report: dict[str, Any] = asdict(store.rollback(generation))

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from hogwild.checkpoint.reports import VerifyReport
 from hogwild.checkpoint.store import CheckpointStore
 from hogwild.cli import checkpoint as commands
-from hogwild.errors import CheckpointCorrupt, CheckpointError, HogwildError, NotFound, ServiceUnavailable
+from hogwild.errors import CheckpointCorrupt, CheckpointError, ConfigError, HogwildError, NotFound, ServiceUnavailable
 
 app = typer.Typer()
 commands.register(app)
@@ -166,6 +166,12 @@ def test_offline_rollback_and_repair(run, directory):
     assert norm(directory) == 1
     assert "nothing to do" in run("rollback", 3, "--offline", "-d", directory)
     assert "generation 3 is in place" in run("checkpoint", "repair", "-d", directory)
+
+
+def test_a_directory_is_not_ignored_for_the_live_model(run, directory, api):
+    with pytest.raises(ConfigError, match="--directory goes with --offline"):
+        run("rollback", 1, "-d", directory)
+    assert not api[1] and norm(directory) == 2
 
 
 def test_a_directory_that_is_no_checkpoint_is_left_alone(run, tmp_path, monkeypatch):
