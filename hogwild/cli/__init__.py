@@ -41,6 +41,6 @@ def main() -> None:
     try:
         app()
     except HogwildError as error:
-        console = Console(stderr=True, highlight=False, soft_wrap=True)
+        console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
         console.print(f"[bold red]hogwild:[/] {escape(error.message)}")
         sys.exit(1)

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from hogwild.checkpoint.store import CheckpointStore
     from hogwild.client import Client
 
-console = Console(highlight=False, soft_wrap=True)
+# Without markup: paths and what the worker says are printed as they are.
+console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 group = typer.Typer(no_args_is_help=True, help="Save the live weights; list, verify, export and repair what was saved.")
 
 Directory = Annotated[

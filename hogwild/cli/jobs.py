@@ -13,6 +13,7 @@ import typer
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from hogwild.config import Settings, load_settings, url_host
 from hogwild.errors import ConfigError, InvalidRequest, TrainingError
@@ -20,7 +21,8 @@ from hogwild.errors import ConfigError, InvalidRequest, TrainingError
 if TYPE_CHECKING:
     from hogwild.client import Client, Job
 
-console = Console(highlight=False, soft_wrap=True)
+# Without markup: labels, errors and reasons are other people's text.
+console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 REFRESH_S = 1.0  # of `jobs --watch`
 
 Url = Annotated[str | None, typer.Option("--url", envvar="HOGWILD_URL", help="The API; default: of these settings.",
@@ -307,7 +309,7 @@ def _table(rows: "list[Job]") -> RenderableType:
         state = "paused" if job.paused else job.state
         labels = " ".join(f"{k}={v}" for k, v in job.metadata.items())
         table.add_row(
-            job.id, f"[{_STYLES[job.state]}]{state}[/]", f"{job.steps_applied}/{job.steps or '?'}",
+            job.id, Text(state, style=_STYLES[job.state]), f"{job.steps_applied}/{job.steps or '?'}",
             "" if job.loss_last is None else f"{job.loss_last:.3g}",
             "" if job.weight_version_last is None else f"v{job.weight_version_last}",
             _age(str(job.data["created_at"])), labels)
@@ -334,7 +336,7 @@ def _one(job: "Job") -> RenderableType:
         if value not in (None, {}, False):
             table.add_row(name, json.dumps(value) if isinstance(value, dict) else str(value))
     losses = [value for value in job.data.get("losses") or [] if value is not None]
-    return Group(table, f"[dim]loss[/] {_spark(losses)}" if losses else "")
+    return Group(table, Text.assemble(("loss", "dim"), f" {_spark(losses)}") if losses else "")
 
 
 def _spark(values: list[float], width: int = 60) -> str:

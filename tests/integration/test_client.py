@@ -367,6 +367,18 @@ def test_status_says_why_a_worker_does_not_train_and_how_it_is_paced(cli, redis_
     assert "pacing, training at 25% of the device: vLLM alone is above the budget" in shown
 
 
+def test_text_of_others_is_shown_as_it_is(cli, client, ledger, redis_client):
+    """Given labels, an error and a reason that rich would take for markup."""
+    job = client.train(**IDS, metadata={"note": "[/red] [bold]x[/] :smile:"})
+    ledger.finish(ledger.claim(job.id, "w"), "failed", error=InvalidRequest("[/wrong]"))
+    Registry(redis_client, "tiny").heartbeat("w", {"state": "refused", "lifecycle": {"state": "refused",
+                                                                                      "reason": "[/a] tensor"}})
+    assert "note=[/red] [bold]x[/] :smile:" in cli("jobs")
+    shown = cli("jobs", job.id)
+    assert "[/red] [bold]x[/] :smile:" in shown and "[/wrong]" in shown
+    assert "refused: [/a] tensor" in cli("status")
+
+
 def test_new_key_is_printed_once_and_its_line_holds_the_hash(cli, tmp_path):
     result = CliRunner().invoke(_app(), ["key", "alice", "--read-only"], catch_exceptions=False)
     line = result.stdout.strip()
