@@ -18,13 +18,13 @@ import math
 import random
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import httpx
 
-from hogwild.errors import CheckpointError, HogwildError, ServiceUnavailable
+from hogwild.errors import CheckpointError, HogwildError, InvalidRequest, ServiceUnavailable
 
 DEFAULT_URL = "http://127.0.0.1:8100"
 RETRY_STATUSES = (429, 502, 503, 504)
@@ -98,22 +98,40 @@ class _Call(Generic[T]):
     method: str
     path: str
     parse: Callable[[Any], T]
-    json: Any = None
+    content: bytes | None = None
     params: Mapping[str, Any] | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
+def _post(path: str, parse: Callable[[Any], T], body: Mapping[str, Any] | None, idempotency_key: str,
+          params: Mapping[str, Any] | None = None) -> _Call[T]:
+    """A call with a JSON body that may be repeated. Raises InvalidRequest."""
+    headers, content = {"Idempotency-Key": idempotency_key}, None
+    if body is not None:
+        headers["Content-Type"] = "application/json"
+        try:
+            content = json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+        except (TypeError, ValueError) as error:
+            raise InvalidRequest(f"The request can't be written as JSON: {error}.") from error
+    return _Call("POST", path, parse, content=content, params=params, headers=headers)
+
+
+def _listed(value: Any) -> Any:
+    """Ids or weights as a list. What can't be one is left as it is: the API names the field that is wrong."""
+    return list(value) if isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)) else value
+
+
 def _samples(samples: Sequence[Any]) -> list[dict[str, Any]]:
     """Samples as JSON: mappings with the names of the API, or (context_ids, continuation_ids[, weights])."""
-    found = []
-    for sample in samples:
-        if isinstance(sample, Mapping):
-            found.append({k: list(v) if not isinstance(v, list) else v for k, v in sample.items() if v is not None})
-        else:
-            context, continuation, *rest = sample
-            found.append({"context_ids": list(context), "continuation_ids": list(continuation),
-                          **({"weights": list(rest[0])} if rest and rest[0] is not None else {})})
-    return found
+    found: list[Mapping[str, Any]] = []
+    try:
+        for sample in samples:
+            found.append(sample if isinstance(sample, Mapping) else
+                         dict(zip(("context_ids", "continuation_ids", "weights"), sample, strict=False)))
+    except TypeError as error:
+        raise InvalidRequest("Samples are a list of mappings with context_ids and continuation_ids, or of pairs: "
+                             f"sample {len(found)} is neither.") from error
+    return [{name: _listed(value) for name, value in sample.items() if value is not None} for sample in found]
 
 
 class _Calls:
@@ -129,9 +147,8 @@ class _Calls:
         for name, value in (("context_ids", context_ids), ("continuation_ids", continuation_ids),
                             ("weights", weights)):
             if value is not None:
-                body[name] = list(value)
-        key = idempotency_key or uuid.uuid4().hex
-        return _Call("POST", "/train", Job.parse, json=body, headers={"Idempotency-Key": key})
+                body[name] = _listed(value)
+        return _post("/train", Job.parse, body, str(idempotency_key or uuid.uuid4().hex))
 
     @staticmethod
     def job(job_id: str) -> _Call[Job]:
@@ -159,8 +176,7 @@ class _Calls:
 
     @staticmethod
     def operation(path: str, body: Mapping[str, Any] | None, wait: int) -> _Call[dict[str, Any]]:
-        return _Call("POST", path, dict, json=body, params={"wait": wait},
-                     headers={"Idempotency-Key": uuid.uuid4().hex})
+        return _post(path, dict, body, uuid.uuid4().hex, {"wait": wait})
 
     @staticmethod
     def poll(operation_id: str, wait: int) -> _Call[dict[str, Any]]:
@@ -288,7 +304,7 @@ class Client(_Base):
         while True:
             response = None
             try:
-                response = self._http.request(call.method, call.path, json=call.json, params=call.params,
+                response = self._http.request(call.method, call.path, content=call.content, params=call.params,
                                               headers=call.headers)
             except httpx.TransportError as error:
                 pause = self._pause(attempt, None)
@@ -471,7 +487,7 @@ class AsyncClient(_Base):
         while True:
             response = None
             try:
-                response = await self._http.request(call.method, call.path, json=call.json, params=call.params,
+                response = await self._http.request(call.method, call.path, content=call.content, params=call.params,
                                                     headers=call.headers)
             except httpx.TransportError as error:
                 pause = self._pause(attempt, None)

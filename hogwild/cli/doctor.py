@@ -75,9 +75,9 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
 ) -> None:
     """Check packages, plugin, runtime directory, GPU, model and running vLLMs; exit code 1 when something is wrong."""
-    settings = load_settings()
+    settings = load_settings() if vllm_args is None else load_settings(vllm_args=vllm_args)
     path = model or (Path(settings.model) if settings.model else None)
-    arguments = shlex.split(settings.vllm_args if vllm_args is None else vllm_args)
+    arguments = shlex.split(settings.vllm_args)
     findings = list(examine(settings, path, arguments, quick=quick))
     bad = any(finding.verdict == "problem" for finding in findings)
     if as_json:

@@ -373,7 +373,8 @@ def test_text_of_others_is_shown_as_it_is(cli, client, ledger, redis_client):
     ledger.finish(ledger.claim(job.id, "w"), "failed", error=InvalidRequest("[/wrong]"))
     Registry(redis_client, "tiny").heartbeat("w", {"state": "refused", "lifecycle": {"state": "refused",
                                                                                       "reason": "[/a] tensor"}})
-    assert "note=[/red] [bold]x[/] :smile:" in cli("jobs")
+    shown = cli("jobs").split()
+    assert {"note=[/red]", "[bold]x[/]", ":smile:"} <= set(shown)
     shown = cli("jobs", job.id)
     assert "[/red] [bold]x[/] :smile:" in shown and "[/wrong]" in shown
     assert "refused: [/a] tensor" in cli("status")
@@ -391,6 +392,61 @@ def _app():
     app = typer.Typer()
     commands.register(app)
     return app
+
+
+def test_every_job_is_controlled_though_one_has_ended(cli, client):
+    first, second, third = (client.train(**IDS).id for _ in range(3))
+    client.cancel(first)
+    unknown = f"job-{'0' * 24}"
+    for verb, said in (("pause", "paused"), ("resume", "queued"), ("cancel", "cancelled")):
+        ids = [second, unknown, third] if verb == "cancel" else [second, first, third]
+        result = CliRunner().invoke(_app(), [verb, *ids], catch_exceptions=False)
+        assert result.exit_code == 1 and result.stderr.startswith(f"hogwild: {ids[1]}: ")
+        assert result.stdout.splitlines() == [f"{job} is {said}." for job in (second, third)]
+
+
+def test_train_names_the_job_before_it_waits_and_outlasts_a_restart(serve, app, ledger, run_job, monkeypatch, tmp_path):
+    ids = tmp_path / "ids.jsonl"
+    ids.write_text(json.dumps(IDS))
+    flaky = Flaky(app, [])
+
+    def break_down(*_, **__):
+        flaky.failures += ["refused"] * 6  # more than a submit is tried
+        run_job(ledger, ledger.list().jobs[0].id)
+        return real(*_, **__)
+
+    real = Client.wait
+    monkeypatch.setattr(Client, "wait", break_down)
+    monkeypatch.setattr("hogwild.client.time.sleep", lambda _: None)
+    monkeypatch.setenv("HOGWILD_URL", serve(flaky))
+    result = CliRunner().invoke(_app(), ["train", str(ids), "--json"], catch_exceptions=False)
+    [job] = ledger.list().jobs
+    assert result.exit_code == 0 and json.loads(result.stdout)["state"] == "succeeded"
+    assert result.stderr.startswith(f"{job.id} is queued: 1 samples, 4 tokens.")
+
+
+@pytest.mark.parametrize(("samples", "message"), [
+    ([{**IDS, "id": 7}], "id: "), ([{"continuation_ids": 5}], "continuation_ids"), ([5], "sample 0 is neither"),
+    (1, "Samples are a list"), ([([1], 2)], "continuation_ids"), ([IDS, None], "sample 1 is neither")])
+def test_samples_of_a_wrong_kind_are_explained(client, ledger, samples, message):
+    with pytest.raises(InvalidRequest, match=message):
+        client.train(samples=samples)
+    assert not ledger.list().jobs
+
+
+@pytest.mark.parametrize("options", [{"learning_rate": float("nan")}, {"metadata": {"a": object()}}])
+def test_what_json_can_not_say_is_explained(client, options):
+    with pytest.raises(InvalidRequest, match="can't be written as JSON"):
+        client.train(**IDS, **options)
+
+
+@pytest.mark.parametrize("arguments", [["-o", "samples=1"], ["-o", "self=1"], ["-o", "learning_rate=NaN"],
+                                       ["--learning-rate", "nan"]])
+def test_options_of_a_wrong_kind_are_explained(cli, tmp_path, arguments):
+    ids = tmp_path / "ids.jsonl"
+    ids.write_text(json.dumps(IDS))
+    with pytest.raises(InvalidRequest):
+        CliRunner().invoke(_app(), ["train", str(ids), *arguments], catch_exceptions=False)
 
 
 @pytest.mark.parametrize("arguments", [["train"], ["train", "x.jsonl", "--completion", "y"],

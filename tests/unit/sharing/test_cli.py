@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from hogwild.cli import doctor, weights
-from hogwild.errors import AttachRefused, ManifestError
+from hogwild.errors import AttachRefused, ConfigError, ManifestError
 from hogwild.manifest import Allocation, Manifest, Refusal, TensorRecord, manifest_path, refusal_path
 from hogwild.runtime_files import boot_id, private_dir, process_start_time
 
@@ -261,3 +261,8 @@ def test_names_that_look_like_markup_are_shown_as_they_are(runtime: Path, tmp_pa
     assert "0.32 [/x]" in text
     text = runner.invoke(app, ["doctor", "--quick", str(tmp_path / "[a] :x:")], catch_exceptions=False).stdout
     assert "model [a] :x:" in text
+
+
+def test_arguments_for_vllm_with_an_open_quote_are_refused() -> None:
+    with pytest.raises(ConfigError, match="No closing quotation"):
+        runner.invoke(app, ["doctor", "--quick", "--vllm-args", "'x"], catch_exceptions=False)
