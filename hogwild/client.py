@@ -24,6 +24,7 @@ from typing import Any, Generic, TypeVar
 
 import httpx
 
+from hogwild.config import is_loopback
 from hogwild.errors import CheckpointError, HogwildError, InvalidRequest, ServiceUnavailable
 
 DEFAULT_URL = "http://127.0.0.1:8100"
@@ -250,6 +251,7 @@ class _Base:
         self.retries = retries
         self._options: dict[str, Any] = {
             "base_url": self.url, "timeout": timeout,
+            "trust_env": not is_loopback(httpx.URL(self.url).host),  # a proxy would look for the API on its own machine
             "headers": {"Authorization": f"Bearer {api_key}"} if api_key else {}}
 
     def _pause(self, attempt: int, response: httpx.Response | None) -> float | None:

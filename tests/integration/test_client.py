@@ -142,6 +142,18 @@ def test_nobody_there_is_said(tmp_path):
         client.status()
 
 
+async def test_no_proxy_is_asked_for_an_api_on_this_machine(url, monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:1")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for here in (url, url.replace("127.0.0.1", "localhost")):
+        with Client(here, retries=0) as client:
+            assert client.status()["queue_depth"] == 0
+        async with AsyncClient(here, retries=0) as client:
+            assert (await client.status())["queue_depth"] == 0
+
+
 class Flaky:
     """Fails the first requests of each kind: 503 before anything happened, or after the job was accepted."""
 
