@@ -22,11 +22,19 @@ WAIT_POLL_S = 0.1
 Wait = Annotated[int, Query(ge=0, le=MAX_WAIT_S, description="Seconds to wait for the end before answering.")]
 Key = Annotated[str | None, Header(alias="Idempotency-Key", min_length=1, max_length=255, description=(
     "Makes it safe to send a request again: the same key and body are the same operation."))]
+OpId = Annotated[str, Path(examples=["op-0123456789abcdef01234567"])]
 _ACCEPTED: dict[int | str, dict[str, Any]] = {202: {
     "description": "Will be done between two steps, before all waiting jobs.",
     "headers": {"Location": {"schema": {"type": "string"}, "description": "Where to poll."},
                 "Idempotency-Replayed": {"schema": {"type": "string"}, "description":
                                          "`true`: this key was used before; the operation is that one."}}}}
+
+
+def known_id(op_id: str) -> str:
+    """The id when it can be one; NotFound otherwise (it becomes part of a key's name)."""
+    if not _OP_ID.fullmatch(op_id):
+        raise NotFound(f"There is no operation {op_id[:40]!r}.")
+    return op_id
 
 
 def checkpoint_router(service: Service, router: APIRouter) -> None:
@@ -100,12 +108,15 @@ def checkpoint_router(service: Service, router: APIRouter) -> None:
 
     @router.get("/checkpoint/operations/{op_id}", operation_id="getOperation", summary="Poll an operation",
                 tags=["checkpoint"], response_model=OperationOut, responses=responses(404))
-    async def operation(op_id: Annotated[str, Path(examples=["op-0123456789abcdef01234567"])], response: Response,
-                        wait: Wait = 0) -> OperationOut:
+    async def operation(op_id: OpId, response: Response, wait: Wait = 0) -> OperationOut:
         """A sync, a rollback or a verification that was asked for."""
-        if not _OP_ID.fullmatch(op_id):
-            raise NotFound(f"There is no operation {op_id[:40]!r}.")
-        op = await waited(op_id, wait)
+        op = await waited(known_id(op_id), wait)
         if not op.final:
             response.headers["Retry-After"] = "1"
         return operation_out(op)
+
+    @router.post("/checkpoint/operations/{op_id}/cancel", operation_id="cancelOperation", summary="Cancel an operation",
+                 tags=["checkpoint"], response_model=OperationOut, responses=responses(404, 409))
+    def cancel(op_id: OpId) -> OperationOut:
+        """Take back a sync, a rollback or a verification that no worker has begun. Asking again is no error."""
+        return operation_out(service.operations.cancel(known_id(op_id)))

@@ -183,6 +183,10 @@ class _Calls:
     def poll(operation_id: str, wait: int) -> _Call[dict[str, Any]]:
         return _Call("GET", f"/checkpoint/operations/{operation_id}", dict, params={"wait": wait})
 
+    @staticmethod
+    def cancel_operation(operation_id: str) -> _Call[dict[str, Any]]:
+        return _Call("POST", f"/checkpoint/operations/{operation_id}/cancel", dict)
+
 
 class _Patience:
     """How long an operation is waited for."""
@@ -455,6 +459,10 @@ class Client(_Base):
         patience = _Patience(wait, timeout)
         return self._finished(self._do(_Calls.poll(operation_id, patience.poll_s())), patience)
 
+    def cancel_operation(self, operation_id: str) -> dict[str, Any]:
+        """Take back an operation that no worker has begun. Raises NotFound, Conflict."""
+        return self._do(_Calls.cancel_operation(operation_id))
+
     def _operation(self, path: str, body: Mapping[str, Any] | None, wait: bool, timeout: float | None
                    ) -> dict[str, Any]:
         patience = _Patience(wait, timeout)
@@ -611,6 +619,10 @@ class AsyncClient(_Base):
         """See `Client.operation`."""
         patience = _Patience(wait, timeout)
         return await self._finished(await self._do(_Calls.poll(operation_id, patience.poll_s())), patience)
+
+    async def cancel_operation(self, operation_id: str) -> dict[str, Any]:
+        """See `Client.cancel_operation`."""
+        return await self._do(_Calls.cancel_operation(operation_id))
 
     async def _operation(self, path: str, body: Mapping[str, Any] | None, wait: bool, timeout: float | None
                          ) -> dict[str, Any]:

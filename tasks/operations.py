@@ -4,7 +4,7 @@ A request reaches the worker on two ways: as a message of its queue, and by the 
 between steps (the worker runs one task at a time, so the message would wait behind the job). `start` decides who does
 it, atomically; the other finds nothing left to do.
 
-    pending ──start──► running ──finish──► succeeded | failed
+    pending ──start──► running ──finish──► succeeded | failed     (pending ──cancel──► failed)
        ▲                  │
        └── worker died ───┘   (all of them may be done again; after ATTEMPTS times it has failed)
 
@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-from hogwild.errors import IdempotencyConflict, NotFound, TooManyRequests
+from hogwild.errors import Conflict, IdempotencyConflict, JobCancelled, NotFound, TooManyRequests
 from hogwild.tasks.app import ROLLBACK, SYNC, VERIFY
 from hogwild.tasks.connections import Client
 from hogwild.tasks.jobs import error_json, load_json
@@ -57,11 +57,11 @@ redis.call('HSET', key, 'state', 'running', 'worker', ARGV[2], 'started_at', now
 redis.call('HINCRBY', key, 'attempts', 1)
 return redis.call('HGETALL', key)
 """
-# KEYS: prefix. ARGV: id, state, result JSON, error JSON, retention
+# KEYS: prefix. ARGV: id, state, result JSON, error JSON, retention, 1: only if nobody has started it
 _FINISH = _NOW + """
 local key = KEYS[1] .. 'op:' .. ARGV[1]
 local state = redis.call('HGET', key, 'state')
-if state ~= 'running' and state ~= 'pending' then return 0 end  -- pending: it was thought to be nobody's
+if state ~= 'pending' and (state ~= 'running' or ARGV[6] == '1') then return 0 end  -- pending: thought to be nobody's
 redis.call('HSET', key, 'state', ARGV[2], 'finished_at', now, 'result', ARGV[3], 'error', ARGV[4])
 redis.call('EXPIRE', key, ARGV[5])
 redis.call('ZREM', KEYS[1] .. 'ops', ARGV[1])
@@ -139,7 +139,7 @@ class Operations:
             raise IdempotencyConflict(operation=op_id)
         if answer == b"full":
             raise TooManyRequests(f"{MOST_PENDING} saves, rollbacks and verifications are waiting, which is the "
-                                  "limit.", retry_after=30, limit=MOST_PENDING)
+                                  "limit.", retry_after=5, limit=MOST_PENDING)
         return op_id
 
     @staticmethod
@@ -181,8 +181,19 @@ class Operations:
         op_id = op if isinstance(op, str) else op.id
         self._ended[op_id] = [
             op_id, "failed" if error else "succeeded", json.dumps(dict(result or {}), default=str),
-            error_json(error), RETENTION_S]
+            error_json(error), RETENTION_S, 0]
         self._report()
+
+    def cancel(self, op_id: str) -> Operation:
+        """Take back an operation that nobody has started; again is no error. Raises NotFound, Conflict."""
+        cancelled = JobCancelled("It was cancelled before a worker began it.")
+        done = self._finish(keys=[self.keys.prefix],
+                            args=[op_id, "failed", "{}", error_json(cancelled), RETENTION_S, 1])
+        op = self.get(op_id)
+        if not done and (op.error or {}).get("type") != cancelled.slug:
+            raise Conflict(f"{op_id} can't be cancelled: it {'runs' if op.state == 'running' else f'has {op.state}'}.",
+                           state=op.state)
+        return op
 
     def _report(self) -> None:
         for op_id, args in list(self._ended.items()):

@@ -1,9 +1,9 @@
 """`hogwild checkpoint …` and `hogwild rollback`.
 
-`save`, `rollback` and, where there is one, `verify` ask the running worker, through the API. The others read the
-checkpoint directory itself and work beside a running worker or without one; `adopt`, `repair` and `rollback --offline`
-write and need the worker stopped. The weights of a vLLM that goes on serving meanwhile follow an adoption or a rollback
-when the worker starts again.
+`save`, `rollback` and, where there is one, `verify` ask the running worker, through the API; `cancel` takes that back.
+The others read the checkpoint directory itself and work beside a running worker or without one; `adopt`, `repair` and
+`rollback --offline` write and need the worker stopped. The weights of a vLLM that goes on serving meanwhile follow an
+adoption or a rollback when the worker starts again.
 """
 
 import json
@@ -209,6 +209,15 @@ def repair(directory: Directory = None) -> None:
         console.print(f"generation {store.head.generation} is in place.")
 
 
+@group.command()
+def cancel(
+    operation_id: Annotated[str, typer.Argument(help="Of a save, a rollback or a verification that waits.")],
+) -> None:
+    """Take back what waits for a worker."""
+    with connect(None) as client:
+        console.print(f"{client.cancel_operation(operation_id)['id']} is cancelled.")
+
+
 def megabytes(count: int) -> str:
     """Bytes for people."""
     return f"{count / 1e6:,.1f} MB" if count >= 100_000 else f"{count / 1e3:,.1f} kB"
@@ -240,7 +249,8 @@ def operation(ask: "Callable[[Client], dict[str, Any]]") -> dict[str, Any]:
         asked = ask(client)
         if asked["state"] == "pending" and (reason := no_worker()):
             print(
-                f"hogwild: {asked['id']} waits for a worker: {reason}. Ctrl-C ends the waiting; it stays queued.",
+                f"hogwild: {asked['id']} waits for a worker: {reason}. Ctrl-C ends the waiting; it stays queued until "
+                f"`hogwild checkpoint cancel {asked['id']}`.",
                 file=sys.stderr,
             )
         return client.operation(asked["id"])

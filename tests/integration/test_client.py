@@ -238,6 +238,11 @@ def test_waiting_for_a_worker_ends_after_a_timeout_and_names_what_stays_queued(c
         worker = in_background(serve_operations, operations, {"generation": 1})
         assert client.operation(op_id, timeout=60) == {"generation": 1}
         worker.join()
+        with pytest.raises(Conflict):
+            client.cancel_operation(op_id)
+    assert client.cancel_operation(client.checkpoint(wait=False)["id"])["error"]["type"] == "cancelled"
+    with pytest.raises(NotFound):
+        client.cancel_operation("op-1")
 
 
 async def test_asynchronous_waiting_for_a_worker_ends_after_a_timeout(url):
@@ -245,7 +250,9 @@ async def test_asynchronous_waiting_for_a_worker_ends_after_a_timeout(url):
         for ask in (client.checkpoint(timeout=0.1), client.verify(timeout=0.1), client.rollback(0, timeout=0.1)):
             with pytest.raises(TimeoutError, match="stays queued") as caught:
                 await ask
-        assert (await client.operation(str(caught.value).split()[0], wait=False))["kind"] == "rollback"
+        op_id = str(caught.value).split()[0]
+        assert (await client.operation(op_id, wait=False))["kind"] == "rollback"
+        assert (await client.cancel_operation(op_id))["state"] == "failed"
 
 
 async def test_asynchronous_client_does_the_same(url, ledger, run_job, redis_client):

@@ -257,9 +257,17 @@ def test_what_has_no_worker_says_so_and_waits(api, command):
                 (200, {"id": "op-1", "state": "pending"}), (200, done)]  # fmt: skip
     result = CliRunner().invoke(app, command, catch_exceptions=False)
     assert result.stderr.splitlines() == [
-        "hogwild: op-1 waits for a worker: no worker is attached. Ctrl-C ends the waiting; it stays queued."
+        "hogwild: op-1 waits for a worker: no worker is attached. Ctrl-C ends the waiting; it stays queued until "
+        "`hogwild checkpoint cancel op-1`."
     ]
     assert result.exit_code == 0 and "generation 3" in result.stdout and not answers
+
+
+def test_cancel(run, api):
+    answers, asked = api
+    answers += [(200, {"id": "op-1", "state": "failed"})]
+    assert run("checkpoint", "cancel", "op-1") == "op-1 is cancelled.\n"
+    assert asked[0][:2] == ("POST", "/checkpoint/operations/op-1/cancel")
 
 
 def test_rollback_through_the_api(run, api):
