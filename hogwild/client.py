@@ -7,22 +7,25 @@
         job = client.wait(job.id, progress=True)
         client.checkpoint()
 
-Requests are repeated when the network, Redis or a restart gets in between; a job carries an idempotency key, so that a
-repeated submit is the same job. Errors of the API come as the classes of `hogwild.errors`.
+Requests are repeated when the network, Redis or a restart gets in between; jobs, saves, rollbacks and verifications
+carry an idempotency key, so that a repeated request is the same one. Errors of the API come as the classes of
+`hogwild.errors`.
 """
 
 import asyncio
 import json
+import math
 import random
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import httpx
 
-from hogwild.errors import CheckpointError, HogwildError, ServiceUnavailable
+from hogwild.config import is_loopback
+from hogwild.errors import CheckpointError, HogwildError, InvalidRequest, ServiceUnavailable
 
 DEFAULT_URL = "http://127.0.0.1:8100"
 RETRY_STATUSES = (429, 502, 503, 504)
@@ -96,22 +99,40 @@ class _Call(Generic[T]):
     method: str
     path: str
     parse: Callable[[Any], T]
-    json: Any = None
+    content: bytes | None = None
     params: Mapping[str, Any] | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
+def _post(path: str, parse: Callable[[Any], T], body: Mapping[str, Any] | None, idempotency_key: str,
+          params: Mapping[str, Any] | None = None) -> _Call[T]:
+    """A call with a JSON body that may be repeated. Raises InvalidRequest."""
+    headers, content = {"Idempotency-Key": idempotency_key}, None
+    if body is not None:
+        headers["Content-Type"] = "application/json"
+        try:
+            content = json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+        except (TypeError, ValueError) as error:
+            raise InvalidRequest(f"The request can't be written as JSON: {error}.") from error
+    return _Call("POST", path, parse, content=content, params=params, headers=headers)
+
+
+def _listed(value: Any) -> Any:
+    """Ids or weights as a list. What can't be one is left as it is: the API names the field that is wrong."""
+    return list(value) if isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)) else value
+
+
 def _samples(samples: Sequence[Any]) -> list[dict[str, Any]]:
     """Samples as JSON: mappings with the names of the API, or (context_ids, continuation_ids[, weights])."""
-    found = []
-    for sample in samples:
-        if isinstance(sample, Mapping):
-            found.append({k: list(v) if not isinstance(v, list) else v for k, v in sample.items() if v is not None})
-        else:
-            context, continuation, *rest = sample
-            found.append({"context_ids": list(context), "continuation_ids": list(continuation),
-                          **({"weights": list(rest[0])} if rest and rest[0] is not None else {})})
-    return found
+    found: list[Mapping[str, Any]] = []
+    try:
+        for sample in samples:
+            found.append(sample if isinstance(sample, Mapping) else
+                         dict(zip(("context_ids", "continuation_ids", "weights"), sample, strict=False)))
+    except TypeError as error:
+        raise InvalidRequest("Samples are a list of mappings with context_ids and continuation_ids, or of pairs: "
+                             f"sample {len(found)} is neither.") from error
+    return [{name: _listed(value) for name, value in sample.items() if value is not None} for sample in found]
 
 
 class _Calls:
@@ -127,9 +148,8 @@ class _Calls:
         for name, value in (("context_ids", context_ids), ("continuation_ids", continuation_ids),
                             ("weights", weights)):
             if value is not None:
-                body[name] = list(value)
-        key = idempotency_key or uuid.uuid4().hex
-        return _Call("POST", "/train", Job.parse, json=body, headers={"Idempotency-Key": key})
+                body[name] = _listed(value)
+        return _post("/train", Job.parse, body, str(idempotency_key or uuid.uuid4().hex))
 
     @staticmethod
     def job(job_id: str) -> _Call[Job]:
@@ -156,12 +176,42 @@ class _Calls:
         return _Call("GET", path, dict)
 
     @staticmethod
-    def operation(path: str, body: Mapping[str, Any] | None, wait: bool) -> _Call[dict[str, Any]]:
-        return _Call("POST", path, dict, json=body, params={"wait": OPERATION_WAIT_S if wait else 0})
+    def operation(path: str, body: Mapping[str, Any] | None, wait: int) -> _Call[dict[str, Any]]:
+        return _post(path, dict, body, uuid.uuid4().hex, {"wait": wait})
 
     @staticmethod
-    def poll(operation_id: str) -> _Call[dict[str, Any]]:
-        return _Call("GET", f"/checkpoint/operations/{operation_id}", dict, params={"wait": OPERATION_WAIT_S})
+    def poll(operation_id: str, wait: int) -> _Call[dict[str, Any]]:
+        return _Call("GET", f"/checkpoint/operations/{operation_id}", dict, params={"wait": wait})
+
+    @staticmethod
+    def cancel_operation(operation_id: str) -> _Call[dict[str, Any]]:
+        return _Call("POST", f"/checkpoint/operations/{operation_id}/cancel", dict)
+
+
+class _Patience:
+    """How long an operation is waited for."""
+
+    def __init__(self, wait: bool, timeout: float | None) -> None:
+        self.wait = wait
+        self.timeout = math.inf if timeout is None else timeout
+        self.deadline = time.monotonic() + self.timeout
+
+    def poll_s(self) -> int:
+        """Seconds that the server may take for its next answer."""
+        return math.ceil(max(0, min(OPERATION_WAIT_S, self.deadline - time.monotonic()))) if self.wait else 0
+
+    def ask_again(self, operation: Mapping[str, Any]) -> bool:
+        """Whether the end is still to be waited for. Raises TimeoutError."""
+        if not self.wait or operation["state"] not in ("pending", "running"):
+            return False
+        if time.monotonic() >= self.deadline:
+            raise TimeoutError(f"{operation['id']} is {operation['state']} after {self.timeout:g} s; it stays queued, "
+                               "and is done when a worker is there for it")
+        return True
+
+    def answer(self, operation: Mapping[str, Any]) -> dict[str, Any]:
+        """The report, or the operation when it was not waited for."""
+        return _result(operation) if self.wait else dict(operation)
 
 
 def _result(operation: Mapping[str, Any]) -> dict[str, Any]:
@@ -205,6 +255,7 @@ class _Base:
         self.retries = retries
         self._options: dict[str, Any] = {
             "base_url": self.url, "timeout": timeout,
+            "trust_env": not is_loopback(httpx.URL(self.url).host),  # a proxy would look for the API on its own machine
             "headers": {"Authorization": f"Bearer {api_key}"} if api_key else {}}
 
     def _pause(self, attempt: int, response: httpx.Response | None) -> float | None:
@@ -226,7 +277,14 @@ class _Base:
 def _parse(call: _Call[T], response: httpx.Response) -> T:
     if response.is_error:
         raise error_of(response)
-    return call.parse(response.json())
+    try:
+        answer = response.json()
+    except ValueError:
+        answer = None
+    if not isinstance(answer, dict):
+        raise HogwildError(f"{response.request.url} answered {response.status_code} without JSON: is that Hogwild's "
+                           "API?")
+    return call.parse(answer)
 
 
 class Client(_Base):
@@ -252,7 +310,7 @@ class Client(_Base):
         while True:
             response = None
             try:
-                response = self._http.request(call.method, call.path, json=call.json, params=call.params,
+                response = self._http.request(call.method, call.path, content=call.content, params=call.params,
                                               headers=call.headers)
             except httpx.TransportError as error:
                 pause = self._pause(attempt, None)
@@ -370,26 +428,50 @@ class Client(_Base):
         """Saved generations and what is not saved yet (`GET /checkpoint`)."""
         return self._do(_Calls.get("/checkpoint"))
 
-    def checkpoint(self, *, wait: bool = True) -> dict[str, Any]:
-        """Save the live weights now. Returns the report; with `wait=False` the operation. Raises CheckpointError."""
-        return self._operation("/checkpoint", None, wait)
+    def checkpoint(self, *, wait: bool = True, timeout: float | None = None) -> dict[str, Any]:
+        """Save the live weights now. Returns the report; with `wait=False` the operation.
 
-    def verify(self, *, wait: bool = True) -> dict[str, Any]:
+        Without a worker it waits for one: for `timeout` seconds, then TimeoutError names the operation, which stays
+        queued. Raises CheckpointError, TooManyRequests.
+        """
+        return self._operation("/checkpoint", None, wait, timeout)
+
+    def verify(self, *, wait: bool = True, timeout: float | None = None) -> dict[str, Any]:
         """Compare files and live weights with the last generation's fingerprints; the report's `ok` says how it went.
 
-        `unsaved`: the live weights have steps that are not saved yet, and are meant to differ. Raises CheckpointError.
+        `unsaved`: the live weights have steps that are not saved yet, and are meant to differ. `timeout`: as of
+        `checkpoint`. Raises CheckpointError.
         """
-        return self._operation("/checkpoint/verify", None, wait)
+        return self._operation("/checkpoint/verify", None, wait, timeout)
 
-    def rollback(self, generation: int, *, wait: bool = True) -> dict[str, Any]:
-        """Return to a generation, on disk and in the live weights. Raises InvalidRequest, CheckpointError."""
-        return self._operation("/checkpoint/rollback", {"generation": generation}, wait)
+    def rollback(self, generation: int, *, wait: bool = True, timeout: float | None = None) -> dict[str, Any]:
+        """Return to a generation, on disk and in the live weights. `timeout`: as of `checkpoint`.
 
-    def _operation(self, path: str, body: Mapping[str, Any] | None, wait: bool) -> dict[str, Any]:
-        operation = self._do(_Calls.operation(path, body, wait))
-        while wait and operation["state"] in ("pending", "running"):
-            operation = self._do(_Calls.poll(operation["id"]))
-        return _result(operation) if wait else operation
+        Raises InvalidRequest, CheckpointError.
+        """
+        return self._operation("/checkpoint/rollback", {"generation": generation}, wait, timeout)
+
+    def operation(self, operation_id: str, *, wait: bool = True, timeout: float | None = None) -> dict[str, Any]:
+        """An operation that was asked for before: its report, or with `wait=False` the operation as it is now.
+
+        Raises NotFound, CheckpointError, TimeoutError.
+        """
+        patience = _Patience(wait, timeout)
+        return self._finished(self._do(_Calls.poll(operation_id, patience.poll_s())), patience)
+
+    def cancel_operation(self, operation_id: str) -> dict[str, Any]:
+        """Take back an operation that no worker has begun. Raises NotFound, Conflict."""
+        return self._do(_Calls.cancel_operation(operation_id))
+
+    def _operation(self, path: str, body: Mapping[str, Any] | None, wait: bool, timeout: float | None
+                   ) -> dict[str, Any]:
+        patience = _Patience(wait, timeout)
+        return self._finished(self._do(_Calls.operation(path, body, patience.poll_s())), patience)
+
+    def _finished(self, operation: dict[str, Any], patience: _Patience) -> dict[str, Any]:
+        while patience.ask_again(operation):
+            operation = self._do(_Calls.poll(operation["id"], patience.poll_s()))
+        return patience.answer(operation)
 
 
 class AsyncClient(_Base):
@@ -415,7 +497,7 @@ class AsyncClient(_Base):
         while True:
             response = None
             try:
-                response = await self._http.request(call.method, call.path, json=call.json, params=call.params,
+                response = await self._http.request(call.method, call.path, content=call.content, params=call.params,
                                                     headers=call.headers)
             except httpx.TransportError as error:
                 pause = self._pause(attempt, None)
@@ -521,23 +603,36 @@ class AsyncClient(_Base):
         """See `Client.generations`."""
         return await self._do(_Calls.get("/checkpoint"))
 
-    async def checkpoint(self, *, wait: bool = True) -> dict[str, Any]:
+    async def checkpoint(self, *, wait: bool = True, timeout: float | None = None) -> dict[str, Any]:
         """See `Client.checkpoint`."""
-        return await self._operation("/checkpoint", None, wait)
+        return await self._operation("/checkpoint", None, wait, timeout)
 
-    async def verify(self, *, wait: bool = True) -> dict[str, Any]:
+    async def verify(self, *, wait: bool = True, timeout: float | None = None) -> dict[str, Any]:
         """See `Client.verify`."""
-        return await self._operation("/checkpoint/verify", None, wait)
+        return await self._operation("/checkpoint/verify", None, wait, timeout)
 
-    async def rollback(self, generation: int, *, wait: bool = True) -> dict[str, Any]:
+    async def rollback(self, generation: int, *, wait: bool = True, timeout: float | None = None) -> dict[str, Any]:
         """See `Client.rollback`."""
-        return await self._operation("/checkpoint/rollback", {"generation": generation}, wait)
+        return await self._operation("/checkpoint/rollback", {"generation": generation}, wait, timeout)
 
-    async def _operation(self, path: str, body: Mapping[str, Any] | None, wait: bool) -> dict[str, Any]:
-        operation = await self._do(_Calls.operation(path, body, wait))
-        while wait and operation["state"] in ("pending", "running"):
-            operation = await self._do(_Calls.poll(operation["id"]))
-        return _result(operation) if wait else operation
+    async def operation(self, operation_id: str, *, wait: bool = True, timeout: float | None = None) -> dict[str, Any]:
+        """See `Client.operation`."""
+        patience = _Patience(wait, timeout)
+        return await self._finished(await self._do(_Calls.poll(operation_id, patience.poll_s())), patience)
+
+    async def cancel_operation(self, operation_id: str) -> dict[str, Any]:
+        """See `Client.cancel_operation`."""
+        return await self._do(_Calls.cancel_operation(operation_id))
+
+    async def _operation(self, path: str, body: Mapping[str, Any] | None, wait: bool, timeout: float | None
+                         ) -> dict[str, Any]:
+        patience = _Patience(wait, timeout)
+        return await self._finished(await self._do(_Calls.operation(path, body, patience.poll_s())), patience)
+
+    async def _finished(self, operation: dict[str, Any], patience: _Patience) -> dict[str, Any]:
+        while patience.ask_again(operation):
+            operation = await self._do(_Calls.poll(operation["id"], patience.poll_s()))
+        return patience.answer(operation)
 
 
 class _EventParser:

@@ -4,20 +4,21 @@ A request reaches the worker on two ways: as a message of its queue, and by the 
 between steps (the worker runs one task at a time, so the message would wait behind the job). `start` decides who does
 it, atomically; the other finds nothing left to do.
 
-    pending ──start──► running ──finish──► succeeded | failed
+    pending ──start──► running ──finish──► succeeded | failed     (pending ──cancel──► failed)
        ▲                  │
        └── worker died ───┘   (all of them may be done again; after ATTEMPTS times it has failed)
 
 A living worker does none of them twice: an end that Redis could not be told is told before it is asked anything else.
 """
 
+import hashlib
 import json
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-from hogwild.errors import NotFound
+from hogwild.errors import Conflict, IdempotencyConflict, JobCancelled, NotFound, TooManyRequests
 from hogwild.tasks.app import ROLLBACK, SYNC, VERIFY
 from hogwild.tasks.connections import Client
 from hogwild.tasks.jobs import error_json, load_json
@@ -27,21 +28,24 @@ from hogwild.tasks.messages import MOST_URGENT, Messages
 Kind = Literal["sync", "rollback", "verify"]
 _TASKS = {"sync": SYNC, "rollback": ROLLBACK, "verify": VERIFY}
 ATTEMPTS = 3
+MOST_PENDING = 32  # without a worker they wait for one: what is asked for all the same must not pile up
 RETENTION_S = 86_400  # finished operations can be polled for a day
 
 _NOW = """
 local t = redis.call('TIME')
 local now = string.format('%d.%06d', t[1], t[2])
 """
-# KEYS: prefix. ARGV: id, kind, params, queue key, message
+# KEYS: prefix. ARGV: id, kind, params, queue key, message, most that may wait
 _SUBMIT = _NOW + """
 local key = KEYS[1] .. 'op:' .. ARGV[1]
-if redis.call('EXISTS', key) == 1 then return 0 end
+local known = redis.call('HGET', key, 'params')
+if known then return known == ARGV[3] and 'there' or 'conflict' end
+if redis.call('ZCARD', KEYS[1] .. 'ops') >= tonumber(ARGV[6]) then return 'full' end
 redis.call('HSET', key, 'id', ARGV[1], 'kind', ARGV[2], 'params', ARGV[3], 'state', 'pending', 'created_at', now,
   'attempts', 0, 'worker', '')
 redis.call('ZADD', KEYS[1] .. 'ops', now, ARGV[1])
 redis.call('LPUSH', ARGV[4], ARGV[5])
-return 1
+return 'new'
 """
 # KEYS: prefix. ARGV: id, worker, call
 _START = _NOW + """
@@ -53,11 +57,11 @@ redis.call('HSET', key, 'state', 'running', 'worker', ARGV[2], 'started_at', now
 redis.call('HINCRBY', key, 'attempts', 1)
 return redis.call('HGETALL', key)
 """
-# KEYS: prefix. ARGV: id, state, result JSON, error JSON, retention
+# KEYS: prefix. ARGV: id, state, result JSON, error JSON, retention, 1: only if nobody has started it
 _FINISH = _NOW + """
 local key = KEYS[1] .. 'op:' .. ARGV[1]
 local state = redis.call('HGET', key, 'state')
-if state ~= 'running' and state ~= 'pending' then return 0 end  -- pending: it was thought to be nobody's
+if state ~= 'pending' and (state ~= 'running' or ARGV[6] == '1') then return 0 end  -- pending: thought to be nobody's
 redis.call('HSET', key, 'state', ARGV[2], 'finished_at', now, 'result', ARGV[3], 'error', ARGV[4])
 redis.call('EXPIRE', key, ARGV[5])
 redis.call('ZREM', KEYS[1] .. 'ops', ARGV[1])
@@ -121,12 +125,31 @@ class Operations:
         self._finish = client.register_script(_FINISH)
         self._retry = client.register_script(_RETRY)
 
-    def submit(self, kind: Kind, **params: Any) -> str:
-        """Durably ask for an operation; returns its id. It goes before all jobs in the queue."""
-        op_id = f"op-{secrets.token_hex(12)}"
+    def submit(self, kind: Kind, *, op_id: str | None = None, **params: Any) -> str:
+        """Durably ask for an operation; returns its id. It goes before all jobs in the queue.
+
+        `op_id`: of `id_of`; asking again with it is the same operation. Raises IdempotencyConflict when that one has
+        other `params`, TooManyRequests when MOST_PENDING operations wait.
+        """
+        op_id = op_id or f"op-{secrets.token_hex(12)}"
         message = self._message(op_id, kind, params)
-        self._submit(keys=[self.keys.prefix], args=[op_id, kind, json.dumps(params), message.key, message.body])
+        answer = self._submit(keys=[self.keys.prefix], args=[op_id, kind, json.dumps(params), message.key,
+                                                             message.body, MOST_PENDING])
+        if answer == b"conflict":
+            raise IdempotencyConflict(operation=op_id)
+        if answer == b"full":
+            raise TooManyRequests(f"{MOST_PENDING} saves, rollbacks and verifications are waiting, which is the "
+                                  "limit.", retry_after=5, limit=MOST_PENDING)
         return op_id
+
+    @staticmethod
+    def id_of(kind: Kind, idempotency_key: str) -> str:
+        """The id of the operation of an idempotency key, which is already scoped to its owner."""
+        return f"op-{hashlib.sha256(f'{kind}:{idempotency_key}'.encode()).hexdigest()[:24]}"
+
+    def known(self, op_id: str) -> bool:
+        """Whether this operation was asked for, and not forgotten since."""
+        return bool(self.client.exists(self.keys("op", op_id)))
 
     def get(self, op_id: str) -> Operation:
         """One operation. Raises NotFound."""
@@ -158,8 +181,19 @@ class Operations:
         op_id = op if isinstance(op, str) else op.id
         self._ended[op_id] = [
             op_id, "failed" if error else "succeeded", json.dumps(dict(result or {}), default=str),
-            error_json(error), RETENTION_S]
+            error_json(error), RETENTION_S, 0]
         self._report()
+
+    def cancel(self, op_id: str) -> Operation:
+        """Take back an operation that nobody has started; again is no error. Raises NotFound, Conflict."""
+        cancelled = JobCancelled("It was cancelled before a worker began it.")
+        done = self._finish(keys=[self.keys.prefix],
+                            args=[op_id, "failed", "{}", error_json(cancelled), RETENTION_S, 1])
+        op = self.get(op_id)
+        if not done and (op.error or {}).get("type") != cancelled.slug:
+            raise Conflict(f"{op_id} can't be cancelled: it {'runs' if op.state == 'running' else f'has {op.state}'}.",
+                           state=op.state)
+        return op
 
     def _report(self) -> None:
         for op_id, args in list(self._ended.items()):

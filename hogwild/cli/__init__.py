@@ -3,10 +3,9 @@
 import sys
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
 from hogwild import __version__
+from hogwild.cli.common import complain
 from hogwild.errors import HogwildError
 
 app = typer.Typer(
@@ -41,6 +40,5 @@ def main() -> None:
     try:
         app()
     except HogwildError as error:
-        console = Console(stderr=True, highlight=False, soft_wrap=True)
-        console.print(f"[bold red]hogwild:[/] {escape(error.message)}")
+        complain(error.message)
         sys.exit(1)

@@ -1,14 +1,14 @@
 """`hogwild checkpoint …` and `hogwild rollback`.
 
-`save`, `rollback` and, where there is one, `verify` ask the running worker, through the API. The others read the
-checkpoint directory itself and work beside a running worker or without one; `adopt`, `repair` and `rollback --offline`
-write and need the worker stopped. The weights of a vLLM that goes on serving meanwhile follow an adoption or a rollback
-when the worker starts again.
+`save`, `rollback` and, where there is one, `verify` ask the running worker, through the API; `cancel` takes that back.
+The others read the checkpoint directory itself and work beside a running worker or without one; `adopt`, `repair` and
+`rollback --offline` write and need the worker stopped. The weights of a vLLM that goes on serving meanwhile follow an
+adoption or a rollback when the worker starts again.
 """
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from datetime import datetime
@@ -19,17 +19,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from hogwild.cli.jobs import api_url
+from hogwild.cli.jobs import connect
 from hogwild.config import load_settings
-from hogwild.errors import CheckpointError, ConfigError, HogwildError, NotFound, ServiceUnavailable
+from hogwild.errors import ConfigError, HogwildError, NotFound
 
 if TYPE_CHECKING:
     from hogwild.checkpoint.store import CheckpointStore
+    from hogwild.client import Client
 
-POLL_S = 30
-"""Seconds that one request waits for the end of an operation; below every proxy's usual limit of 60."""
-
-console = Console(highlight=False, soft_wrap=True)
+# Without markup: paths and what the worker says are printed as they are.
+console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 group = typer.Typer(no_args_is_help=True, help="Save the live weights; list, verify, export and repair what was saved.")
 
 Directory = Annotated[
@@ -51,7 +50,7 @@ def register(app: typer.Typer) -> None:
 @group.command()
 def save(as_json: AsJson = False) -> None:
     """Write what was learned to the checkpoint now; done when this returns."""
-    result = operation("/checkpoint", None)
+    result = operation(lambda client: client.checkpoint(wait=False))
     if as_json:
         print(json.dumps(result))
     elif not result.get("blocks_changed"):
@@ -72,11 +71,15 @@ def rollback(
     directory: Directory = None,
 ) -> None:
     """Go back to a saved generation, on disk and in the weights that are being served; serving goes on."""
+    if directory and not offline:
+        raise ConfigError(
+            "--directory goes with --offline: without it, the worker rolls back the model that it trains."
+        )
     if offline:
         with opened(directory) as store:
             report: dict[str, Any] = asdict(store.rollback(generation))
     else:
-        report = operation("/checkpoint/rollback", {"generation": generation})
+        report = operation(lambda client: client.rollback(generation, wait=False))
     made, changed = report["generation"], report.get("live_blocks_changed", 0)
     live = "" if offline else f", {changed:,} blocks in the live weights"
     if made != generation:
@@ -127,7 +130,7 @@ def verify(directory: Directory = None, as_json: AsJson = False) -> None:
         with opened(directory, read_only=True) as store:
             report = store.verify()
     else:
-        result = operation("/checkpoint/verify", None)
+        result = operation(lambda client: client.verify(wait=False))
         report = VerifyReport(**{field.name: result[field.name] for field in fields(VerifyReport)})
     if as_json:
         compared = ["disk"] if reason else ["disk", "live"]
@@ -152,7 +155,8 @@ def verify(directory: Directory = None, as_json: AsJson = False) -> None:
 def no_worker() -> str:
     """Why no worker can be asked about the live weights; empty: one can."""
     try:
-        worker = request("GET", "/train/status", None).get("worker") or {}
+        with connect(None, retries=0) as client:
+            worker = client.status().get("worker") or {}
     except HogwildError as error:
         return error.message.rstrip(".")
     return "" if worker.get("alive") and worker.get("attached") else "no worker is attached"
@@ -205,15 +209,22 @@ def repair(directory: Directory = None) -> None:
         console.print(f"generation {store.head.generation} is in place.")
 
 
+@group.command()
+def cancel(
+    operation_id: Annotated[str, typer.Argument(help="Of a save, a rollback or a verification that waits.")],
+) -> None:
+    """Take back what waits for a worker."""
+    with connect(None) as client:
+        console.print(f"{client.cancel_operation(operation_id)['id']} is cancelled.")
+
+
 def megabytes(count: int) -> str:
     """Bytes for people."""
     return f"{count / 1e6:,.1f} MB" if count >= 100_000 else f"{count / 1e3:,.1f} kB"
 
 
 @contextmanager
-def opened(
-    directory: Path | None, *, read_only: bool = False, start_anew: bool = False
-) -> "Iterator[CheckpointStore]":
+def opened(directory: Path | None, *, read_only: bool = False, start_anew: bool = False) -> "Iterator[CheckpointStore]":
     """The store in a directory, which must be one already: a command never makes a checkpoint."""
     place = directory or load_settings().model_checkpoint_dir
     try:
@@ -232,36 +243,14 @@ def opened(
         yield store
 
 
-def operation(path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+def operation(ask: "Callable[[Client], dict[str, Any]]") -> dict[str, Any]:
     """Ask the worker, by way of the API, and wait for the end. Raises what went wrong there."""
-    answer = request("POST", path, body)
-    while answer["state"] in ("pending", "running"):
-        answer = request("GET", f"/checkpoint/operations/{answer['id']}", None)
-    if answer["state"] != "succeeded":
-        problem = answer.get("error") or {}
-        raise CheckpointError(problem.get("message") or problem.get("detail") or "the worker gave no reason.")
-    return answer["result"] or {}
-
-
-def request(method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
-    """One request to the API of these settings; a problem document becomes an error with its text."""
-    import httpx
-
-    settings = load_settings()
-    headers = {"Authorization": f"Bearer {settings.api_key.get_secret_value()}"} if settings.api_key else {}
-    url = f"{api_url(settings).rstrip('/')}{path}"
-    try:
-        response = httpx.request(method, url, params={"wait": POLL_S}, json=body, headers=headers, timeout=POLL_S + 30)
-    except httpx.HTTPError as error:
-        raise ServiceUnavailable(
-            f"no API answers at {url} ({type(error).__name__}): is `hogwild up` running?"
-        ) from error
-    try:
-        answer = response.json()
-    except ValueError:
-        answer = None
-    if not isinstance(answer, dict):
-        raise HogwildError(f"{url} answered {response.status_code} without JSON: is that Hogwild's API?")
-    if response.is_error:
-        raise HogwildError(answer.get("detail") or answer.get("title") or f"{url} answered {response.status_code}.")
-    return answer
+    with connect(None) as client:
+        asked = ask(client)
+        if asked["state"] == "pending" and (reason := no_worker()):
+            print(
+                f"hogwild: {asked['id']} waits for a worker: {reason}. Ctrl-C ends the waiting; it stays queued until "
+                f"`hogwild checkpoint cancel {asked['id']}`.",
+                file=sys.stderr,
+            )
+        return client.operation(asked["id"])

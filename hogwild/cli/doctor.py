@@ -103,14 +103,14 @@ def examine(settings: Settings, model: Path | None, arguments: list[str], *, qui
 
 def show(findings: list[Finding]) -> None:
     """The report for people."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     table = Table("", "", "", box=None, pad_edge=False, show_header=False)
     area = ""
     for finding in findings:
         if finding.area != area:
             area = finding.area
-            table.add_row(f"[bold]{area}[/]", "", "")
-        table.add_row(f"  {MARKS[finding.verdict]}", finding.check, escape(finding.message))
+            table.add_row(f"[bold]{escape(area)}[/]", "", "")
+        table.add_row(f"  {MARKS[finding.verdict]}", escape(finding.check), escape(finding.message))
     console.print(table)
     count = sum(finding.verdict == "problem" for finding in findings)
     console.print(f"[bold red]{count} problem{'s' * (count != 1)}[/]" if count else "[bold green]nothing in the way[/]")

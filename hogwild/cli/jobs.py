@@ -5,23 +5,28 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
+from hogwild.cli.common import complain
 from hogwild.config import Settings, load_settings, url_host
-from hogwild.errors import ConfigError, InvalidRequest, TrainingError
+from hogwild.errors import ConfigError, HogwildError, InvalidRequest, TrainingError
 
 if TYPE_CHECKING:
     from hogwild.client import Client, Job
 
-console = Console(highlight=False, soft_wrap=True)
+# Without markup: labels, errors and reasons are other people's text.
+console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 REFRESH_S = 1.0  # of `jobs --watch`
+WAIT_RETRIES = 20  # some two minutes, in which an API that restarts is back
 
 Url = Annotated[str | None, typer.Option("--url", envvar="HOGWILD_URL", help="The API; default: of these settings.",
                                          show_default=False)]
@@ -35,13 +40,13 @@ def register(app: typer.Typer) -> None:
         app.command()(command)
 
 
-def connect(url: str | None) -> "Client":
+def connect(url: str | None, *, retries: int = 3) -> "Client":
     """A client of the API that the settings name."""
     from hogwild.client import Client
 
     settings = load_settings()
     secret = settings.api_key.get_secret_value() if settings.api_key else None
-    return Client(url or api_url(settings), api_key=secret, retries=3)
+    return Client(url or api_url(settings), api_key=secret, retries=retries)
 
 
 def api_url(settings: Settings) -> str:
@@ -78,13 +83,18 @@ def train(
     """Train the live model on texts; waits for the end with a progress bar."""
     content = _content(file, prompt, completion, chat)
     samples = _samples(content, tokenizer, vllm)
+    others = _pairs(option, parse=True)
+    if wrong := {"samples", "self"} & others.keys():
+        raise InvalidRequest(f"-o {wrong.pop()}: that is no option of a job.")
     options: dict[str, Any] = {"steps": steps, "epochs": epochs, "learning_rate": learning_rate,
-                               "optimizer": optimizer, "priority": priority, **_pairs(option, parse=True)}
+                               "optimizer": optimizer, "priority": priority, **others}
     if labels := _pairs(label, parse=False):
         options["metadata"] = labels
     with connect(url) as client:
         job = client.train(samples=samples, **options)
         if not detach:
+            print(f"{job.id} is {job.state}: {job.samples} samples, {job.tokens} tokens.", file=sys.stderr, flush=True)
+            client.retries = WAIT_RETRIES
             job = client.wait(job.id, progress=sys.stderr.isatty() and not as_json)
     if as_json:
         print(json.dumps(job.data))
@@ -140,26 +150,34 @@ def jobs(
 
 def cancel(job_ids: JobIds, url: Url = None) -> None:
     """Cancel jobs; a running one ends after its present step."""
-    with connect(url) as client:
-        for job_id in job_ids:
-            job = client.cancel(job_id)
-            console.print(f"{job.id} is {'being cancelled' if job.state == 'running' else job.state}.")
+    for job in _each(job_ids, "cancel", url):
+        console.print(f"{job.id} is {'being cancelled' if job.state == 'running' else job.state}.")
 
 
 def pause(job_ids: JobIds, url: Url = None) -> None:
     """Pause jobs; a running one stops after its present step."""
-    with connect(url) as client:
-        for job_id in job_ids:
-            job = client.pause(job_id)
-            console.print(f"{job.id} is {'paused' if job.paused else 'going to pause'}.")
+    for job in _each(job_ids, "pause", url):
+        console.print(f"{job.id} is {'paused' if job.paused else 'going to pause'}.")
 
 
 def resume(job_ids: JobIds, url: Url = None) -> None:
     """Let paused jobs go on."""
+    for job in _each(job_ids, "resume", url):
+        console.print(f"{job.id} is {job.state}.")
+
+
+def _each(job_ids: list[str], verb: Literal["cancel", "pause", "resume"], url: str | None) -> "Iterator[Job]":
+    """Each job after the verb. What goes wrong with one is printed, keeps no other from its turn, and exits with 1."""
+    failed = False
     with connect(url) as client:
         for job_id in job_ids:
-            job = client.resume(job_id)
-            console.print(f"{job.id} is {job.state}.")
+            try:
+                yield getattr(client, verb)(job_id)
+            except HogwildError as error:
+                failed = True
+                complain(f"{job_id}: {error.message}")
+    if failed:
+        raise typer.Exit(1)
 
 
 def status(url: Url = None, as_json: AsJson = False) -> None:
@@ -307,7 +325,7 @@ def _table(rows: "list[Job]") -> RenderableType:
         state = "paused" if job.paused else job.state
         labels = " ".join(f"{k}={v}" for k, v in job.metadata.items())
         table.add_row(
-            job.id, f"[{_STYLES[job.state]}]{state}[/]", f"{job.steps_applied}/{job.steps or '?'}",
+            job.id, Text(state, style=_STYLES[job.state]), f"{job.steps_applied}/{job.steps or '?'}",
             "" if job.loss_last is None else f"{job.loss_last:.3g}",
             "" if job.weight_version_last is None else f"v{job.weight_version_last}",
             _age(str(job.data["created_at"])), labels)
@@ -334,7 +352,7 @@ def _one(job: "Job") -> RenderableType:
         if value not in (None, {}, False):
             table.add_row(name, json.dumps(value) if isinstance(value, dict) else str(value))
     losses = [value for value in job.data.get("losses") or [] if value is not None]
-    return Group(table, f"[dim]loss[/] {_spark(losses)}" if losses else "")
+    return Group(table, Text.assemble(("loss", "dim"), f" {_spark(losses)}") if losses else "")
 
 
 def _spark(values: list[float], width: int = 60) -> str:

@@ -18,7 +18,7 @@ from hogwild.config import Settings, load_settings
 COLOURS = {"redis": "red", "vllm": "cyan", "worker": "green", "api": "blue", "beat": "magenta", "flower": "yellow"}
 WIDTH = max(map(len, COLOURS))
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, emoji=False)
 
 
 def register(app: typer.Typer) -> None:

@@ -37,21 +37,22 @@ def weights(
     if as_json:
         typer.echo(json.dumps(as_data(manifest, chosen), indent=1))
         return
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     alive = "" if manifest.exporter_alive() else " [bold red](not running any more)[/]"
     console.print(f"[bold]{escape(manifest.served_model_name)}[/] from {escape(manifest.model_path)}")
     console.print(
-        f"vLLM {manifest.vllm_version}, pid {manifest.pid}{alive}, {manifest.gpu_uuid or manifest.device}, rank "
+        f"vLLM {escape(manifest.vllm_version)}, pid {manifest.pid}{alive}, "
+        f"{escape(manifest.gpu_uuid or manifest.device)}, rank "
         f"{manifest.tensor_parallel_rank} of {manifest.tensor_parallel_size}, export {manifest.export_id[:8]}"
     )
     table = Table("tensor", "parameter in vLLM", "place", "shape", "dtype", "status", box=None, pad_edge=False)
     for name, record in chosen.items():
         shape = "×".join(map(str, record.shape)) or "scalar"
         said = f"[{COLOURS[record.status]}]{record.status}[/]{escape(': ' + record.reason) if record.reason else ''}"
-        table.add_row(escape(name), escape(record.parameter or "–"), place(record), shape, record.dtype, said)
+        table.add_row(escape(name), escape(record.parameter or "–"), place(record), shape, escape(record.dtype), said)
     console.print(table)
     for line in totals(manifest):
-        console.print(line)
+        console.print(escape(line))
 
 
 def find(runtime_dir: Path, rank: int) -> Manifest:

@@ -9,6 +9,7 @@ from fastapi.testclient import TestClient
 
 from hogwild.api.app import create_app
 from hogwild.tasks.ledger import Ledger
+from hogwild.tasks.operations import MOST_PENDING
 from hogwild.tasks.registry import ModelInfo, Registry
 
 MODEL = ModelInfo(served_model_name="tiny", model_path="/models/tiny", vocab_size=100, max_model_len=32)
@@ -289,6 +290,33 @@ def test_checkpoint_operations(client, redis_client):
     assert client.get(response.headers["location"]).json()["kind"] == "verify"
     assert client.get("/checkpoint").json()["head"] == 3
     assert_problem(client.get("/checkpoint/operations/op-1"), 404)
+
+
+def test_idempotency_key_gives_the_same_operation(client, redis_client):
+    registry = Registry(redis_client, "tiny")
+    registry.publish_checkpoint({"head": 3, "generations": [{"generation": 3}, {"generation": 2}]})
+
+    def post(path, body=None):
+        return client.post(path, json=body, headers={"Idempotency-Key": "k"})
+
+    first = post("/checkpoint/rollback", {"generation": 2})
+    registry.publish_checkpoint({"head": 4, "generations": [{"generation": 4}, {"generation": 3}]})
+    again = post("/checkpoint/rollback", {"generation": 2})  # though it has made that generation leave
+    assert again.status_code == 202 and again.json()["id"] == first.json()["id"]
+    assert again.headers["idempotency-replayed"] == "true" and "idempotency-replayed" not in first.headers
+    other = post("/checkpoint/rollback", {"generation": 3})
+    assert assert_problem(other, 422, "idempotency-conflict")["operation"] == first.json()["id"]
+    others = {post(path).json()["id"] for path in ("/checkpoint", "/checkpoint/verify") * 2}
+    assert len(others) == 2 and first.json()["id"] not in others
+
+
+def test_operations_that_nobody_does_have_a_limit(client):
+    ids = [client.post("/checkpoint", headers={"Idempotency-Key": str(n)}).json()["id"] for n in range(MOST_PENDING)]
+    for path in ("/checkpoint", "/checkpoint/verify"):
+        response = client.post(path)
+        assert_problem(response, 429, "too-many-requests")
+        assert int(response.headers["retry-after"]) > 0
+    assert client.post("/checkpoint", headers={"Idempotency-Key": "0"}).json()["id"] == ids[0]
 
 
 def test_metrics_have_no_job_ids(client, ledger):

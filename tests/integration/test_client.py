@@ -142,6 +142,18 @@ def test_nobody_there_is_said(tmp_path):
         client.status()
 
 
+async def test_no_proxy_is_asked_for_an_api_on_this_machine(url, monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:1")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for here in (url, url.replace("127.0.0.1", "localhost")):
+        with Client(here, retries=0) as client:
+            assert client.status()["queue_depth"] == 0
+        async with AsyncClient(here, retries=0) as client:
+            assert (await client.status())["queue_depth"] == 0
+
+
 class Flaky:
     """Fails the first requests of each kind: 503 before anything happened, or after the job was accepted."""
 
@@ -167,6 +179,21 @@ def test_submit_is_repeated_and_makes_one_job(serve, app, ledger, failures):
     with Client(serve(Flaky(app, failures)), retries=3) as client:
         job = client.train(**IDS)
     assert [found.id for found in ledger.list().jobs] == [job.id]
+
+
+@pytest.mark.parametrize("ask", [lambda client: client.checkpoint(wait=False), lambda client: client.verify(wait=False),
+                                 lambda client: client.rollback(0, wait=False)])
+def test_operation_is_repeated_and_done_once(serve, app, ledger, redis_client, ask):
+    operations = Operations(redis_client, ledger.messages, "tiny")
+    with Client(serve(Flaky(app, ["lost answer", "refused"])), retries=3) as client:
+        first, second = ask(client), ask(client)
+    assert [op.id for op in operations.pending()] == [first["id"], second["id"]]
+
+
+async def test_asynchronous_operation_is_repeated_and_done_once(serve, app, ledger, redis_client):
+    async with AsyncClient(serve(Flaky(app, ["lost answer"])), retries=3) as client:
+        asked = await client.rollback(0, wait=False)
+    assert [op.id for op in Operations(redis_client, ledger.messages, "tiny").pending()] == [asked["id"]]
 
 
 def test_full_queue_is_raised_after_the_retries(serve, settings, app):
@@ -199,6 +226,33 @@ def test_save_and_rollback_wait_for_the_worker(client, ledger, redis_client):
         client.rollback(3)
     worker.join()
     assert client.checkpoint(wait=False)["state"] == "pending"
+
+
+def test_waiting_for_a_worker_ends_after_a_timeout_and_names_what_stays_queued(client, ledger, redis_client):
+    operations = Operations(redis_client, ledger.messages, "tiny")
+    for ask in (client.checkpoint, client.verify, lambda **options: client.rollback(0, **options)):
+        with pytest.raises(TimeoutError, match=r"op-[0-9a-f]{24} is pending after 0.1 s; it stays queued") as caught:
+            ask(timeout=0.1)
+        op_id = str(caught.value).split()[0]
+        assert client.operation(op_id, wait=False)["state"] == "pending"
+        worker = in_background(serve_operations, operations, {"generation": 1})
+        assert client.operation(op_id, timeout=60) == {"generation": 1}
+        worker.join()
+        with pytest.raises(Conflict):
+            client.cancel_operation(op_id)
+    assert client.cancel_operation(client.checkpoint(wait=False)["id"])["error"]["type"] == "cancelled"
+    with pytest.raises(NotFound):
+        client.cancel_operation("op-1")
+
+
+async def test_asynchronous_waiting_for_a_worker_ends_after_a_timeout(url):
+    async with AsyncClient(url, retries=1) as client:
+        for ask in (client.checkpoint(timeout=0.1), client.verify(timeout=0.1), client.rollback(0, timeout=0.1)):
+            with pytest.raises(TimeoutError, match="stays queued") as caught:
+                await ask
+        op_id = str(caught.value).split()[0]
+        assert (await client.operation(op_id, wait=False))["kind"] == "rollback"
+        assert (await client.cancel_operation(op_id))["state"] == "failed"
 
 
 async def test_asynchronous_client_does_the_same(url, ledger, run_job, redis_client):
@@ -332,6 +386,19 @@ def test_status_says_why_a_worker_does_not_train_and_how_it_is_paced(cli, redis_
     assert "pacing, training at 25% of the device: vLLM alone is above the budget" in shown
 
 
+def test_text_of_others_is_shown_as_it_is(cli, client, ledger, redis_client):
+    """Given labels, an error and a reason that rich would take for markup."""
+    job = client.train(**IDS, metadata={"note": "[/red] [bold]x[/] :smile:"})
+    ledger.finish(ledger.claim(job.id, "w"), "failed", error=InvalidRequest("[/wrong]"))
+    Registry(redis_client, "tiny").heartbeat("w", {"state": "refused", "lifecycle": {"state": "refused",
+                                                                                      "reason": "[/a] tensor"}})
+    shown = cli("jobs").split()
+    assert {"note=[/red]", "[bold]x[/]", ":smile:"} <= set(shown)
+    shown = cli("jobs", job.id)
+    assert "[/red] [bold]x[/] :smile:" in shown and "[/wrong]" in shown
+    assert "refused: [/a] tensor" in cli("status")
+
+
 def test_new_key_is_printed_once_and_its_line_holds_the_hash(cli, tmp_path):
     result = CliRunner().invoke(_app(), ["key", "alice", "--read-only"], catch_exceptions=False)
     line = result.stdout.strip()
@@ -344,6 +411,61 @@ def _app():
     app = typer.Typer()
     commands.register(app)
     return app
+
+
+def test_every_job_is_controlled_though_one_has_ended(cli, client):
+    first, second, third = (client.train(**IDS).id for _ in range(3))
+    client.cancel(first)
+    unknown = f"job-{'0' * 24}"
+    for verb, said in (("pause", "paused"), ("resume", "queued"), ("cancel", "cancelled")):
+        ids = [second, unknown, third] if verb == "cancel" else [second, first, third]
+        result = CliRunner().invoke(_app(), [verb, *ids], catch_exceptions=False)
+        assert result.exit_code == 1 and result.stderr.startswith(f"hogwild: {ids[1]}: ")
+        assert result.stdout.splitlines() == [f"{job} is {said}." for job in (second, third)]
+
+
+def test_train_names_the_job_before_it_waits_and_outlasts_a_restart(serve, app, ledger, run_job, monkeypatch, tmp_path):
+    ids = tmp_path / "ids.jsonl"
+    ids.write_text(json.dumps(IDS))
+    flaky = Flaky(app, [])
+
+    def break_down(*_, **__):
+        flaky.failures += ["refused"] * 6  # more than a submit is tried
+        run_job(ledger, ledger.list().jobs[0].id)
+        return real(*_, **__)
+
+    real = Client.wait
+    monkeypatch.setattr(Client, "wait", break_down)
+    monkeypatch.setattr("hogwild.client.time.sleep", lambda _: None)
+    monkeypatch.setenv("HOGWILD_URL", serve(flaky))
+    result = CliRunner().invoke(_app(), ["train", str(ids), "--json"], catch_exceptions=False)
+    [job] = ledger.list().jobs
+    assert result.exit_code == 0 and json.loads(result.stdout)["state"] == "succeeded"
+    assert result.stderr.startswith(f"{job.id} is queued: 1 samples, 4 tokens.")
+
+
+@pytest.mark.parametrize(("samples", "message"), [
+    ([{**IDS, "id": 7}], "id: "), ([{"continuation_ids": 5}], "continuation_ids"), ([5], "sample 0 is neither"),
+    (1, "Samples are a list"), ([([1], 2)], "continuation_ids"), ([IDS, None], "sample 1 is neither")])
+def test_samples_of_a_wrong_kind_are_explained(client, ledger, samples, message):
+    with pytest.raises(InvalidRequest, match=message):
+        client.train(samples=samples)
+    assert not ledger.list().jobs
+
+
+@pytest.mark.parametrize("options", [{"learning_rate": float("nan")}, {"metadata": {"a": object()}}])
+def test_what_json_can_not_say_is_explained(client, options):
+    with pytest.raises(InvalidRequest, match="can't be written as JSON"):
+        client.train(**IDS, **options)
+
+
+@pytest.mark.parametrize("arguments", [["-o", "samples=1"], ["-o", "self=1"], ["-o", "learning_rate=NaN"],
+                                       ["--learning-rate", "nan"]])
+def test_options_of_a_wrong_kind_are_explained(cli, tmp_path, arguments):
+    ids = tmp_path / "ids.jsonl"
+    ids.write_text(json.dumps(IDS))
+    with pytest.raises(InvalidRequest):
+        CliRunner().invoke(_app(), ["train", str(ids), *arguments], catch_exceptions=False)
 
 
 @pytest.mark.parametrize("arguments", [["train"], ["train", "x.jsonl", "--completion", "y"],

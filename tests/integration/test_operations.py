@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from hogwild.errors import NotFound
+from hogwild.errors import Conflict, NotFound
 from hogwild.tasks.app import make_app
 from hogwild.tasks.messages import Messages
 from hogwild.tasks.operations import ATTEMPTS, Operations
@@ -53,6 +53,21 @@ def test_operation_of_a_dead_worker_is_done_again_but_not_for_ever(redis_client,
     registry.register_worker("w-last", "host")
     operations.reconcile("w-last")
     assert operations.get(op_id).state == "failed"
+
+
+def test_only_what_nobody_has_started_can_be_cancelled(operations):
+    waiting, running = operations.submit("rollback", generation=3), operations.submit("sync")
+    operations.start(running, "w")
+    for _ in range(2):
+        assert operations.cancel(waiting).error["type"] == "cancelled"
+    assert operations.start(waiting) is None and operations.pending() == []
+    with pytest.raises(Conflict, match="it runs"):
+        operations.cancel(running)
+    operations.finish(running, {})
+    with pytest.raises(Conflict, match="has succeeded"):
+        operations.cancel(running)
+    with pytest.raises(NotFound):
+        operations.cancel("op-x")
 
 
 def test_lost_message_of_an_operation_is_published_again(redis_client, operations):

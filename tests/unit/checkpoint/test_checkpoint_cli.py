@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from hogwild.checkpoint.reports import VerifyReport
 from hogwild.checkpoint.store import CheckpointStore
 from hogwild.cli import checkpoint as commands
-from hogwild.errors import CheckpointCorrupt, CheckpointError, HogwildError, NotFound, ServiceUnavailable
+from hogwild.errors import CheckpointCorrupt, CheckpointError, ConfigError, HogwildError, NotFound, ServiceUnavailable
 
 app = typer.Typer()
 commands.register(app)
@@ -168,6 +168,12 @@ def test_offline_rollback_and_repair(run, directory):
     assert "generation 3 is in place" in run("checkpoint", "repair", "-d", directory)
 
 
+def test_a_directory_is_not_ignored_for_the_live_model(run, directory, api):
+    with pytest.raises(ConfigError, match="--directory goes with --offline"):
+        run("rollback", 1, "-d", directory)
+    assert not api[1] and norm(directory) == 2
+
+
 def test_a_directory_that_is_no_checkpoint_is_left_alone(run, tmp_path, monkeypatch):
     with pytest.raises(NotFound, match="is no checkpoint"):
         run("checkpoint", "repair", "-d", tmp_path)
@@ -214,6 +220,9 @@ def api(monkeypatch):
     server.server_close()
 
 
+ATTACHED = {"worker": {"alive": True, "attached": True}}
+
+
 def test_save_waits_for_the_worker(run, api):
     answers, asked = api
     result = {
@@ -226,38 +235,58 @@ def test_save_waits_for_the_worker(run, api):
     }
     answers += [
         (202, {"id": "op-1", "state": "pending"}),
+        (200, ATTACHED),
         (200, {"id": "op-1", "state": "running"}),
         (200, {"id": "op-1", "state": "succeeded", "result": result}),
     ]
     assert "generation 4: 1,200 of 5,000 blocks, 7.0 MB written in 0.50 s" in run("checkpoint", "save")
     assert [(method, path) for method, path, _, _ in asked] == [
-        ("POST", "/checkpoint?wait=30"),
+        ("POST", "/checkpoint?wait=0"),
+        ("GET", "/train/status"),
         ("GET", "/checkpoint/operations/op-1?wait=30"),
         ("GET", "/checkpoint/operations/op-1?wait=30"),
     ]
     assert {key for *_, key in asked} == {"Bearer secret"}
 
 
+@pytest.mark.parametrize("command", [("checkpoint", "save"), ("rollback", "3")])
+def test_what_has_no_worker_says_so_and_waits(api, command):
+    answers, _ = api
+    done = {"id": "op-1", "state": "succeeded", "result": {"generation": 3, "blocks_changed": 0}}
+    answers += [(202, {"id": "op-1", "state": "pending"}), (200, {"worker": None}),
+                (200, {"id": "op-1", "state": "pending"}), (200, done)]  # fmt: skip
+    result = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert result.stderr.splitlines() == [
+        "hogwild: op-1 waits for a worker: no worker is attached. Ctrl-C ends the waiting; it stays queued until "
+        "`hogwild checkpoint cancel op-1`."
+    ]
+    assert result.exit_code == 0 and "generation 3" in result.stdout and not answers
+
+
+def test_cancel(run, api):
+    answers, asked = api
+    answers += [(200, {"id": "op-1", "state": "failed"})]
+    assert run("checkpoint", "cancel", "op-1") == "op-1 is cancelled.\n"
+    assert asked[0][:2] == ("POST", "/checkpoint/operations/op-1/cancel")
+
+
 def test_rollback_through_the_api(run, api):
     answers, asked = api
     result = {"generation": 6, "restored": 3, "blocks_changed": 10, "live_blocks_changed": 11}
-    answers += [(202, {"id": "op-2", "state": "succeeded", "result": result})]
+    answers += [(202, {"id": "op-2", "state": "succeeded", "result": result})] * 2
     text = run("rollback", 3)
     assert "generation 6 has the contents of generation 3" in text
     assert "To undo this: hogwild rollback 5" in text
-    assert asked[0][:3] == ("POST", "/checkpoint/rollback?wait=30", b'{"generation":3}')
+    assert asked[0][:3] == ("POST", "/checkpoint/rollback?wait=0", b'{"generation":3}')
 
 
 def test_rollback_to_the_last_generation_puts_live_weights_right_and_can_not_be_undone(run, api):
     answers, _ = api
     result = {"generation": 6, "restored": 6, "blocks_changed": 0, "live_blocks_changed": 11}
-    answers += [(202, {"id": "op-2", "state": "succeeded", "result": result})]
+    answers += [(202, {"id": "op-2", "state": "succeeded", "result": result})] * 2
     text = run("rollback", 6)
     assert "generation 6 is the last one, and in the files; in the live weights 11 blocks were not." in text
     assert "undo" not in text
-
-
-ATTACHED = {"worker": {"alive": True, "attached": True}}
 
 
 def verified(**changes):
@@ -272,13 +301,15 @@ def test_verify_asks_the_worker_about_live_weights(run, api):
     answers, asked = api
 
     def answer(**changes):
-        answers.extend([(200, ATTACHED), (202, {"id": "op-3", "state": "succeeded", "result": verified(**changes)})])
+        ended = (200, {"id": "op-3", "state": "succeeded", "result": verified(**changes)})
+        answers.extend([(200, ATTACHED), (202, {"id": "op-3", "state": "running"}), ended])
 
     answer()
     assert "generation 4: 50 blocks are right on disk, and 40 in the live weights." in run("checkpoint", "verify")
     assert [(method, path.partition("?")[0]) for method, path, *_ in asked] == [
         ("GET", "/train/status"),
         ("POST", "/checkpoint/verify"),
+        ("GET", "/checkpoint/operations/op-3"),
     ]
     answer(live={"w": 3}, live_version=10)
     text = run("checkpoint", "verify")
@@ -300,7 +331,7 @@ def test_verify_asks_the_worker_about_live_weights(run, api):
         ((200, {"worker": {"alive": False, "attached": True}}), "no worker is attached"),
         ((200, {"worker": {"alive": True, "attached": False}}), "no worker is attached"),
         ((503, {"detail": "Redis is away."}), "Redis is away"),
-        (None, "no API answers"),
+        (None, "No API answers"),
     ],
 )
 def test_verify_without_a_worker_compares_the_disk_and_says_so(run, api, directory, monkeypatch, status, reason):
@@ -319,7 +350,7 @@ def test_errors_of_the_api_are_shown(run, api):
     answers += [(422, {"title": "x", "detail": "There is no generation 9 to roll back to."})]
     with pytest.raises(HogwildError, match="no generation 9"):
         run("rollback", 9)
-    answers += [(202, {"id": "o", "state": "failed", "error": {"message": "the disk is full"}})]
+    answers += [(202, {"id": "o", "state": "failed", "error": {"message": "the disk is full"}})] * 2
     with pytest.raises(CheckpointError, match="the disk is full"):
         run("checkpoint", "save")
     answers += [(200, b"<html>")]
@@ -329,5 +360,5 @@ def test_errors_of_the_api_are_shown(run, api):
 
 def test_no_api(run, monkeypatch):
     monkeypatch.setenv("HOGWILD_API_PORT", "1")
-    with pytest.raises(ServiceUnavailable, match="is `hogwild up` running"):
+    with pytest.raises(ServiceUnavailable, match="is 'hogwild up' running"):
         run("checkpoint", "save")

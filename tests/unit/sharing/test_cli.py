@@ -276,3 +276,16 @@ def test_a_refusal_instead_of_a_map(runtime: Path) -> None:
     error = runner.invoke(app, ["weights", "--model", "tiny"]).exception
     assert isinstance(error, AttachRefused)
     assert "sleep mode is on [sleep-mode]" in error.message
+
+
+def test_names_that_look_like_markup_are_shown_as_they_are(runtime: Path, tmp_path: Path) -> None:
+    export(runtime, vllm_version="0.32 [/x]")
+    text = runner.invoke(app, ["weights", "--model", "tiny"], catch_exceptions=False).stdout
+    assert "0.32 [/x]" in text
+    text = runner.invoke(app, ["doctor", "--quick", str(tmp_path / "[a] :x:")], catch_exceptions=False).stdout
+    assert "model [a] :x:" in text
+
+
+def test_arguments_for_vllm_with_an_open_quote_are_refused() -> None:
+    with pytest.raises(ConfigError, match="No closing quotation"):
+        runner.invoke(app, ["doctor", "--quick", "--vllm-args", "'x"], catch_exceptions=False)

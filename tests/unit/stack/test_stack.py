@@ -6,8 +6,10 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,6 +31,7 @@ from hogwild.stack.logs import LogFollower, tail
 from hogwild.stack.supervise import State, Supervisor
 from hogwild.stack.up import Stack, StackError, check_ports, only_exported_model, take_lock
 from hogwild.stack.up import _alive as alive
+from hogwild.stack.up import _answers as answers
 
 
 @pytest.fixture
@@ -658,3 +661,23 @@ def test_every_argument_and_variable_reaches_the_service_as_it_is(tmp_path: Path
 )
 def test_training_yields_to_serving_unless_told_otherwise(given: dict[str, float], kept: float | None) -> None:
     assert load_settings(**given).kept_share == kept
+
+
+def test_a_proxy_is_not_asked_whether_a_service_of_this_machine_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.handle_request, daemon=True)
+        thread.start()
+        assert answers(f"http://127.0.0.1:{server.server_port}/")
+        thread.join()
