@@ -22,6 +22,7 @@
     └── CheckpointError
         ├── CheckpointCorrupt    disk and fingerprints disagree
         ├── CheckpointForeign    files changed by somebody else since the last generation
+        ├── CheckpointOtherModel began with another model than the one that is named
         └── CheckpointLayout     the directory is not a safetensors checkpoint we can write
 
 The docstring is the default message. `status` is the HTTP status, `slug` the last part of the problem type
@@ -189,6 +190,13 @@ class CheckpointForeign(CheckpointError):
 
     status = 409
     slug = "checkpoint-foreign"
+
+
+class CheckpointOtherModel(CheckpointError):
+    """The checkpoint began with another model than the one it was opened for."""
+
+    status = 409
+    slug = "checkpoint-other-model"
 
 
 class CheckpointLayout(CheckpointError):

@@ -72,8 +72,13 @@ class Saver:
     def open(
         cls, settings: Settings, model_path: Path, *, dirty: Dirty, operations: Operations, registry: Registry
     ) -> "Saver":
-        """Open the checkpoint directory, cloning the served model into it the first time. Raises CheckpointError."""
-        store = CheckpointStore.open(settings.model_checkpoint_dir, source=model_path, keep_last=settings.keep_last)
+        """Open the checkpoint directory, cloning the served model into it the first time. Raises CheckpointError.
+
+        Whether a later model is still that one `bring_together` finds out of the live weights, which may be trained.
+        """
+        store = CheckpointStore.open(
+            settings.model_checkpoint_dir, source=model_path, same_source=False, keep_last=settings.keep_last
+        )
         return cls(settings, store=store, dirty=dirty, operations=operations, registry=registry)
 
     def close(self) -> None:
