@@ -876,7 +876,7 @@ class BusyVllm:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.busy, self.asked = True, []
-        monkeypatch.setattr(prefix_cache.Frontend, "load", lambda _: self)
+        monkeypatch.setattr(prefix_cache.Frontend, "load", lambda *_: self)
         monkeypatch.setattr(runtime, "PREFIX_CACHE_S", 0.2)
         monkeypatch.setattr(prefix_cache, "RETRY_S", 0.0)
 
