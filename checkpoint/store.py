@@ -50,6 +50,7 @@ from hogwild.errors import (
     CheckpointCorrupt,
     CheckpointError,
     CheckpointForeign,
+    CheckpointInUse,
     CheckpointOtherModel,
     Conflict,
     NotFound,
@@ -120,8 +121,8 @@ class CheckpointStore:
                 to a spill file during the pause.
             reader_patience: seconds a sync waits for `export` and other readers.
 
-        Raises CheckpointLayout (no safetensors model there), CheckpointOtherModel, CheckpointCorrupt, CheckpointError
-        (locked, not writable, disk full).
+        Raises CheckpointLayout (no safetensors model there), CheckpointInUse, CheckpointOtherModel, CheckpointCorrupt,
+        CheckpointError (not writable, disk full).
         """
         if keep_last < 1:
             raise CheckpointError(f"keep_last is {keep_last}: at least one earlier generation has to be kept.")
@@ -134,10 +135,13 @@ class CheckpointStore:
             reader_patience=reader_patience,
             read_only=read_only,
         )
+        place = None if source is None or Path(source).resolve() == directory.resolve() else Path(source)
         if read_only:
             store._load_read_only()
+            if place is not None and same_source:
+                with explained(f"reading {place}", place, kept=lambda: "Nothing was changed."):
+                    store._check_source(place)
             return store
-        place = None if source is None or Path(source).resolve() == directory.resolve() else Path(source)
         if not History.exists(store._generations):
             check_beginning(directory, place)
         try:
@@ -178,7 +182,7 @@ class CheckpointStore:
                 f"one to the other. Move {self._store} to where the model is."
             )
         if not self._writer.acquire():
-            raise CheckpointError(
+            raise CheckpointInUse(
                 f"{self.directory} is kept by another process ({self._writer.read_note()}): stop it, or use its API."
             )
         self._writer.note(f"pid {os.getpid()}")
@@ -211,7 +215,8 @@ class CheckpointStore:
             base = known.contents if known else self.head.base_model
             found = contents(self._io, place)
             if found == base:
-                replace(model, contents=found).write(self._io, self._store)
+                if not self.read_only:
+                    replace(model, contents=found).write(self._io, self._store)
                 return
             if found == self.head.fingerprints:
                 return

@@ -22,6 +22,7 @@
     └── CheckpointError
         ├── CheckpointCorrupt    disk and fingerprints disagree
         ├── CheckpointForeign    files changed by somebody else since the last generation
+        ├── CheckpointInUse      another process writes to it
         ├── CheckpointOtherModel began with another model than the one that is named
         └── CheckpointLayout     the directory is not a safetensors checkpoint we can write
 
@@ -190,6 +191,13 @@ class CheckpointForeign(CheckpointError):
 
     status = 409
     slug = "checkpoint-foreign"
+
+
+class CheckpointInUse(CheckpointError):
+    """Another process keeps the checkpoint."""
+
+    status = 409
+    slug = "checkpoint-in-use"
 
 
 class CheckpointOtherModel(CheckpointError):
