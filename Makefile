@@ -1,6 +1,9 @@
-# make demo   a newcomer's first command: serve a model, teach it a fact, watch it answer
-# make test   what CI runs     make check   linters and types     make bench   the benchmark suite
+# make demo      a newcomer's first command: serve a model, teach it a fact, watch it answer
+# make install   everything into .venv: then the command is .venv/bin/hogwild
+# make test      what CI runs     make check   linters and types     make bench   the benchmark suite
+# make clean     removes caches of builds and tests, and the demo's .hogwild/demo; distclean .venv and .cache too
 #
+# Nothing removes .hogwild itself: checkpoints, the queue and the optimizer's state are there.
 # Everything is installed into .venv and cached in .cache; nothing else is needed than Python 3.11+ and make.
 # DEVICE=cpu|cuda overrides the choice; TORCH_INDEX=<url> names PyTorch's CPU wheel index for machines whose default
 # index would bring the CUDA build.
@@ -93,7 +96,7 @@ lock: $(STAMP)
 	@mv .cache/lock requirements/cpu.lock
 
 clean:
-	rm -rf .hogwild build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .hogwild/demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 distclean: clean

@@ -16,16 +16,16 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _COUNTERS = {  # name in Redis → (metric, help)
     "jobs_accepted": ("hogwild_jobs_accepted", "Jobs that were accepted."),
     "jobs_republished": ("hogwild_jobs_republished", "Messages that the reconciler published again."),
-    "steps_applied": ("hogwild_steps_applied", "Optimizer steps in the weights."),
+    "steps_applied": ("hogwild_steps_applied", "Optimizer steps that ended, those dropped as not finite too."),
     "steps_interrupted": ("hogwild_steps_interrupted", "Steps that a dying worker left; never repeated."),
     "tokens_trained": ("hogwild_tokens_trained", "Tokens of applied steps."),
-    "syncs": ("hogwild_syncs", "Checkpoint generations that were written."),
+    "syncs": ("hogwild_syncs", "Checkpoint generations that were written, by rollbacks too."),
     "syncs_failed": ("hogwild_syncs_failed", "Syncs that failed; what they would have saved stays unsaved."),
-    "sync_bytes": ("hogwild_sync_written_bytes", "Bytes that syncs wrote into the checkpoint."),
-    "sync_undo_bytes": ("hogwild_sync_undo_bytes", "Bytes that syncs wrote into undo logs."),
-    "sync_blocks": ("hogwild_sync_changed_blocks", "4 KB blocks that syncs wrote."),
-    "sync_seconds": ("hogwild_sync_seconds", "Seconds spent in syncs."),
-    "sync_pause_seconds": ("hogwild_sync_pause_seconds", "Seconds for which training waited for a sync."),
+    "sync_bytes": ("hogwild_sync_written_bytes", "Bytes that syncs and rollbacks wrote into the checkpoint."),
+    "sync_undo_bytes": ("hogwild_sync_undo_bytes", "Bytes that syncs and rollbacks wrote into undo logs."),
+    "sync_blocks": ("hogwild_sync_changed_blocks", "4 KB blocks that syncs and rollbacks changed."),
+    "sync_seconds": ("hogwild_sync_seconds", "Seconds spent in syncs and rollbacks."),
+    "sync_pause_seconds": ("hogwild_sync_pause_seconds", "Seconds for which training waited for syncs and rollbacks."),
 }
 # Of hogwild.gpu_worker.lifecycle (which imports torch), and what an attached worker is busy with.
 WORKER_STATES = ("detached", "waiting", "attaching", "verified", "training", "syncing", "lost", "refused")
@@ -76,13 +76,17 @@ def _collect(service: Service) -> list[Metric]:
     def gauge(name: str, text: str, value: float) -> None:
         metrics.append(GaugeMetricFamily(name, text, value=value))
 
-    gauge("hogwild_queue_depth", "Jobs that wait.", states["queued"])
-    gauge("hogwild_queue_limit", "Jobs that may wait.", service.settings.queue_limit)
-    oldest = client.zrange(ledger.keys("state", "queued"), 0, 0)
-    queued_at = client.hget(ledger.keys("job", oldest[0].decode()), "queued_at") if oldest else None
+    pipe = client.pipeline(transaction=False)
+    for job_id in client.zrange(ledger.keys("state", "queued"), 0, -1):
+        pipe.hmget(ledger.keys("job", job_id.decode()), "paused", "queued_at")
+    queued = pipe.execute()
+    waiting = [float(queued_at) for paused, queued_at in queued if paused == b"0" and queued_at]
+    gauge("hogwild_queue_depth", "Jobs that wait for the worker.", len(waiting))
+    gauge("hogwild_queue_paused", "Jobs that wait until they are resumed.", sum(paused == b"1" for paused, _ in queued))
+    gauge("hogwild_queue_limit", "Jobs that may wait, paused ones among them.", service.settings.queue_limit)
     clock = now(client)
-    gauge("hogwild_queue_age_seconds", "How long the oldest waiting job has waited.",
-          max(0.0, clock - float(queued_at)) if queued_at else 0.0)
+    gauge("hogwild_queue_age_seconds", "How long the job that has waited longest for the worker has waited.",
+          max(0.0, clock - min(waiting)) if waiting else 0.0)
     if "loss_last" in counts:
         gauge("hogwild_loss", "Loss of the last applied step.", counts["loss_last"])
     worker = service.registry.worker() or {}

@@ -82,15 +82,20 @@ def windows(spec: TensorSpec, size: int) -> Iterator[Indices]:
         yield np.arange(start, min(start + size, spec.blocks), dtype=np.int64)
 
 
-def file_table(io: FileIo, directory: Path, layout: Layout) -> Table:
-    """Fingerprints of the files, which are made durable: the record that says what they hold must not outlive that."""
+def file_table(io: FileIo, directory: Path, layout: Layout, *, durable: bool = True) -> Table:
+    """Fingerprints of the files.
+
+    `durable`: the files are made durable, because a record that says what they hold must not outlive that.
+    """
     parts: list[Table] = []
     for file in layout.files:
         with io.open(directory / file.name) as handle:
-            handle.fsync()
+            if durable:
+                handle.fsync()
             for spec in layout.of_file(file.name):
                 parts.extend(fingerprints(read_blocks(handle, spec, window)) for window in windows(spec, FRAME_BLOCKS))
-    io.fsync_dir(directory)
+    if durable:
+        io.fsync_dir(directory)
     return np.concatenate(parts) if parts else np.empty((0, 2), np.uint64)
 
 

@@ -33,6 +33,8 @@ GENERATIONS_DIR: Final = "generations"
 WRITER_LOCK: Final = "lock"
 READERS_LOCK: Final = "readers.lock"
 CLONING_MARK: Final = "cloning"
+SOURCE_FILE: Final = "source.json"
+SOURCE_VERSION: Final = 1
 
 REPLACE_SHARE: Final = 0.5
 """Share of a file's bytes from which it is written anew and renamed: in place, each byte is written twice

@@ -43,9 +43,18 @@ from hogwild.checkpoint.records import Commit, Kind, new_commit
 from hogwild.checkpoint.reports import RestoreReport, RollbackReport, SyncReport, VerifyReport
 from hogwild.checkpoint.salvage import begin_anew, damage_explained
 from hogwild.checkpoint.snapshot import Snapshot, stage_difference
+from hogwild.checkpoint.source import SourceModel, contents
 from hogwild.checkpoint.stage import Arena, Stage, available_memory
 from hogwild.checkpoint.transaction import Written, apply, apply_again, write_logs
-from hogwild.errors import CheckpointCorrupt, CheckpointError, CheckpointForeign, Conflict, NotFound
+from hogwild.errors import (
+    CheckpointCorrupt,
+    CheckpointError,
+    CheckpointForeign,
+    CheckpointInUse,
+    CheckpointOtherModel,
+    Conflict,
+    NotFound,
+)
 
 if TYPE_CHECKING:
     from hogwild.checkpoint.views import Views
@@ -90,6 +99,7 @@ class CheckpointStore:
         directory: Path | str,
         *,
         source: Path | str | None = None,
+        same_source: bool = True,
         keep_last: int = 8,
         read_only: bool = False,
         start_anew: bool = False,
@@ -101,6 +111,8 @@ class CheckpointStore:
 
         Args:
             source: model to clone when the directory is empty; the same directory, or None: work in place.
+            same_source: refuse a checkpoint that began with another model than `source`; False: the caller compares the
+                weights.
             keep_last: earlier generations that can be rolled back to; those before are forgotten.
             read_only: list, verify and export only, of everything that is kept; works beside a running worker.
             start_anew: where the records are so damaged that no generation can be proved, make the files as they are a
@@ -109,8 +121,8 @@ class CheckpointStore:
                 to a spill file during the pause.
             reader_patience: seconds a sync waits for `export` and other readers.
 
-        Raises CheckpointLayout (no safetensors model there), CheckpointCorrupt, CheckpointError (locked, not writable,
-        disk full).
+        Raises CheckpointLayout (no safetensors model there), CheckpointInUse, CheckpointOtherModel, CheckpointCorrupt,
+        CheckpointError (not writable, disk full).
         """
         if keep_last < 1:
             raise CheckpointError(f"keep_last is {keep_last}: at least one earlier generation has to be kept.")
@@ -123,20 +135,25 @@ class CheckpointStore:
             reader_patience=reader_patience,
             read_only=read_only,
         )
+        place = None if source is None or Path(source).resolve() == directory.resolve() else Path(source)
         if read_only:
             store._load_read_only()
+            if place is not None and same_source:
+                with explained(f"reading {place}", place, kept=lambda: "Nothing was changed."):
+                    store._check_source(place)
             return store
-        place = None if source is None or Path(source).resolve() == directory.resolve() else Path(source)
         if not History.exists(store._generations):
             check_beginning(directory, place)
         try:
             with explained(f"opening the checkpoint {directory}", directory, kept=lambda: "Nothing was changed."):
                 store._prepare()
             with explained(f"opening the checkpoint {directory}", directory, kept=lambda: "No generation was lost."):
-                if not History.exists(store._generations):
+                first = not History.exists(store._generations)
+                if first:
+                    model = SourceModel.of(place or directory)
                     if place is not None:
                         clone(io, place, directory)
-                    store._first_generation()
+                    store._first_generation(model)
                 try:
                     with damage_explained():
                         store._recover()
@@ -144,6 +161,8 @@ class CheckpointStore:
                     if not start_anew:
                         raise
                     store._start_anew(error)
+                if place is not None and same_source and not first:
+                    store._check_source(place)
                 store._prune()
             try:
                 store.compact()
@@ -163,20 +182,53 @@ class CheckpointStore:
                 f"one to the other. Move {self._store} to where the model is."
             )
         if not self._writer.acquire():
-            raise CheckpointError(
+            raise CheckpointInUse(
                 f"{self.directory} is kept by another process ({self._writer.read_note()}): stop it, or use its API."
             )
         self._writer.note(f"pid {os.getpid()}")
 
-    def _first_generation(self) -> None:
-        """Generation 0: the files as they are now."""
+    def _first_generation(self, model: SourceModel) -> None:
+        """Generation 0: the files as they are now, which come from `model`."""
         self.layout = Layout.read(self.directory)
         refuse_links(self.directory, self.layout)
         stamps = stamps_of(self.directory, self.layout)
         table = file_table(self._io, self.directory, self.layout)
         self._known.keep_all(self.layout, stamps)
+        digest = table_digest(table)
+        replace(model, contents=digest).write(self._io, self._store)
         self._history = History(self._io, self._generations, [])
-        self._history.add(new_commit(self.layout, table_digest(table), 0, 0, "clone", 0), np.arange(len(table)), table)
+        self._history.add(new_commit(self.layout, digest, 0, 0, "clone", 0), np.arange(len(table)), table)
+
+    def _check_source(self, place: Path) -> None:
+        """Raise CheckpointOtherModel unless the model in `place` is the one that this began with, or a copy of it.
+
+        A model that is gone can't be another one. A checkpoint of an earlier version has no record: any model will do,
+        and is recorded if it is the right one.
+        """
+        if not place.exists():
+            return
+        model, known = SourceModel.of(place), SourceModel.read(self._store)
+        if known and model.untouched_since(known):
+            return
+        others = model.other_files(known) if known else list(self.head.other_headers(Layout.read(place)))
+        if not others:
+            base = known.contents if known else self.head.base_model
+            found = contents(self._io, place)
+            if found == base:
+                if not self.read_only:
+                    replace(model, contents=found).write(self._io, self._store)
+                return
+            if found == self.head.fingerprints:
+                return
+            others = sorted(model.files)
+        if known:
+            raise CheckpointOtherModel(
+                f"{self.directory} was cloned from {known.path}, and {place} is another model ({', '.join(others)}). "
+                "For another model under the same name choose another directory (HOGWILD_CHECKPOINT_DIR); to go on "
+                f"with the checkpoint, name {self.directory} as the model.",
+                files=others,
+            )
+        logger.warning("%s may have begun with another model than %s: nothing says which", self.directory, place)
 
     def _recover(self, patience: float = math.inf) -> None:
         """Read the generations; put the last one's contents in place if they are not; remove what was not committed."""

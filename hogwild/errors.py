@@ -22,6 +22,8 @@
     └── CheckpointError
         ├── CheckpointCorrupt    disk and fingerprints disagree
         ├── CheckpointForeign    files changed by somebody else since the last generation
+        ├── CheckpointInUse      another process writes to it
+        ├── CheckpointOtherModel began with another model than the one that is named
         └── CheckpointLayout     the directory is not a safetensors checkpoint we can write
 
 The docstring is the default message. `status` is the HTTP status, `slug` the last part of the problem type
@@ -189,6 +191,20 @@ class CheckpointForeign(CheckpointError):
 
     status = 409
     slug = "checkpoint-foreign"
+
+
+class CheckpointInUse(CheckpointError):
+    """Another process keeps the checkpoint."""
+
+    status = 409
+    slug = "checkpoint-in-use"
+
+
+class CheckpointOtherModel(CheckpointError):
+    """The checkpoint began with another model than the one it was opened for."""
+
+    status = 409
+    slug = "checkpoint-other-model"
 
 
 class CheckpointLayout(CheckpointError):

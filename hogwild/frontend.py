@@ -5,7 +5,7 @@ needs no other protection; it keeps everybody else out of the plugin's own route
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -30,8 +30,10 @@ class Frontend:
     uds: str | None = None
 
     @classmethod
-    def load(cls, runtime_dir: Path) -> Self | None:
+    def load(cls, runtime_dir: Path, url: str | None = None) -> Self | None:
         """The front end of a vLLM that is running now, or None when there is none.
+
+        `url`: where it is for this process, if that is another address than the published one.
 
         Raises:
             ManifestError: the file is there but can't be trusted or read.
@@ -47,7 +49,9 @@ class Frontend:
         texts, numbers = (frontend.url, frontend.token), (frontend.pid, frontend.process_start_time)
         if not all(isinstance(text, str) for text in texts) or not all(isinstance(n, int | float) for n in numbers):
             raise ManifestError(f"{path} is damaged: a field has the wrong type")
-        return frontend if process_alive(frontend.pid, frontend.process_start_time) else None
+        if not process_alive(frontend.pid, frontend.process_start_time):
+            return None
+        return replace(frontend, url=url, uds=None) if url else frontend
 
     def write(self, runtime_dir: Path) -> None:
         """Publish, atomically and for this user only."""

@@ -91,7 +91,7 @@ class JobControl:
             report.step,
             version,
             loss=report.loss,
-            tokens=report.tokens,
+            tokens=report.tokens if report.applied else 0,
             seconds=report.seconds,
             grad_norm=report.grad_norm,
             replay_divergence=report.replay_divergence,

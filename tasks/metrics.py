@@ -10,7 +10,7 @@ STEP_BUCKETS = ("0.1", "0.25", "0.5", "1", "2.5", "5", "10", "30", "60")  # seco
 
 @dataclass(frozen=True)
 class SyncFigures:
-    """What one sync of the checkpoint wrote and cost."""
+    """What one sync or rollback of the checkpoint wrote and cost."""
 
     bytes_written: int
     seconds: float
@@ -20,10 +20,10 @@ class SyncFigures:
 
 
 def record_sync(client: Client, model: str, figures: SyncFigures) -> None:
-    """Called by the worker after a committed sync."""
+    """Called by the worker after a committed sync or rollback; without changed blocks it made no generation."""
     key = Keys(model)("counters")
     pipe = client.pipeline(transaction=True)
-    pipe.hincrby(key, "syncs", 1)
+    pipe.hincrby(key, "syncs", 1 if figures.blocks_changed else 0)
     pipe.hincrby(key, "sync_bytes", figures.bytes_written)
     pipe.hincrby(key, "sync_undo_bytes", figures.undo_bytes)
     pipe.hincrby(key, "sync_blocks", figures.blocks_changed)

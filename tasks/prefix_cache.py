@@ -23,10 +23,11 @@ Outcome = Literal["reset", "held", "unanswered"]
 
 
 class PrefixCache:
-    """What is owed to the vLLM of one runtime directory. Safe to use from several threads."""
+    """What is owed to the vLLM of one runtime directory, at `url` or where that says. Safe to use from many threads."""
 
-    def __init__(self, runtime_dir: Path) -> None:
+    def __init__(self, runtime_dir: Path, url: str | None = None) -> None:
         self._runtime_dir = runtime_dir
+        self._url = url
         self._asking = threading.Lock()  # one request at a time
         self._changes = 0  # of the weights so far: one that comes during an attempt is still owed after it
         self._owed_since: float | None = None
@@ -69,7 +70,7 @@ class PrefixCache:
             changes, running = self._changes, self._running
             self._tried_at = time.monotonic()
             try:
-                frontend = Frontend.load(self._runtime_dir)
+                frontend = Frontend.load(self._runtime_dir, self._url)
                 if frontend is None:
                     self._reason = "vLLM's plugin has not published its address"
                     return "unanswered"

@@ -95,7 +95,7 @@ class Runtime:
         self.operations = Operations(self.client, self.ledger.messages, settings.model_name)
         self.registry = Registry(self.client, settings.model_name)
         self.dirty = Dirty(self.client, settings.model_name)
-        self.prefix_cache = PrefixCache(settings.model_runtime_dir)
+        self.prefix_cache = PrefixCache(settings.model_runtime_dir, settings.vllm_url)
         self.weights_lock = threading.RLock()
         self._changed = threading.Event()
         self.lifecycle = Lifecycle(
@@ -488,7 +488,7 @@ class Runtime:
         return self._resets and self.prefix_cache.reset(patience_s=PREFIX_CACHE_S, running=True)
 
     def _vllm_metrics(self) -> str:
-        frontend = Frontend.load(self.settings.model_runtime_dir)
+        frontend = Frontend.load(self.settings.model_runtime_dir, self.settings.vllm_url)
         if frontend is None:
             raise ExporterGone
         return frontend.metrics()

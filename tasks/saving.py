@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hogwild.checkpoint.records import Commit
+from hogwild.checkpoint.reports import RollbackReport, SyncReport
 from hogwild.checkpoint.store import CheckpointStore
 from hogwild.config import Settings
 from hogwild.errors import AttachRefused, CheckpointError, HogwildError
@@ -72,8 +73,13 @@ class Saver:
     def open(
         cls, settings: Settings, model_path: Path, *, dirty: Dirty, operations: Operations, registry: Registry
     ) -> "Saver":
-        """Open the checkpoint directory, cloning the served model into it the first time. Raises CheckpointError."""
-        store = CheckpointStore.open(settings.model_checkpoint_dir, source=model_path, keep_last=settings.keep_last)
+        """Open the checkpoint directory, cloning the served model into it the first time. Raises CheckpointError.
+
+        Whether a later model is still that one `bring_together` finds out of the live weights, which may be trained.
+        """
+        store = CheckpointStore.open(
+            settings.model_checkpoint_dir, source=model_path, same_source=False, keep_last=settings.keep_last
+        )
         return cls(settings, store=store, dirty=dirty, operations=operations, registry=registry)
 
     def close(self) -> None:
@@ -162,9 +168,11 @@ class Saver:
         store, weights = self.store, attachment.weights
         if store.live_digest(attachment.views) not in {g.fingerprints for g in store.generations()}:
             saved = store.sync(attachment.views, weight_version=weights.version)
+            self._count(saved)
             logger.warning("generation %d holds what was live and in no generation", saved.generation)
         if store.head.generation != made.generation:
-            store.rollback(made.generation, weight_version=max(weights.version, store.head.weight_version) + 1)
+            version = max(weights.version, store.head.weight_version) + 1
+            self._count(store.rollback(made.generation, weight_version=version))
         blocks = self._restore(attachment)
         self._dirty.clear(store.head.generation, weights.version)
         logger.warning(
@@ -441,6 +449,19 @@ class Saver:
     ) -> None:
         self._report = self._tell(lambda: self._operations.finish(operation, result, error), wait=wait)
 
+    def _count(self, report: SyncReport | RollbackReport) -> None:
+        """For /metrics: a generation that was just made, if one was."""
+        if not report.blocks_changed:
+            return
+        figures = SyncFigures(
+            bytes_written=report.bytes_written,
+            seconds=report.seconds,
+            pause_seconds=report.pause_seconds,
+            undo_bytes=self.store.head.undo_bytes,
+            blocks_changed=report.blocks_changed,
+        )
+        self._tell(lambda: record_sync(self._dirty.client, self._settings.model_name, figures))
+
     def _tell_saved(self, version: int, *, wait: bool) -> None:
         """The last generation has the contents of that weight version; steps since then stay unsaved."""
         generation = self.store.head.generation
@@ -572,6 +593,7 @@ class Saver:
         changed()
         weights.note_generation(self.store.directory, report.generation)
         weights.restored(self.saved_version)
+        self._count(report)
         self._committer.submit(self._make_undo_data)
         self._tell_saved(weights.version, wait=True)  # what fails of it is logged: the rollback is done all the same
         self._tell_checkpoint(wait=True)

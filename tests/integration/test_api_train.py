@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from dataclasses import replace
 
 import pytest
@@ -330,6 +331,16 @@ def test_metrics_have_no_job_ids(client, ledger):
     assert 'hogwild_step_seconds_bucket{le="0.25"} 0.0' in text and 'hogwild_step_seconds_bucket{le="0.5"} 1.0' in text
     assert "hogwild_weight_version 8.0" in text
     assert job_id not in text
+
+
+def test_paused_jobs_do_not_wait_and_the_age_is_that_of_the_longest_wait(client, ledger):
+    first, second, third = [client.post("/train", json=BODY).json()["id"] for _ in range(3)]
+    for job_id, seconds in ((first, 3000), (second, 100), (third, 500)):  # the second was put back later
+        ledger.client.hset(ledger.keys("job", job_id), "queued_at", time.time() - seconds)
+    client.post(f"/train/{first}/pause")
+    gauges = dict(line.rsplit(" ", 1) for line in client.get("/metrics").text.splitlines() if line[0] != "#")
+    assert float(gauges["hogwild_queue_depth"]) == 2 and float(gauges["hogwild_queue_paused"]) == 1
+    assert 500 <= float(gauges["hogwild_queue_age_seconds"]) < 600
 
 
 def test_redis_away_is_503_and_not_500(settings):

@@ -266,6 +266,20 @@ def test_two_beats_that_tick_at_once_make_one_sync(bench: Bench) -> None:
     assert metric(bench.settings, "hogwild_syncs_total") == 1
 
 
+def test_generations_are_counted_and_nothing_else(bench: Bench) -> None:
+    for asked in ({"kind": "sync"}, {"kind": "rollback", "generation": 0}):  # neither has anything to write
+        bench.runtime.operations.submit(**asked)
+        bench.runtime.tick()
+        bench.runtime.between_steps()
+    wait_until(lambda: not bench.saver.busy)
+    assert bench.saver.store.head.generation == metric(bench.settings, "hogwild_syncs_total") == 0
+    bench.step()
+    bench.runtime.operations.submit("rollback", generation=0)  # saves the step first
+    bench.runtime.between_steps()
+    wait_until(lambda: not bench.saver.busy)
+    assert bench.saver.store.head.generation == metric(bench.settings, "hogwild_syncs_total") == 2
+
+
 def test_what_is_asked_for_during_a_commit_waits_and_the_job_does_not(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -876,7 +890,7 @@ class BusyVllm:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.busy, self.asked = True, []
-        monkeypatch.setattr(prefix_cache.Frontend, "load", lambda _: self)
+        monkeypatch.setattr(prefix_cache.Frontend, "load", lambda *_: self)
         monkeypatch.setattr(runtime, "PREFIX_CACHE_S", 0.2)
         monkeypatch.setattr(prefix_cache, "RETRY_S", 0.0)
 

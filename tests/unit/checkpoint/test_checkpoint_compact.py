@@ -206,7 +206,7 @@ def test_files_without_hard_links_get_their_undo_data_within_the_sync(model, tmp
         assert report.undo_bytes == (store.directory / ".hogwild/generations/00000001.undo").stat().st_size
         assert store.compact() == 0
         assert {path.name for path in (store.directory / ".hogwild").iterdir()} == {
-            "lock", "readers.lock", "generations"
+            "lock", "readers.lock", "source.json", "generations"
         }  # fmt: skip
         helpers.assert_equal(exported(store, 0, tmp_path, helpers), before)
 

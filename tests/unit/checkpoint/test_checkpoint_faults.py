@@ -20,10 +20,18 @@ import pytest
 import torch
 
 from hogwild.checkpoint import history, records
+from hogwild.checkpoint import source as source_module
 from hogwild.checkpoint.durable import FileIo, FileLock, Handle
 from hogwild.checkpoint.layout import Layout
 from hogwild.checkpoint.store import CheckpointStore
-from hogwild.errors import CheckpointCorrupt, CheckpointError, CheckpointForeign, CheckpointLayout, NotFound
+from hogwild.errors import (
+    CheckpointCorrupt,
+    CheckpointError,
+    CheckpointForeign,
+    CheckpointLayout,
+    CheckpointOtherModel,
+    NotFound,
+)
 
 
 @pytest.fixture
@@ -388,6 +396,68 @@ def test_replaced_by_another_model_while_closed(store, model, tmp_path, io, help
         again.adopt()
         assert again.verify().ok
         assert again.layout.id == Layout.read(again.directory).id
+
+
+@pytest.mark.parametrize("change", ["weights", "config", "header"])
+def test_another_model_of_the_same_name_is_refused(store, model, tmp_path, io, helpers, change):
+    store.close()
+    other = tmp_path / "other" / model.directory.name
+    shutil.copytree(model.directory, other)
+    shard = other / "model-00001-of-00002.safetensors"
+    if change == "weights":
+        with shard.open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b"\x55")
+    elif change == "config":
+        (other / "config.json").write_text('{"model_type": "tiny", "rope_scaling": null}')
+    else:
+        rewrite(shard, added={"__metadata__": {"format": "np"}})
+    before = helpers.weights_on_disk(store.directory)
+    with pytest.raises(CheckpointOtherModel, match=f"cloned from {model.directory}.*HOGWILD_CHECKPOINT_DIR"):
+        CheckpointStore.open(store.directory, source=other, io=io)
+    shutil.rmtree(model.directory)
+    other.rename(model.directory)  # the same, where the first one was
+    with pytest.raises(CheckpointOtherModel):
+        CheckpointStore.open(store.directory, source=model.directory, io=io)
+    helpers.assert_equal(helpers.weights_on_disk(store.directory), before)
+    for source in (None, store.directory):
+        CheckpointStore.open(store.directory, source=source, io=io).close()
+    CheckpointStore.open(store.directory, source=model.directory, same_source=False, io=io).close()
+
+
+def test_the_model_may_move_be_copied_or_go(store, model, tmp_path, io, monkeypatch):
+    change(model.views, 1)
+    store.sync(model.views, weight_version=1)
+    store.export(tmp_path / "export")
+    store.close()
+    copy, moved = tmp_path / "copy", tmp_path / "moved"
+    shutil.copytree(model.directory, copy)
+    model.directory.rename(moved)
+    for source in (model.directory, copy, moved, tmp_path / "export"):
+        CheckpointStore.open(store.directory, source=source, io=io).close()
+    monkeypatch.setattr(source_module, "file_table", None)  # it lies where it was: nothing is read
+    CheckpointStore.open(store.directory, source=moved, io=io).close()
+
+
+@pytest.mark.parametrize("record", [None, b"", b"[1]", b'{"version": 2}'])
+def test_a_checkpoint_without_a_record_of_its_model_takes_any_and_records_the_right_one(
+    store, model, tmp_path, io, record
+):
+    store.close()
+    path = store.directory / ".hogwild" / "source.json"
+    written = path.read_bytes()
+    path.unlink() if record is None else path.write_bytes(record)
+    other = tmp_path / "other"
+    shutil.copytree(model.directory, other)
+    with (other / "model-00001-of-00002.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x55")
+    CheckpointStore.open(store.directory, source=other, io=io).close()
+    assert record is None or path.read_bytes() == record
+    CheckpointStore.open(store.directory, source=model.directory, io=io).close()
+    assert path.read_bytes() == written
+    with pytest.raises(CheckpointOtherModel):
+        CheckpointStore.open(store.directory, source=other, io=io)
 
 
 def rewrite(path: Path, **changes) -> None:

@@ -18,6 +18,19 @@ class Told(list[str]):
         return lambda *_, **__: self.log.append(f"{self.name}.{method}")
 
 
+def test_tokens_of_a_step_that_was_dropped_are_not_trained(monkeypatch) -> None:
+    monkeypatch.setattr("hogwild.tasks.control.send_progress", lambda *_, **__: None)
+    weights = SimpleNamespace(version=3, set_version=lambda _: None)
+    live = SimpleNamespace(governor=Told([], ""), saver=Told([], ""), attachment=SimpleNamespace(weights=weights))
+    runtime, tokens = Told([], ""), []
+    runtime.ledger = SimpleNamespace(applied=lambda *_, **given: tokens.append(given["tokens"]))
+    lease = Lease(**dict.fromkeys(Lease.__dataclass_fields__) | {"first_step": 0, "seconds": 0.0})
+    JobControl(runtime, live, None, lease, n_steps=1).after_step(StepReport(
+        step=0, n_steps=1, loss=float("nan"), tokens=2, loss_tokens=1, seconds=0.1, learning_rate=0.1, grad_norm=None,
+        nonfinite=(), applied=False))  # fmt: skip
+    assert tokens == [0]
+
+
 def test_a_steps_work_is_told_from_what_happens_between_steps(monkeypatch) -> None:
     log: list[str] = []
     monkeypatch.setattr("hogwild.tasks.control.send_progress", lambda *_, **__: None)
