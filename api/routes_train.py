@@ -141,10 +141,15 @@ def train_router(service: Service, router: APIRouter) -> None:
         """Events of a job from its beginning, or after `Last-Event-ID`; the stream ends with the job."""
         job = await run_in_threadpool(service.ledger.get, known_id(job_id))
         start = last_event_id(last_id)
+        # vLLM handles its signals itself, so that sse-starlette does not see them, and waits for open connections.
+        server = getattr(request.app.state, "server", None)
+
+        def ending() -> bool:
+            return bool(getattr(server, "should_exit", False))
 
         async def stream() -> AsyncIterator[ServerSentEvent]:
             try:
-                async for event_id, kind, data in service.hub().follow(job.id, start):
+                async for event_id, kind, data in service.hub().follow(job.id, start, ending):
                     yield ServerSentEvent(id=event_id, event=kind, data=data)
             except redis.RedisError as error:  # the client comes back with Last-Event-ID, and finds all of them
                 log.warning("events of %s end early: %s", job.id, error)
