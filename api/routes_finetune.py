@@ -26,8 +26,8 @@ from hogwild.api.problems import responses
 from hogwild.api.routes_files import known_file
 from hogwild.api.routes_train import JobId, known_id, last_event_id
 from hogwild.api.service import Service
-from hogwild.api.tokenizer import Tokenizer
-from hogwild.api.validation import check_length, check_lines
+from hogwild.api.tokenizer import Limits, Tokenizer
+from hogwild.api.validation import check_length, check_lines, sample_limit
 from hogwild.config import url_host
 from hogwild.errors import InvalidRequest, NotFound
 from hogwild.tasks.jobs import Job
@@ -64,7 +64,8 @@ def finetune_router(service: Service, router: APIRouter) -> None:
         content = await run_in_threadpool(service.files.content, known_file(body.training_file))
         examples = await run_in_threadpool(parse, content, max_lines=settings.max_job_samples)
         async with tokenizer() as vllm:
-            samples = await vllm.samples(examples)
+            # No more tokens in all than ids fit into the body of POST /train.
+            samples = await vllm.samples(examples, Limits(sample_limit(model, settings), settings.max_body_bytes // 2))
         payload = await run_in_threadpool(check_lines, samples, model, settings)
         check_length(config, payload)
         extra = body.model_dump(include={"training_file", "suffix", "hyperparameters", "method"}, exclude_none=True)
