@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
 
 from hogwild.api.auth import ApiKey
 from hogwild.api.finetune import (
@@ -68,6 +69,8 @@ def finetune_router(service: Service, router: APIRouter) -> None:
             samples = await vllm.samples(examples, Limits(sample_limit(model, settings), settings.max_body_bytes // 2))
         payload = await run_in_threadpool(check_lines, samples, model, settings)
         check_length(config, payload)
+        if await request.is_disconnected():  # it may send the request again, and each would train
+            raise HTTPException(408, "The client left before the file was tokenised: nothing was queued.")
         extra = body.model_dump(include={"training_file", "suffix", "hyperparameters", "method"}, exclude_none=True)
         job_id, _ = await run_in_threadpool(
             service.ledger.submit, payload, config, metadata=body.metadata, api_key=key.name, kind="fine_tuning",

@@ -4,8 +4,10 @@ vLLM is stood in for by a small server with the same /tokenize (words, a ChatML 
 and the acceptance tests do it.
 """
 
+import asyncio
 import io
 import json
+import time
 
 import openai
 import pytest
@@ -31,7 +33,7 @@ class Words:
     """A vocabulary that grows with what it sees."""
 
     def __init__(self):
-        self.ids, self.requests = {}, 0
+        self.ids, self.requests, self.answered, self.pause = {}, 0, 0, 0.0
 
     def encode(self, text):
         words = text.replace("<|", " <|").replace("|>", "|> ").split()
@@ -56,6 +58,7 @@ def tokenizer_url(serve, words):
         words.requests += 1
         if request.headers.get("authorization") != "Bearer vllm-key":
             return JSONResponse({"error": {"message": "no key"}}, 401)
+        await asyncio.sleep(words.pause)
         body = await request.json()
         if "prompt" in body:
             ids = words.encode(body["prompt"])
@@ -64,6 +67,7 @@ def tokenizer_url(serve, words):
                 return JSONResponse({"error": {"message": "the template says no"}}, 400)
             text = "".join(f"<|{m['role']}|>{m['content']}<|end|>" for m in body["messages"])
             ids = words.encode(text + ("<|assistant|>" if body["add_generation_prompt"] else ""))
+        words.answered += 1
         return {"count": len(ids), "max_model_len": 64, "tokens": ids}
 
     return serve(app)
@@ -141,6 +145,21 @@ def test_null_among_hogwilds_options_means_the_default(client, ledger, settings)
     old, _ = ledger.submit(pack([Sample([1], [2])]), {"seed": None}, kind="fine_tuning")
     assert client.fine_tuning.jobs.list().data[0].id == old
     assert client.fine_tuning.jobs.cancel(old).seed == 0
+
+
+def test_request_that_its_client_gave_up_queues_nothing(client, ledger, words):
+    file = upload(client, CHATS[:1])
+    words.pause = 1.0
+    with pytest.raises(openai.APITimeoutError):
+        client.with_options(timeout=0.3, max_retries=1).fine_tuning.jobs.create(model="tiny", training_file=file.id)
+    deadline = time.monotonic() + 30
+    while words.answered < 4:  # two of each attempt
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(0.5)
+    assert ledger.list().jobs == []
+    words.pause = 0.0
+    assert client.fine_tuning.jobs.create(model="tiny", training_file=file.id).status == "queued"
 
 
 def test_jobs_are_listed_in_pages_and_controlled(client, ledger):
