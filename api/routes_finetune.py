@@ -32,6 +32,7 @@ from hogwild.api.validation import check_length, check_lines, sample_limit
 from hogwild.config import url_host
 from hogwild.errors import InvalidRequest, NotFound
 from hogwild.tasks.jobs import Job
+from hogwild.tasks.ledger import DEFAULT_PRIORITY
 
 Limit = Annotated[int, Query(ge=1, le=100)]
 
@@ -72,8 +73,10 @@ def finetune_router(service: Service, router: APIRouter) -> None:
         if await request.is_disconnected():  # it may send the request again, and each would train
             raise HTTPException(408, "The client left before the file was tokenised: nothing was queued.")
         extra = body.model_dump(include={"training_file", "suffix", "hyperparameters", "method"}, exclude_none=True)
+        priority = body.hogwild.priority if body.hogwild else None
         job_id, _ = await run_in_threadpool(
-            service.ledger.submit, payload, config, metadata=body.metadata, api_key=key.name, kind="fine_tuning",
+            service.ledger.submit, payload, config, metadata=body.metadata,
+            priority=DEFAULT_PRIORITY if priority is None else priority, api_key=key.name, kind="fine_tuning",
             extra={**extra, "model": served},
             idempotency_key=None if idempotency_key is None else f"{key.name}:{idempotency_key}")
         return job_object(await run_in_threadpool(service.ledger.get, job_id), served)

@@ -162,6 +162,17 @@ def test_request_that_its_client_gave_up_queues_nothing(client, ledger, words):
     assert client.fine_tuning.jobs.create(model="tiny", training_file=file.id).status == "queued"
 
 
+def test_priority_is_among_hogwilds_options(client, ledger):
+    file = upload(client, CHATS[:1])
+    for given, kept in ((9, 9), (0, 0), (None, 5)):
+        job = client.fine_tuning.jobs.create(model="tiny", training_file=file.id,
+                                             extra_body={"hogwild": {"priority": given, "optimizer": "sgd"}})
+        shown = ledger.get(job.id)
+        assert (shown.priority, shown.config) == (kept, {"optimizer": "sgd"})
+    with pytest.raises(openai.UnprocessableEntityError, match="priority"):
+        client.fine_tuning.jobs.create(model="tiny", training_file=file.id, extra_body={"hogwild": {"priority": 10}})
+
+
 def test_jobs_are_listed_in_pages_and_controlled(client, ledger):
     file = upload(client, CHATS[:1])
     ids = [client.fine_tuning.jobs.create(model="tiny", training_file=file.id, metadata={"n": str(n)}).id
