@@ -116,7 +116,8 @@ def finetune_router(service: Service, router: APIRouter) -> None:
         job = find(job_id)
         before = "+"
         if after is not None:
-            before = "(" + last_event_id(after.removeprefix("ftevent-"))
+            place = last_event_id(after.removeprefix("ftevent-"))
+            before = f"({place}" if place.strip("0-") else place  # nothing is before 0, which Redis takes for an error
         rows = service.client.xrevrange(service.ledger.keys("events", job.id), before, "-", count=limit + 1)
         return EventList(data=event_objects(rows[:limit], job), has_more=len(rows) > limit)
 

@@ -39,7 +39,7 @@ def last_event_id(header: str | None) -> str:
     """A Last-Event-ID as the id of a Redis stream entry. Raises InvalidRequest."""
     if header is None or header == "":
         return "0-0"
-    if not re.fullmatch(r"\d{1,18}(-\d{1,18})?", header):
+    if not re.fullmatch(r"[0-9]{1,18}(-[0-9]{1,18})?", header):
         raise InvalidRequest("Last-Event-ID must be the id of an event that was received.", errors=[
             {"pointer": "", "field": "Last-Event-ID", "message": "is not the id of an event"}])
     return header
@@ -80,7 +80,7 @@ def train_router(service: Service, router: APIRouter) -> None:
     @router.get("/train", operation_id="listTrainingJobs", summary="List jobs", tags=["train"],
                 response_model=JobPage, responses=responses())
     def list_jobs(limit: Annotated[int, Query(ge=1, le=100, description="Jobs on a page.")] = 20,
-                  cursor: Annotated[str | None, Query(pattern=r"^\d{1,15}$", description="`next_cursor` of the page "
+                  cursor: Annotated[str | None, Query(pattern=r"^[0-9]{1,15}$", description="`next_cursor` of the page "
                                                       "before.")] = None,
                   state: Annotated[State | None, Query(description="Only jobs in this state.")] = None,
                   kind: Annotated[Literal["train", "fine_tuning"] | None, Query(

@@ -173,6 +173,14 @@ def test_priority_is_among_hogwilds_options(client, ledger):
         client.fine_tuning.jobs.create(model="tiny", training_file=file.id, extra_body={"hogwild": {"priority": 10}})
 
 
+@pytest.mark.parametrize("after", ["ftevent-\u0663", "ftevent-1-\u0663", "x"])
+def test_place_among_events_that_is_none_is_refused(client, ledger, after):
+    job_id, _ = ledger.submit(pack([Sample([1], [2])]), {}, kind="fine_tuning")
+    with pytest.raises(openai.UnprocessableEntityError):
+        client.fine_tuning.jobs.list_events(job_id, after=after)
+    assert client.fine_tuning.jobs.list_events(job_id, after="ftevent-0-0").data == []
+
+
 def test_jobs_are_listed_in_pages_and_controlled(client, ledger):
     file = upload(client, CHATS[:1])
     ids = [client.fine_tuning.jobs.create(model="tiny", training_file=file.id, metadata={"n": str(n)}).id
