@@ -25,7 +25,7 @@ from hogwild.api.finetune import (
 from hogwild.api.jsonl import parse
 from hogwild.api.problems import responses
 from hogwild.api.routes_files import known_file
-from hogwild.api.routes_train import JobId, known_id, last_event_id
+from hogwild.api.routes_train import JobId, bracketed, known_id, last_event_id
 from hogwild.api.service import Service
 from hogwild.api.tokenizer import Limits, Tokenizer
 from hogwild.api.validation import check_length, check_lines, sample_limit
@@ -85,10 +85,8 @@ def finetune_router(service: Service, router: APIRouter) -> None:
                 response_model=JobList, responses=responses(404))
     def list_jobs(request: Request, after: str | None = None, limit: Limit = 20) -> JobList:
         """Newest first. `metadata[name]=value` filters."""
-        wanted = {name[9:-1]: value for name, value in request.query_params.items()
-                  if name.startswith("metadata[") and name.endswith("]")}
         cursor = None if after is None else find(after).seq
-        page = service.ledger.list(limit=limit, cursor=cursor, metadata=wanted, kind="fine_tuning")
+        page = service.ledger.list(limit=limit, cursor=cursor, metadata=bracketed(request), kind="fine_tuning")
         return JobList(data=[job_object(job, settings.model_name) for job in page.jobs],
                        has_more=page.next_cursor is not None)
 

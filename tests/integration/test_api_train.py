@@ -238,6 +238,15 @@ def test_list_pages_and_filters(client):
         assert_problem(client.get(f"/train?{query}"), 422)
 
 
+@pytest.mark.parametrize(("name", "value", "query"), [
+    ("a", "x\ny", {"metadata": "a:x\ny"}), ("a", "b:c", {"metadata": "a:b:c"}), ("a:b", "c", {"metadata[a:b]": "c"}),
+    (":", "", {"metadata[:]": ""}), ("]", "\n", {"metadata[]]": "\n"})])
+def test_every_label_that_is_taken_can_be_filtered_by(client, name, value, query):
+    client.post("/train", json={**BODY, "metadata": {"other": "x"}})
+    job_id = client.post("/train", json={**BODY, "metadata": {name: value}}).json()["id"]
+    assert [job["id"] for job in client.get("/train", params=query).json()["data"]] == [job_id]
+
+
 def test_status_shows_the_running_job_and_the_worker(client, ledger, redis_client):
     job_id = client.post("/train", json=BODY).json()["id"]
     client.post("/train", json=BODY)
