@@ -213,6 +213,15 @@ def test_files_can_be_listed_read_and_deleted(client):
         client.files.retrieve(files[0].id)
 
 
+def test_files_can_be_deleted_while_they_are_listed(client):
+    ids = [upload(client, CHATS).id for _ in range(5)]
+    assert [client.files.delete(file.id).id for file in client.files.list(limit=2)] == ids[::-1]
+    with pytest.raises(openai.NotFoundError):
+        client.files.retrieve(ids[0])
+    with pytest.raises(openai.NotFoundError):
+        client.files.list(after="file-" + "0" * 24)
+
+
 def test_wrong_file_is_refused_with_its_line(client):
     with pytest.raises(openai.UnprocessableEntityError, match="line 2") as caught:
         upload(client, [CHATS[0], {"messages": []}])
