@@ -5,7 +5,9 @@
 
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
+from ipaddress import ip_address
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi import APIRouter, FastAPI, Request, Response, Security
 from fastapi.security import HTTPBearer
@@ -23,6 +25,7 @@ from hogwild.api.routes_finetune import finetune_router
 from hogwild.api.routes_train import train_router
 from hogwild.api.service import Service
 from hogwild.config import Settings, load_settings
+from hogwild.errors import Forbidden
 
 # For the OpenAPI document only: the route class has checked the key before a dependency is asked.
 _BEARER = Security(HTTPBearer(auto_error=False, description="HOGWILD_API_KEY, or a key of HOGWILD_API_KEYS_FILE."))
@@ -42,6 +45,7 @@ def create_router(settings: Settings, *, extra_keys: Iterable[str] = (), service
     authenticate = authenticator(lambda: service.keys)
 
     async def caller(request: Request) -> None:
+        _check_site(request, service)
         request.state.api_key = await authenticate(request)
         usable()
         if settings.rate_limit:
@@ -58,6 +62,38 @@ def create_router(settings: Settings, *, extra_keys: Iterable[str] = (), service
 def _security(service: Service) -> list[Any]:
     """What the OpenAPI document says about keys: nothing when none is asked for."""
     return [_BEARER] if service.keys else []
+
+
+def _check_site(request: Request, service: Service) -> None:
+    """Without keys everybody on this machine is let in; web pages of other sites in its browsers are not.
+
+    A page's own request names its site in Origin. A site whose name was made to point at this machine has a dot in it,
+    which localhost, addresses and the names of containers have not.
+    """
+    settings = service.settings
+    if service.keys or "*" in settings.cors_origins:
+        return
+    host, origin = request.headers.get("host", ""), request.headers.get("origin")
+    try:
+        name = (urlsplit(f"//{host}").hostname or "").rstrip(".")
+        site = urlsplit(origin or "").netloc
+    except ValueError:
+        raise Forbidden("Host or Origin can't be read.") from None
+    known = {settings.api_host, settings.vllm_host, *(urlsplit(named).hostname for named in settings.cors_origins)}
+    if "." in name and name not in known and not name.endswith(".localhost") and not _is_address(name):
+        raise Forbidden(f"Without an API key nothing is answered as {name[:100]!r}: set HOGWILD_API_KEY, or "
+                        "name it in HOGWILD_CORS_ORIGINS.")
+    if origin is not None and origin not in settings.cors_origins and site.lower() != host.lower():
+        raise Forbidden(f"Without an API key pages of {origin[:100]!r} may not use this API: set HOGWILD_API_KEY, or "
+                        "name them in HOGWILD_CORS_ORIGINS.")
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -96,6 +132,7 @@ def _operator_router(service: Service, app: FastAPI) -> APIRouter:
     authenticate = authenticator(lambda: service.keys)
 
     async def caller(request: Request) -> None:
+        _check_site(request, service)
         request.state.api_key = await authenticate(request)
 
     async def anyone(_: Request) -> None:

@@ -8,7 +8,7 @@ read what lay there before by itself.
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import redis
@@ -19,7 +19,8 @@ from hogwild.tasks.keys import FINAL_STATES, Keys
 log = logging.getLogger("hogwild.api")
 
 BLOCK_MS = 250  # one blocking read; a new follower's stream is part of the next one
-IDLE_S = 10.0  # without an event for this long, a follower looks whether its job still exists
+ENDING_S = 1.0  # how long a follower may take to notice that the server ends
+IDLE_S = 10.0  # without an event for this long, a follower looks at the stream and its job itself
 BATCH = 500
 BACKLOG = 2000  # events that a slow follower may be behind before it reads the stream again by itself
 
@@ -36,31 +37,38 @@ class Hub:
         self._read: dict[str, str] = {}  # stream → last id that was handed out
         self._task: asyncio.Task[None] | None = None
 
-    async def follow(self, job_id: str, after: str) -> AsyncIterator[Entry]:
-        """Each event after the id `after`, waiting for new ones until the job has ended or is forgotten."""
+    async def follow(self, job_id: str, after: str, ending: Callable[[], bool] = lambda: False) -> AsyncIterator[Entry]:
+        """Each event after the id `after`, waiting for new ones until the job has ended or is forgotten.
+
+        Ends early as soon as `ending` says so; it is asked about once a second.
+        """
         key = self.keys("events", job_id)
         queue: asyncio.Queue[Entry | None] = asyncio.Queue(BACKLOG)
-        self._join(key, queue, after)
+        await self._join(key, queue)
+        clock = asyncio.get_running_loop().time
         behind = True  # the stream may hold events that the hub had handed out before
         try:
-            while True:
-                while behind:
+            while not ending():
+                if behind:
+                    # The state first: when it is final, the last event is among what is read after it.
+                    state = await self.client.hget(self.keys("job", job_id), "state")
                     entries = _entries(await self.client.xrange(key, f"({after}", "+", count=BATCH))
-                    behind = len(entries) == BATCH
                     for entry in entries:
                         after = entry[0]
                         yield entry
                         if entry[1] in FINAL_STATES:
                             return
+                    if not entries and (state is None or state.decode() in FINAL_STATES):
+                        return
+                    behind, look_at = len(entries) == BATCH, clock() + IDLE_S
+                    continue
                 try:
-                    async with asyncio.timeout(IDLE_S):
+                    async with asyncio.timeout(ENDING_S):
                         new = await queue.get()
                 except TimeoutError:
-                    state = await self.client.hget(self.keys("job", job_id), "state")
-                    if state is None or state.decode() in FINAL_STATES:
-                        return  # forgotten, or the last event was seen before
-                    behind = True
+                    behind = clock() >= look_at
                     continue
+                look_at = clock() + IDLE_S
                 if new is None:  # too slow: some were not kept in the queue
                     behind = True
                 elif _order(new[0]) > _order(after):
@@ -71,9 +79,11 @@ class Hub:
         finally:
             self._leave(key, queue)
 
-    def _join(self, key: str, queue: "asyncio.Queue[Entry | None]", after: str) -> None:
+    async def _join(self, key: str, queue: "asyncio.Queue[Entry | None]") -> None:
+        last = _entries(await self.client.xrevrange(key, "+", "-", count=1))
         self._followers.setdefault(key, []).append(queue)
-        self._read.setdefault(key, after)
+        # What is there already each follower reads by itself: its own place must not be that of the others.
+        self._read.setdefault(key, last[0][0] if last else "0-0")
         if self._task is None or self._task.done():
             self._task = asyncio.get_running_loop().create_task(self._run())
 

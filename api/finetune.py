@@ -42,6 +42,14 @@ class Method(Strict):
     supervised: Supervised | None = None
 
 
+class Options(BaseModel):
+    """Options of `POST /train`; those of the engine are checked as it takes them."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    priority: Annotated[StrictInt, Field(ge=0, le=9)] | None = Field(None, description="9 goes first, 0 last.")
+
+
 class CreateRequest(Strict):
     """A fine-tuning job from an uploaded file."""
 
@@ -59,7 +67,7 @@ class CreateRequest(Strict):
     metadata: Metadata | None = None
     validation_file: None = Field(None, description="Not supported.")
     integrations: Annotated[list[Any], Field(max_length=0)] | None = Field(None, description="Not supported.")
-    hogwild: dict[str, Any] | None = Field(
+    hogwild: Options | None = Field(
         None, description="Options of `POST /train` that OpenAI's API has no name for (with its Python client: "
         "`extra_body={\"hogwild\": {…}}`).", json_schema_extra={"example": {"optimizer": "apollo"}})
 
@@ -155,7 +163,7 @@ def training_config(body: CreateRequest, served: ModelInfo) -> dict[str, Any]:
                              "hogwild.max_tokens_per_step to make steps smaller or larger.", errors=[
                                  {"pointer": "/hyperparameters/batch_size", "field": "batch_size",
                                   "message": "must be 'auto'"}])
-    config = dict(body.hogwild or {})
+    config = dict(body.hogwild.model_extra or {}) if body.hogwild else {}
     unknown = sorted(set(config) - set(TrainConfig.field_names()))
     if unknown:
         raise InvalidRequest(f"hogwild.{unknown[0][:100]} is no option of POST /train.", errors=[

@@ -16,6 +16,7 @@ from hogwild.errors import InvalidRequest
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 MOST_ERRORS = 20
+MOST_LEVELS = 100  # of lists and objects within each other in tools or a message: it goes on to vLLM as JSON
 
 
 @dataclass(frozen=True)
@@ -155,16 +156,18 @@ def _text(value: Any, name: str) -> str:
     return value
 
 
-def _check_values(value: Any, name: str) -> None:
-    """What goes on to vLLM must be JSON again: no lone surrogates, no NaN."""
+def _check_values(value: Any, name: str, levels: int = MOST_LEVELS) -> None:
+    """What goes on to vLLM must be JSON again: no lone surrogates, no NaN, not too deep."""
+    if levels < 0:
+        raise ValueError(f"{name} is nested too deeply")
     if isinstance(value, str):
         _text(value, name)
     elif isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name} has a number that is not finite")
     elif isinstance(value, list):
         for item in value:
-            _check_values(item, name)
+            _check_values(item, name, levels - 1)
     elif isinstance(value, dict):
         for key, item in value.items():
             _text(key, name)
-            _check_values(item, name)
+            _check_values(item, name, levels - 1)

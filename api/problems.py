@@ -124,7 +124,7 @@ def problem_of(error: Exception, request: Request) -> JSONResponse:
     request_id, path = request_id_of(request), request.url.path
     if isinstance(error, HTTPException) and isinstance(error.__cause__, HogwildError):
         error = error.__cause__  # FastAPI wraps what is raised while it reads the body
-    if isinstance(error, redis.RedisError):
+    if isinstance(error, redis.RedisError) and not _our_fault(error):
         log.warning("request %s: Redis: %s", request_id, error)
         error = ServiceUnavailable("Redis does not answer, so nothing was accepted for certain: try again later, with "
                                    "the same Idempotency-Key if you sent one.", retry_after=2)
@@ -147,6 +147,11 @@ def problem_of(error: Exception, request: Request) -> JSONResponse:
     log.error("request %s failed", request_id, exc_info=error)
     return problem(500, "internal", "Internal error", f"A defect of the server; its log has the details under request "
                    f"id {request_id}.", request_id=request_id, path=path)
+
+
+def _our_fault(error: redis.RedisError) -> bool:
+    """Whether Redis is well and was asked for something that makes no sense."""
+    return type(error) is redis.ResponseError and error.status_code == "ERR"
 
 
 def _field_error(error: dict[str, Any]) -> dict[str, Any]:

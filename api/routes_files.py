@@ -79,7 +79,7 @@ def files_router(service: Service, router: APIRouter) -> None:
     def list_files(limit: Annotated[int, Query(ge=1, le=10_000)] = 100, after: str | None = None,
                    order: Literal["asc", "desc"] = "desc", purpose: str | None = None) -> FileList:
         """Uploaded files by age."""
-        last = None if after is None else service.files.get(known_file(after)).seq
+        last = None if after is None else service.files.place(known_file(after))
         files, more = service.files.list(limit=limit, after=last, ascending=order == "asc")
         data = [_out(file) for file in files if purpose in (None, file.purpose)]
         return FileList(data=data, first_id=data[0].id if data else None, last_id=data[-1].id if data else None,

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
 
 from hogwild.api.auth import ApiKey
 from hogwild.api.finetune import (
@@ -24,13 +25,14 @@ from hogwild.api.finetune import (
 from hogwild.api.jsonl import parse
 from hogwild.api.problems import responses
 from hogwild.api.routes_files import known_file
-from hogwild.api.routes_train import JobId, known_id, last_event_id
+from hogwild.api.routes_train import JobId, bracketed, known_id, last_event_id
 from hogwild.api.service import Service
-from hogwild.api.tokenizer import Tokenizer
-from hogwild.api.validation import check_length, check_lines
+from hogwild.api.tokenizer import Limits, Tokenizer
+from hogwild.api.validation import check_length, check_lines, sample_limit
 from hogwild.config import url_host
 from hogwild.errors import InvalidRequest, NotFound
 from hogwild.tasks.jobs import Job
+from hogwild.tasks.ledger import DEFAULT_PRIORITY
 
 Limit = Annotated[int, Query(ge=1, le=100)]
 
@@ -64,12 +66,17 @@ def finetune_router(service: Service, router: APIRouter) -> None:
         content = await run_in_threadpool(service.files.content, known_file(body.training_file))
         examples = await run_in_threadpool(parse, content, max_lines=settings.max_job_samples)
         async with tokenizer() as vllm:
-            samples = await vllm.samples(examples)
+            # No more tokens in all than ids fit into the body of POST /train.
+            samples = await vllm.samples(examples, Limits(sample_limit(model, settings), settings.max_body_bytes // 2))
         payload = await run_in_threadpool(check_lines, samples, model, settings)
         check_length(config, payload)
+        if await request.is_disconnected():  # it may send the request again, and each would train
+            raise HTTPException(408, "The client left before the file was tokenised: nothing was queued.")
         extra = body.model_dump(include={"training_file", "suffix", "hyperparameters", "method"}, exclude_none=True)
+        priority = body.hogwild.priority if body.hogwild else None
         job_id, _ = await run_in_threadpool(
-            service.ledger.submit, payload, config, metadata=body.metadata, api_key=key.name, kind="fine_tuning",
+            service.ledger.submit, payload, config, metadata=body.metadata,
+            priority=DEFAULT_PRIORITY if priority is None else priority, api_key=key.name, kind="fine_tuning",
             extra={**extra, "model": served},
             idempotency_key=None if idempotency_key is None else f"{key.name}:{idempotency_key}")
         return job_object(await run_in_threadpool(service.ledger.get, job_id), served)
@@ -78,10 +85,8 @@ def finetune_router(service: Service, router: APIRouter) -> None:
                 response_model=JobList, responses=responses(404))
     def list_jobs(request: Request, after: str | None = None, limit: Limit = 20) -> JobList:
         """Newest first. `metadata[name]=value` filters."""
-        wanted = {name[9:-1]: value for name, value in request.query_params.items()
-                  if name.startswith("metadata[") and name.endswith("]")}
         cursor = None if after is None else find(after).seq
-        page = service.ledger.list(limit=limit, cursor=cursor, metadata=wanted, kind="fine_tuning")
+        page = service.ledger.list(limit=limit, cursor=cursor, metadata=bracketed(request), kind="fine_tuning")
         return JobList(data=[job_object(job, settings.model_name) for job in page.jobs],
                        has_more=page.next_cursor is not None)
 
@@ -109,7 +114,8 @@ def finetune_router(service: Service, router: APIRouter) -> None:
         job = find(job_id)
         before = "+"
         if after is not None:
-            before = "(" + last_event_id(after.removeprefix("ftevent-"))
+            place = last_event_id(after.removeprefix("ftevent-"))
+            before = f"({place}" if place.strip("0-") else place  # nothing is before 0, which Redis takes for an error
         rows = service.client.xrevrange(service.ledger.keys("events", job.id), before, "-", count=limit + 1)
         return EventList(data=event_objects(rows[:limit], job), has_more=len(rows) > limit)
 

@@ -24,6 +24,7 @@ log = logging.getLogger("hogwild.api")
 
 JobId = Annotated[str, Path(description="Id of a job.", examples=["job-0123456789abcdef01234567"])]
 State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+Label = Annotated[str, StringConstraints(pattern=r"^[^:]{1,64}:[\s\S]{0,512}$")]
 _JOB_ID = re.compile(r"(ft)?job-[0-9a-f]{24}")
 POLL_S = 1  # what Retry-After of a poll says: steps take about this long
 
@@ -39,10 +40,16 @@ def last_event_id(header: str | None) -> str:
     """A Last-Event-ID as the id of a Redis stream entry. Raises InvalidRequest."""
     if header is None or header == "":
         return "0-0"
-    if not re.fullmatch(r"\d{1,18}(-\d{1,18})?", header):
+    if not re.fullmatch(r"[0-9]{1,18}(-[0-9]{1,18})?", header):
         raise InvalidRequest("Last-Event-ID must be the id of an event that was received.", errors=[
             {"pointer": "", "field": "Last-Event-ID", "message": "is not the id of an event"}])
     return header
+
+
+def bracketed(request: Request) -> dict[str, str]:
+    """Labels to filter by that the query names as OpenAI's API does: `metadata[name]=value`."""
+    return {name[9:-1]: value for name, value in request.query_params.items()
+            if name.startswith("metadata[") and name.endswith("]")}
 
 
 def train_router(service: Service, router: APIRouter) -> None:
@@ -80,18 +87,20 @@ def train_router(service: Service, router: APIRouter) -> None:
 
     @router.get("/train", operation_id="listTrainingJobs", summary="List jobs", tags=["train"],
                 response_model=JobPage, responses=responses())
-    def list_jobs(limit: Annotated[int, Query(ge=1, le=100, description="Jobs on a page.")] = 20,
-                  cursor: Annotated[str | None, Query(pattern=r"^\d{1,15}$", description="`next_cursor` of the page "
+    def list_jobs(request: Request,
+                  limit: Annotated[int, Query(ge=1, le=100, description="Jobs on a page.")] = 20,
+                  cursor: Annotated[str | None, Query(pattern=r"^[0-9]{1,15}$", description="`next_cursor` of the page "
                                                       "before.")] = None,
                   state: Annotated[State | None, Query(description="Only jobs in this state.")] = None,
                   kind: Annotated[Literal["train", "fine_tuning"] | None, Query(
                       description="Only jobs of this API.")] = None,
-                  metadata: Annotated[list[Annotated[str, StringConstraints(pattern=r"^[^:]{1,64}:.{0,512}$")]] | None,
+                  metadata: Annotated[list[Label] | None,
                                       Query(max_length=16, description="Only jobs with this label, as `name:value`; "
-                                            "may be repeated. A page can be short although more follow.")] = None,
+                                            "may be repeated; `metadata[name]=value` for names with a colon. A page "
+                                            "can be short although more follow.")] = None,
                   ) -> JobPage:
         """Jobs, newest first."""
-        labels = dict(item.split(":", 1) for item in metadata or [])
+        labels = {**bracketed(request), **dict(item.split(":", 1) for item in metadata or [])}
         page = service.ledger.list(limit=limit, cursor=None if cursor is None else int(cursor), state=state, kind=kind,
                                    metadata=labels)
         more = None if page.next_cursor is None else str(page.next_cursor)
@@ -139,13 +148,21 @@ def train_router(service: Service, router: APIRouter) -> None:
     async def events(request: Request, job_id: JobId,
                      last_id: Annotated[str | None, Header(alias="Last-Event-ID", description=(
                          "Go on after this event."))] = None) -> EventSourceResponse:
-        """Events of a job from its beginning, or after `Last-Event-ID`; the stream ends with the job."""
+        """Events of a job from its beginning, or after `Last-Event-ID`; the stream ends with the job.
+
+        A job keeps its last 2,000 events or so: of a longer one the first are gone.
+        """
         job = await run_in_threadpool(service.ledger.get, known_id(job_id))
         start = last_event_id(last_id)
+        # vLLM handles its signals itself, so that sse-starlette does not see them, and waits for open connections.
+        server = getattr(request.app.state, "server", None)
+
+        def ending() -> bool:
+            return bool(getattr(server, "should_exit", False))
 
         async def stream() -> AsyncIterator[ServerSentEvent]:
             try:
-                async for event_id, kind, data in service.hub().follow(job.id, start):
+                async for event_id, kind, data in service.hub().follow(job.id, start, ending):
                     yield ServerSentEvent(id=event_id, event=kind, data=data)
             except redis.RedisError as error:  # the client comes back with Last-Event-ID, and finds all of them
                 log.warning("events of %s end early: %s", job.id, error)

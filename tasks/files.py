@@ -8,6 +8,7 @@ from hogwild.errors import NotFound, PayloadTooLarge
 from hogwild.tasks.connections import Client
 from hogwild.tasks.keys import Keys
 
+PLACE_S = 86400  # who pages through the list and deletes may ask for what follows a deleted file
 MAX_TOTAL_BYTES = 1 << 30  # Redis holds everything in memory; a forgotten upload must not crowd the jobs out
 
 # KEYS: prefix. ARGV: id, file name, purpose, content, most bytes in all
@@ -25,11 +26,12 @@ redis.call('ZADD', P .. 'files', seq, ARGV[1])
 redis.call('INCRBY', P .. 'files-bytes', #ARGV[4])
 return 1
 """
-# KEYS: prefix. ARGV: id
+# KEYS: prefix. ARGV: id, seconds to remember its place in the list
 _DELETE = """
 local P = KEYS[1]
-local size = redis.call('HGET', P .. 'file:' .. ARGV[1], 'bytes')
+local size, seq = unpack(redis.call('HMGET', P .. 'file:' .. ARGV[1], 'bytes', 'seq'))
 if not size then return 0 end
+redis.call('SET', P .. 'file-place:' .. ARGV[1], seq, 'EX', ARGV[2])
 redis.call('DEL', P .. 'file:' .. ARGV[1], P .. 'filedata:' .. ARGV[1])
 redis.call('ZREM', P .. 'files', ARGV[1])
 redis.call('DECRBY', P .. 'files-bytes', size)
@@ -74,6 +76,11 @@ class Files:
             raise NotFound(f"There is no file {file_id[:60]!r}.")
         return _from_hash(row)
 
+    def place(self, file_id: str) -> int:
+        """The `seq` of a file, or of one that was deleted within a day. Raises NotFound."""
+        gone = self.client.get(self.keys("file-place", file_id))
+        return self.get(file_id).seq if gone is None else int(gone)
+
     def content(self, file_id: str) -> bytes:
         """Its bytes. Raises NotFound."""
         content = self.client.get(self.keys("filedata", file_id))
@@ -83,7 +90,7 @@ class Files:
 
     def delete(self, file_id: str) -> None:
         """Forget it; jobs made of it are not touched. Raises NotFound."""
-        if not self._delete(keys=[self.keys.prefix], args=[file_id]):
+        if not self._delete(keys=[self.keys.prefix], args=[file_id, PLACE_S]):
             raise NotFound(f"There is no file {file_id[:60]!r}.")
 
     def list(self, *, limit: int, after: int | None = None,

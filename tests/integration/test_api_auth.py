@@ -95,3 +95,36 @@ def test_browsers_of_other_origins_are_not_let_in_unless_named(settings, redis_c
         assert "access-control-allow-origin" not in http.options("/train", headers=origin).headers
     with TestClient(create_app(settings.model_copy(update={"cors_origins": ["https://example.org"]}))) as http:
         assert http.options("/train", headers=origin).headers["access-control-allow-origin"] == "https://example.org"
+
+
+LOCAL = "http://localhost:8100"
+
+
+@pytest.mark.parametrize(("headers", "status"), [
+    ({}, 202), ({"Origin": LOCAL}, 202), ({"Host": "127.0.0.1:8100"}, 202), ({"Host": "[::1]:8100"}, 202),
+    ({"Host": "api:8100"}, 202), ({"Host": "gpu.localhost"}, 202),
+    ({"Origin": "https://ui.example.org"}, 202), ({"Host": "ui.example.org"}, 202),
+    ({"Origin": "https://example.org"}, 403), ({"Origin": "null"}, 403), ({"Origin": "http://localhost:3000"}, 403),
+    ({"Origin": "http://[bad"}, 403), ({"Host": "[bad"}, 403),
+    ({"Host": "rebound.example.org:8100"}, 403), ({"Host": "rebound.example.org."}, 403),
+    ({"Host": "rebound.example.org", "Origin": "http://rebound.example.org"}, 403)])
+def test_without_keys_no_page_of_another_site_is_obeyed(settings, redis_client, headers, status):
+    Registry(redis_client, "tiny").publish_model(
+        ModelInfo(served_model_name="tiny", model_path="/m", vocab_size=10, max_model_len=8))
+    # A page can send these without asking the server first: no body, or a form
+    named = settings.model_copy(update={"cors_origins": ["https://ui.example.org"]})
+    with TestClient(create_app(named), base_url=LOCAL) as http:
+        response = http.post("/checkpoint", headers=headers)
+        assert response.status_code == status and response.headers["x-request-id"]
+        upload = http.post("/v1/files", headers=headers, data={"purpose": "fine-tune"},
+                           files={"file": ("a.jsonl", b'{"prompt": "a", "completion": "b"}')})
+        assert upload.status_code == (200 if status == 202 else 403)
+        # And by such a name nothing is read either
+        assert http.get("/metrics", headers=headers).status_code == (200 if status == 202 else 403)
+        assert http.get("/livez", headers=headers).status_code == 200
+
+
+def test_with_a_key_pages_may_be_of_any_site(guarded):
+    http, keys = guarded
+    headers = {**bearer(keys["main"]), "Origin": "https://example.org", "Host": "gpu.example.org"}
+    assert http.post("/train", json=BODY, headers=headers).status_code == 202

@@ -4,11 +4,14 @@ import json
 import math
 import time
 from dataclasses import replace
+from unittest.mock import AsyncMock
 
 import pytest
+from fastapi import APIRouter
 from fastapi.testclient import TestClient
 
 from hogwild.api.app import create_app
+from hogwild.api.problems import route_class
 from hogwild.tasks.ledger import Ledger
 from hogwild.tasks.operations import MOST_PENDING
 from hogwild.tasks.registry import ModelInfo, Registry
@@ -238,6 +241,15 @@ def test_list_pages_and_filters(client):
         assert_problem(client.get(f"/train?{query}"), 422)
 
 
+@pytest.mark.parametrize(("name", "value", "query"), [
+    ("a", "x\ny", {"metadata": "a:x\ny"}), ("a", "b:c", {"metadata": "a:b:c"}), ("a:b", "c", {"metadata[a:b]": "c"}),
+    (":", "", {"metadata[:]": ""}), ("]", "\n", {"metadata[]]": "\n"})])
+def test_every_label_that_is_taken_can_be_filtered_by(client, name, value, query):
+    client.post("/train", json={**BODY, "metadata": {"other": "x"}})
+    job_id = client.post("/train", json={**BODY, "metadata": {name: value}}).json()["id"]
+    assert [job["id"] for job in client.get("/train", params=query).json()["data"]] == [job_id]
+
+
 def test_status_shows_the_running_job_and_the_worker(client, ledger, redis_client):
     job_id = client.post("/train", json=BODY).json()["id"]
     client.post("/train", json=BODY)
@@ -349,3 +361,17 @@ def test_redis_away_is_503_and_not_500(settings):
         assert_problem(http.post("/train", json=BODY), 503, "unavailable")
         assert_problem(http.get("/train"), 503)
         assert http.get("/livez").status_code == 200
+
+
+@pytest.mark.parametrize(("ask", "status", "slug"), [
+    (lambda redis: redis.execute_command("XRANGE", "x", "no-id", "+"), 500, "internal"),
+    (lambda redis: redis.eval("return redis.error_reply('MISCONF Errors writing to the AOF file')", 0), 503,
+     "unavailable"),
+    (lambda redis: redis.eval("return redis.error_reply('OOM command not allowed')", 0), 503, "unavailable")])
+def test_question_that_redis_does_not_understand_is_a_defect(settings, redis_client, ask, status, slug):
+    app = create_app(settings)
+    router = APIRouter(route_class=route_class(1024, AsyncMock()))
+    router.add_api_route("/asks", lambda: ask(redis_client))
+    app.include_router(router)
+    with TestClient(app, raise_server_exceptions=False) as http:
+        assert_problem(http.get("/asks"), status, slug)

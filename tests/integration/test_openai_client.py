@@ -4,8 +4,10 @@ vLLM is stood in for by a small server with the same /tokenize (words, a ChatML 
 and the acceptance tests do it.
 """
 
+import asyncio
 import io
 import json
+import time
 
 import openai
 import pytest
@@ -31,7 +33,7 @@ class Words:
     """A vocabulary that grows with what it sees."""
 
     def __init__(self):
-        self.ids, self.requests = {}, 0
+        self.ids, self.requests, self.answered, self.pause = {}, 0, 0, 0.0
 
     def encode(self, text):
         words = text.replace("<|", " <|").replace("|>", "|> ").split()
@@ -56,6 +58,7 @@ def tokenizer_url(serve, words):
         words.requests += 1
         if request.headers.get("authorization") != "Bearer vllm-key":
             return JSONResponse({"error": {"message": "no key"}}, 401)
+        await asyncio.sleep(words.pause)
         body = await request.json()
         if "prompt" in body:
             ids = words.encode(body["prompt"])
@@ -64,6 +67,7 @@ def tokenizer_url(serve, words):
                 return JSONResponse({"error": {"message": "the template says no"}}, 400)
             text = "".join(f"<|{m['role']}|>{m['content']}<|end|>" for m in body["messages"])
             ids = words.encode(text + ("<|assistant|>" if body["add_generation_prompt"] else ""))
+        words.answered += 1
         return {"count": len(ids), "max_model_len": 64, "tokens": ids}
 
     return serve(app)
@@ -144,6 +148,40 @@ def test_null_among_hogwilds_options_means_the_default(client, ledger, settings)
     assert client.fine_tuning.jobs.cancel(old).seed == 0
 
 
+def test_request_that_its_client_gave_up_queues_nothing(client, ledger, words):
+    file = upload(client, CHATS[:1])
+    words.pause = 1.0
+    with pytest.raises(openai.APITimeoutError):
+        client.with_options(timeout=0.3, max_retries=1).fine_tuning.jobs.create(model="tiny", training_file=file.id)
+    deadline = time.monotonic() + 30
+    while words.answered < 4:  # two of each attempt
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(0.5)
+    assert ledger.list().jobs == []
+    words.pause = 0.0
+    assert client.fine_tuning.jobs.create(model="tiny", training_file=file.id).status == "queued"
+
+
+def test_priority_is_among_hogwilds_options(client, ledger):
+    file = upload(client, CHATS[:1])
+    for given, kept in ((9, 9), (0, 0), (None, 5)):
+        job = client.fine_tuning.jobs.create(model="tiny", training_file=file.id,
+                                             extra_body={"hogwild": {"priority": given, "optimizer": "sgd"}})
+        shown = ledger.get(job.id)
+        assert (shown.priority, shown.config) == (kept, {"optimizer": "sgd"})
+    with pytest.raises(openai.UnprocessableEntityError, match="priority"):
+        client.fine_tuning.jobs.create(model="tiny", training_file=file.id, extra_body={"hogwild": {"priority": 10}})
+
+
+@pytest.mark.parametrize("after", ["ftevent-\u0663", "ftevent-1-\u0663", "x"])
+def test_place_among_events_that_is_none_is_refused(client, ledger, after):
+    job_id, _ = ledger.submit(pack([Sample([1], [2])]), {}, kind="fine_tuning")
+    with pytest.raises(openai.UnprocessableEntityError):
+        client.fine_tuning.jobs.list_events(job_id, after=after)
+    assert client.fine_tuning.jobs.list_events(job_id, after="ftevent-0-0").data == []
+
+
 def test_jobs_are_listed_in_pages_and_controlled(client, ledger):
     file = upload(client, CHATS[:1])
     ids = [client.fine_tuning.jobs.create(model="tiny", training_file=file.id, metadata={"n": str(n)}).id
@@ -174,6 +212,15 @@ def test_files_can_be_listed_read_and_deleted(client):
     assert client.files.delete(files[0].id).deleted
     with pytest.raises(openai.NotFoundError):
         client.files.retrieve(files[0].id)
+
+
+def test_files_can_be_deleted_while_they_are_listed(client):
+    ids = [upload(client, CHATS).id for _ in range(5)]
+    assert [client.files.delete(file.id).id for file in client.files.list(limit=2)] == ids[::-1]
+    with pytest.raises(openai.NotFoundError):
+        client.files.retrieve(ids[0])
+    with pytest.raises(openai.NotFoundError):
+        client.files.list(after="file-" + "0" * 24)
 
 
 def test_wrong_file_is_refused_with_its_line(client):

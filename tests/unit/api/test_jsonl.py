@@ -35,6 +35,12 @@ def test_messages_of_weight_0_and_what_follows_the_last_learned_one_are_not_lear
     assert all("weight" not in message for message in chat.messages)
 
 
+def test_tools_may_be_nested_as_schemas_are():
+    tools = json.loads("[" * 101 + "]" * 101)
+    [chat] = parse(lines({**GOOD, "tools": tools}), max_lines=9)
+    assert chat.tools == tools
+
+
 def test_text_parts_are_joined():
     [chat] = parse(lines({"messages": [
         {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
@@ -45,6 +51,8 @@ def test_text_parts_are_joined():
 @pytest.mark.parametrize(("line", "message"), [
     ("{", "not JSON"), ("[]", "not a JSON object"), ("7", "not a JSON object"), ("{}", "neither"),
     ("[" * 100_000, "nested too deeply"), ('{"prompt": ' + "1" * 5000 + "}", "number is too long"),
+    *((f'{{"messages": [{{"role": "user", "content": "x"}}, {{"role": "assistant", "content": "y"}}], '
+       f'"tools": {"[" * depth}{"]" * depth}}}', "nested too deeply") for depth in (102, 940, 980, 20_000)),
     ({"messages": []}, "not empty"), ({"messages": "x"}, "list"), ({"messages": [1]}, "not an object"),
     ({"messages": [{"role": "user", "content": "x"}]}, "no assistant"),
     ({"messages": [{"role": "assistant", "content": "x"}]}, "nothing to answer"),
