@@ -32,14 +32,15 @@ _BEARER = Security(HTTPBearer(auto_error=False, description="HOGWILD_API_KEY, or
 
 
 def create_router(settings: Settings, *, extra_keys: Iterable[str] = (), service: Service | None = None,
-                  usable: Callable[[], None] = lambda: None) -> APIRouter:  # fmt: skip
+                  usable: Callable[[], None] = lambda: None, beside_vllm: bool = False) -> APIRouter:  # fmt: skip
     """All routes of the job service, for this application or a foreign one (vLLM's).
 
     Nothing is registered on the application that includes it: errors become problem documents, bodies are limited
     and keys are checked per route.
 
     `extra_keys`: keys that are valid besides the deployment's own: vLLM's `--api-key`. `usable` raises the
-    HogwildError that every request with a valid key is answered with, as long as there is one.
+    HogwildError that every request with a valid key is answered with, as long as there is one. `beside_vllm`: the
+    process streams tokens too, so JSON bodies have a limit of their own.
     """
     service = service or Service(settings, extra_keys)
     authenticate = authenticator(lambda: service.keys)
@@ -48,10 +49,12 @@ def create_router(settings: Settings, *, extra_keys: Iterable[str] = (), service
         _check_site(request, service)
         request.state.api_key = await authenticate(request)
         usable()
-        if settings.rate_limit:
+        if service.settings.rate_limit:
             await run_in_threadpool(service.check_rate, request.state.api_key)
 
-    router = APIRouter(route_class=route_class(settings.max_body_bytes, caller), dependencies=_security(service))
+    most_json = settings.vllm_max_json_bytes if beside_vllm else None
+    router = APIRouter(route_class=route_class(settings.max_body_bytes, caller, most_json=most_json),
+                       dependencies=_security(service))
     train_router(service, router)
     checkpoint_router(service, router)
     files_router(service, router)

@@ -175,8 +175,8 @@ def _field_error(error: dict[str, Any]) -> dict[str, Any]:
 class _LimitedReceive:
     """Reads a request's body within limits of size and time."""
 
-    def __init__(self, receive: Receive, limit: int) -> None:
-        self.receive, self.limit, self.size = receive, limit, 0
+    def __init__(self, receive: Receive, limit: int, advice: str) -> None:
+        self.receive, self.limit, self.advice, self.size = receive, limit, advice, 0
         self.deadline: float | None = None
         self.done = False
 
@@ -193,8 +193,8 @@ class _LimitedReceive:
         if message["type"] == "http.request":
             self.size += len(message.get("body", b""))
             if self.size > self.limit:
-                raise PayloadTooLarge(f"The request body is larger than {self.limit} bytes: split the job, or raise "
-                                      "HOGWILD_MAX_BODY_BYTES.", limit=self.limit)
+                raise PayloadTooLarge(f"The request body is larger than {self.limit} bytes: {self.advice}",
+                                      limit=self.limit)
             self.done = not message.get("more_body", False)
         else:
             self.done = True
@@ -204,8 +204,11 @@ class _LimitedReceive:
 Guard = Callable[[Request], Awaitable[None]]
 
 
-def route_class(max_body_bytes: int, guard: Guard) -> type[APIRoute]:
-    """The class of our routes. `guard` decides about each request before a byte of its body is read."""
+def route_class(max_body_bytes: int, guard: Guard, *, most_json: int | None = None) -> type[APIRoute]:
+    """The class of our routes. `guard` decides about each request before a byte of its body is read.
+
+    `most_json`: limit of JSON bodies, where it is a smaller one. They are read at once; files come piece by piece.
+    """
 
     class HogwildRoute(APIRoute):
         """Problem documents, body limits and request ids, for our routes alone."""
@@ -213,20 +216,23 @@ def route_class(max_body_bytes: int, guard: Guard) -> type[APIRoute]:
         def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
             handler = super().get_route_handler()
             reads_json = self.body_field is not None and not isinstance(self.body_field.field_info, params.Form)
+            most, advice = max_body_bytes, "split the job, or raise HOGWILD_MAX_BODY_BYTES."
+            if reads_json and most_json is not None and most_json < most:
+                most = most_json
+                advice = "split the job, send it to Hogwild's own port, or raise HOGWILD_VLLM_MAX_JSON_BYTES."
 
             async def handle(request: Request) -> Response:
                 try:
                     await guard(request)
                     length = request.headers.get("content-length", "0")
-                    if length.isdigit() and int(length) > max_body_bytes:
+                    if length.isdigit() and int(length) > most:
                         raise PayloadTooLarge(
-                            f"The request body has {length} bytes; the limit is {max_body_bytes}: split the job, or "
-                            "raise HOGWILD_MAX_BODY_BYTES.", limit=max_body_bytes)
+                            f"The request body has {length} bytes; the limit is {most}: {advice}", limit=most)
                     if reads_json:
                         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
                         if kind != "application/json" and not kind.endswith("+json"):
                             raise HTTPException(415, "The body must be JSON: send Content-Type: application/json.")
-                    limited = Request(request.scope, _LimitedReceive(request.receive, max_body_bytes), request._send)
+                    limited = Request(request.scope, _LimitedReceive(request.receive, most, advice), request._send)
                     response = await handler(limited)
                 except ClientDisconnect:
                     raise

@@ -92,6 +92,8 @@ class Settings(BaseSettings):
     queue_bytes: int = Field(4 << 30, ge=1, description="Bytes of samples that may wait in Redis' memory, 4 a token "
                              "(8 with a weight); more are answered 429.")
     max_body_bytes: int = Field(64 << 20, ge=1024, description="Largest request body, in bytes.")
+    vllm_max_json_bytes: int = Field(1 << 20, ge=1024, description="Largest JSON body on vLLM's own port, in bytes: "
+                                     "reading one holds up the tokens that are streamed there.")
     max_sample_tokens: int | None = Field(
         None, ge=2, description="Longest sample (context + continuation); default: the model's own limit."
     )

@@ -110,7 +110,7 @@ class HogwildEndpoint:
                 host or "any address of this machine",
             )
             return
-        app.include_router(create_router(settings, service=service, usable=self._usable))
+        app.include_router(create_router(settings, service=service, usable=self._usable, beside_vllm=True))
 
     def _usable(self) -> None:
         if self._withheld is not None and self._withheld.check == SAME_NAME:

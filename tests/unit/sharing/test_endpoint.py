@@ -163,6 +163,19 @@ def test_training_routes_need_no_key_where_only_this_machine_reaches_them(
     assert client.get("/checkpoint/operations/x").headers["x-request-id"]
 
 
+def test_large_json_is_for_hogwilds_own_port_files_are_not(runtime_dir: Path) -> None:
+    client, _ = serving(runtime_dir, Engine(True), host="127.0.0.1", api_key=["k"])
+    headers = {"Authorization": "Bearer k", "Content-Type": "application/json"}
+    large = b" " * (1 << 20) + b"{}"
+    for body in (large, iter([large])):  # with a length, and in chunks
+        answer = client.post("/train", content=body, headers=headers)
+        assert answer.status_code == 413
+        detail = answer.json()["detail"]
+        assert "Hogwild's own port" in detail and "HOGWILD_VLLM_MAX_JSON_BYTES" in detail
+    upload = client.post("/v1/files", files={"file": ("a.jsonl", large)}, headers={"Authorization": "Bearer k"})
+    assert upload.status_code != 413
+
+
 def test_beside_another_vllm_of_the_name_the_routes_lead_nowhere(runtime_dir: Path) -> None:
     args = Namespace(model="/models/m", served_model_name=["m"], host="127.0.0.1", port=8001, api_key="k")
     app = FastAPI()
