@@ -16,7 +16,8 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _COUNTERS = {  # name in Redis → (metric, help)
     "jobs_accepted": ("hogwild_jobs_accepted", "Jobs that were accepted."),
     "jobs_republished": ("hogwild_jobs_republished", "Messages that the reconciler published again."),
-    "steps_applied": ("hogwild_steps_applied", "Optimizer steps that ended, those dropped as not finite too."),
+    "steps_applied": ("hogwild_steps_applied", "Optimizer steps in the weights."),
+    "steps_dropped": ("hogwild_steps_dropped", "Steps that were not finite: nothing of them is in the weights."),
     "steps_interrupted": ("hogwild_steps_interrupted", "Steps that a dying worker left; never repeated."),
     "tokens_trained": ("hogwild_tokens_trained", "Tokens of applied steps."),
     "syncs": ("hogwild_syncs", "Checkpoint generations that were written, by rollbacks too."),

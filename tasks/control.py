@@ -96,6 +96,7 @@ class JobControl:
             grad_norm=report.grad_norm,
             replay_divergence=report.replay_divergence,
             total_steps=self._n_steps,
+            dropped=not report.applied,
         )
         if report.applied:
             runtime.dirty.mark_dirty(version)

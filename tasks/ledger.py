@@ -259,13 +259,17 @@ class Ledger:
 
     def applied(self, lease: Lease, step: int, weight_version: int, *, loss: float = math.nan, tokens: int = 0,
                 seconds: float = 0.0, grad_norm: float | None = None, replay_divergence: float | None = None,
-                total_steps: int | None = None) -> None:
-        """Record that step `step` is in the weights, which now have `weight_version`. Raises Conflict (lease lost)."""
+                total_steps: int | None = None, dropped: bool = False) -> None:
+        """Record that step `step` has ended and the weights have `weight_version`. Raises Conflict (lease lost).
+
+        `dropped`: its gradients were not finite, and nothing of it is in the weights.
+        """
         data = {"step": step, "weight_version": weight_version, "loss": _finite(loss), "tokens": tokens,
                 "seconds": round(seconds, 6), "grad_norm": _finite(grad_norm),
                 "replay_divergence": _finite(replay_divergence), "steps": total_steps}
         self._held(self._call("APPLIED", lease.job_id, lease.fence, step, weight_version, f"{loss:.6g}", tokens,
-                              f"{seconds:.6f}", "" if total_steps is None else total_steps, json.dumps(data)),
+                              f"{seconds:.6f}", "" if total_steps is None else total_steps, json.dumps(data),
+                              0 if dropped else 1),
                    lease, step)
 
     def finish(self, lease: Lease, state: str, error: BaseException | Mapping[str, Any] | None = None) -> None:

@@ -189,7 +189,8 @@ if step == 0 then event(id, 'begun', '{"step":0}') end
 return 'ok'
 """
 
-# ARGV: id, fence, step, weight version, loss, tokens, seconds, steps of the plan or '', event data
+# ARGV: id, fence, step, weight version, loss, tokens, seconds, steps of the plan or '',
+#       event data, 1: it is in the weights
 APPLIED = PRELUDE + """
 local id, step = ARGV[1], tonumber(ARGV[3])
 if not held(id, ARGV[2]) then return 'stale' end
@@ -199,14 +200,23 @@ local begun = tonumber(f[1])
 if f[4] == ARGV[3] then return 'ok' end
 if step ~= begun - 1 or begun ~= tonumber(f[2]) + tonumber(f[3]) + 1 then return 'order:' .. begun end
 redis.call('HINCRBY', key, 'applied', 1)
-redis.call('HSETNX', key, 'weight_version_first', ARGV[4])
+local written = ARGV[10] == '1'  -- no: its gradients were not finite, and the weights are as they were
+if written then
+  redis.call('HSETNX', key, 'weight_version_first', ARGV[4])
+  redis.call('HSET', key, 'weight_version_last', ARGV[4])
+end
 redis.call('HSETNX', key, 'loss_first', ARGV[5])
-redis.call('HSET', key, 'weight_version_last', ARGV[4], 'last_step', ARGV[3], 'loss_last', ARGV[5])
+redis.call('HSET', key, 'last_step', ARGV[3], 'loss_last', ARGV[5])
 redis.call('HINCRBY', key, 'tokens_trained', ARGV[6])
 redis.call('HINCRBYFLOAT', key, 'seconds', ARGV[7])
 if ARGV[8] ~= '' then redis.call('HSET', key, 'steps', ARGV[8]) end
 redis.call('RPUSH', P .. 'losses:' .. id, ARGV[5])
 redis.call('LTRIM', P .. 'losses:' .. id, -10000, -1)
+event(id, 'step', ARGV[9])
+if not written then
+  count('steps_dropped', 1)
+  return 'ok'
+end
 count('steps_applied', 1)
 count('tokens_trained', ARGV[6])
 redis.call('HINCRBYFLOAT', P .. 'counters', 'step_seconds_sum', ARGV[7])
@@ -215,7 +225,6 @@ for _, bound in ipairs({'0.1', '0.25', '0.5', '1', '2.5', '5', '10', '30', '60'}
   if seconds <= tonumber(bound) then count('step_seconds_le_' .. bound, 1) end
 end
 redis.call('HSET', P .. 'counters', 'loss_last', ARGV[5], 'weight_version', ARGV[4])
-event(id, 'step', ARGV[9])
 return 'ok'
 """
 

@@ -335,6 +335,22 @@ def test_job_that_makes_progress_between_deaths_goes_on(ledger, submit):
     assert ledger.get(job_id).steps_applied == 3 * BARREN_ATTEMPTS
 
 
+def test_a_dropped_step_has_ended_and_is_not_in_the_weights(redis_client, ledger, submit):
+    job_id = submit()
+    lease = ledger.claim(job_id, "w")
+    ledger.begin_step(lease, 0, weight_version=7)
+    ledger.applied(lease, 0, 7, loss=math.inf, tokens=0, seconds=0.2, dropped=True)
+    job = ledger.get(job_id)
+    assert (job.steps_applied, job.weight_version_first, job.weight_version_last) == (1, None, None)
+    ledger.begin_step(lease, 1, weight_version=7)
+    ledger.applied(lease, 1, 8, loss=2.0, tokens=5, seconds=0.2)
+    job = ledger.get(job_id)
+    assert (job.steps_applied, job.weight_version_first, job.weight_version_last) == (2, 8, 8)
+    counted = {k.decode(): v for k, v in redis_client.hgetall(ledger.keys("counters")).items()}
+    assert (counted["steps_applied"], counted["steps_dropped"], counted["tokens_trained"]) == (b"1", b"1", b"5")
+    assert counted["step_seconds_le_0.25"] == b"1"  # of steps in the weights, as their number
+
+
 def test_nan_loss_is_kept_as_unknown(ledger, submit):
     job_id = submit()
     lease = ledger.claim(job_id, "w1")
