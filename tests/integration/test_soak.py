@@ -28,7 +28,7 @@ from exporter_server import ExporterServer
 from worker_site import Site, make_tiny_model, same, until
 
 from hogwild.config import Settings
-from hogwild.errors import Conflict
+from hogwild.errors import Conflict, TooManyRequests
 from hogwild.gpu_worker.attach import open_views
 from hogwild.manifest import Manifest, manifest_path
 from hogwild.tasks.payloads import Sample, pack
@@ -184,7 +184,8 @@ class Soak(Site):
                     self.ask_for("rollback", generation=dice.choice(known)["generation"])
 
     def ask_for(self, kind: Any, **params: Any) -> None:
-        self.operated.append(self.persist(lambda: self.operations.submit(kind, **params)))
+        with suppress(TooManyRequests):  # without a worker they pile up
+            self.operated.append(self.persist(lambda: self.operations.submit(kind, **params)))
 
     def train(self, dice: random.Random) -> None:
         payload = pack([Sample([dice.randrange(64) for _ in range(4)], [5, 6, 7])])
