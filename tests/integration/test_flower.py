@@ -36,6 +36,7 @@ def test_flower_shows_queued_and_running_jobs_with_their_step(stack):
     api = f"http://127.0.0.1:{running.ports[0]}/train"
     body = {"context_ids": SECRET_IDS, "continuation_ids": SECRET_IDS}
     first, second = (httpx.post(api, json={**body, "steps": n}, timeout=60).json()["id"] for n in (100, 3))
+    running.sent.update(dict.fromkeys((first, second), SECRET_IDS))
 
     def tasks():
         return {task["args"]: task for task in flower.get("/api/tasks").json().values()}
