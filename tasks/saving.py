@@ -41,6 +41,16 @@ DOUBLINGS = 16  # more would change nothing, and a thousand of them are no float
 NOT_TRAINED = ("adopt", "rollback")  # kinds of generations that are made of something else than the live weights
 
 
+def _figures(report: SyncReport | RollbackReport, undo_bytes: int) -> SyncFigures:
+    return SyncFigures(
+        bytes_written=report.bytes_written,
+        seconds=report.seconds,
+        pause_seconds=report.pause_seconds,
+        undo_bytes=undo_bytes,
+        blocks_changed=report.blocks_changed,
+    )
+
+
 class Saver:
     """The checkpoint of one served model, and the optimizer's state beside it.
 
@@ -305,13 +315,7 @@ class Saver:
                 report.seconds,
                 report.pause_seconds,
             )
-            figures = SyncFigures(
-                bytes_written=report.bytes_written,
-                seconds=report.seconds,
-                pause_seconds=report.pause_seconds,
-                undo_bytes=report.undo_bytes,
-                blocks_changed=report.blocks_changed,
-            )
+            figures = _figures(report, report.undo_bytes)
             checkpoint = self._described()
 
             def tell() -> None:
@@ -453,13 +457,7 @@ class Saver:
         """For /metrics: a generation that was just made, if one was."""
         if not report.blocks_changed:
             return
-        figures = SyncFigures(
-            bytes_written=report.bytes_written,
-            seconds=report.seconds,
-            pause_seconds=report.pause_seconds,
-            undo_bytes=self.store.head.undo_bytes,
-            blocks_changed=report.blocks_changed,
-        )
+        figures = _figures(report, self.store.head.undo_bytes)
         self._tell(lambda: record_sync(self._dirty.client, self._settings.model_name, figures))
 
     def _tell_saved(self, version: int, *, wait: bool) -> None:
